@@ -1,0 +1,135 @@
+"""The decayed diffusion transformer: DiT / SiT with fading shortcuts and long skips (arXiv 2212.09748, 2401.08740, 2404.10947)."""
+
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from models.layers import MLP, Attention, LabelEmbedding, TimestepEmbedding, patchify, sincos_positions, unpatchify
+from models.shortcut import decayed_add, linear_schedule
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift; x is (N, T, D), shift and scale are (N, 1, D)."""
+    return x * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP with adaLN-Zero, each on a decayed shortcut; a decoder block first adds its long skip."""
+
+    def __init__(self, dim: int, num_heads: int, alphas: tuple[float, float], long_skip: bool) -> None:
+        super().__init__()
+        self.alpha_attn, self.alpha_mlp = alphas
+        self.skip = nn.Linear(dim, dim) if long_skip else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x: Tensor, modulation: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.skip is not None:
+            x = x + self.skip(skip)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, dim=-1)  # 6 x (N, 1, D)
+        x = decayed_add(x, gate1 * self.attn(modulate(self.norm1(x), shift1, scale1)), self.alpha_attn)
+        x = decayed_add(x, gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)), self.alpha_mlp)
+        return x
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Diffusion transformer whose residual shortcuts fade with depth; alpha_min = 1 is the plain network, exactly.
+
+    The first half of the blocks is the encoder, the second the decoder. With `long_skips`, encoder block i hands its output to
+    decoder block depth - 1 - i, which adds Linear(skip) before its attention.
+
+    Args:
+        image_size: edge of the square input in pixels (or latent cells).
+        patch_size: edge of a patch; must divide `image_size`.
+        in_channels: channels of input and output.
+        num_classes: 0 for an unconditional model.
+        depth: number of blocks; even where `long_skips` is on.
+        dim: width, divisible by 4 and by `num_heads`.
+        num_heads: attention heads.
+        alpha_min: last value of the linear schedule over the 2 * depth sub-layers, in (0, 1].
+        long_skips: connect encoder blocks to decoder blocks.
+
+    Raises:
+        ValueError: sizes that do not fit together, with the remedy.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 3,
+        num_classes: int = 0,
+        depth: int = 28,
+        dim: int = 1152,
+        num_heads: int = 16,
+        alpha_min: float = 1.0,
+        long_skips: bool = True,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"resolution {image_size} is not divisible by patch_size {patch_size}; choose a patch that divides it")
+        if long_skips and depth % 2:
+            raise ValueError(f"depth {depth} is odd, and long skips need equal halves; use an even depth or switch long skips off")
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.alphas = linear_schedule(2 * depth, alpha_min)
+        grid = image_size // patch_size
+
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, dim)
+        self.register_buffer("positions", sincos_positions(dim, grid, grid), persistent=False)
+        self.time_embed = TimestepEmbedding(dim)
+        self.label_embed = LabelEmbedding(num_classes, dim) if num_classes else None
+        # adaLN of all blocks and of the final layer in one matrix product: shift, scale, gate of every sub-layer, then shift, scale
+        self.modulation = nn.Linear(dim, (6 * depth + 2) * dim)
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, num_heads, self.alphas[2 * i : 2 * i + 2], long_skip=long_skips and i >= depth // 2) for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch_size**2 * in_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier in every matrix outside the embeddings; zero gates and a zero head (adaLN-Zero), so the network starts at 0."""
+        for module in (*self.blocks.modules(), self.patch_embed):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for zero in (self.modulation, self.head):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, return_features: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Predict the velocity (models/paths.py) of noisy images.
+
+        Args:
+            x: (N, C, H, W).
+            t: (N,), 0 = noise, 1 = data.
+            labels: int64 (N,) in [0, num_classes]; num_classes, as None, means "no label".
+            return_features: also return the output of every block, a list of (N, T, D).
+
+        Returns:
+            (N, C, H, W), or that and the features.
+        """
+        height, width = x.shape[-2:]
+        x = self.patch_embed(patchify(x, self.config.patch_size)) + self.positions  # (N, T, D)
+        c = self.time_embed(t)  # (N, D)
+        if self.label_embed is not None:
+            c = c + self.label_embed(labels if labels is not None else t.new_full(t.shape, self.config.num_classes).long())
+        *modulations, final = self.modulation(F.silu(c)).split(6 * self.config.dim, dim=-1)  # depth x (N, 6D), (N, 2D)
+
+        features: list[Tensor] = []
+        half = len(self.blocks) // 2
+        for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            skip = features[len(self.blocks) - 1 - i] if i >= half and self.config.long_skips else None  # last in, first out
+            x = block(x, modulation, skip)  # (N, T, D)
+            features.append(x)
+
+        x = modulate(self.norm(x), *final.unsqueeze(1).chunk(2, dim=-1))
+        x = unpatchify(self.head(x), self.config.patch_size, height, width)  # (N, C, H, W)
+        return (x, features) if return_features else x

@@ -1,0 +1,87 @@
+"""Files and folders that are there whole or not at all, and errors that are one line."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+@contextlib.contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """Yield a sibling of `path` to write (as a file or a folder); rename it to `path` when the block ends well.
+
+    On an exception what was written is removed and what was at `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove(aside)
+    try:
+        yield aside
+        replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or a folder over whatever is at `target`."""
+    if target.is_dir() and not target.is_symlink():  # a folder cannot be renamed over a full one: move that out of the way first
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    else:
+        os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a broken file is a ValueError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or delete it") from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, Ctrl-C as exit code 130.
+
+    FADING_SHORTCUTS_DEBUG=1 shows the traceback instead.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("FADING_SHORTCUTS_DEBUG"):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,85 @@
+"""Parts that transformers share: attention, MLP, and the embeddings of patches' positions, time and labels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, T, D)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        qkv = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads)  # (N, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        return self.proj(x.transpose(1, 2).reshape(n, t, d))  # (N, T, D)
+
+
+class MLP(nn.Module):
+    """Linear - GELU (tanh) - Linear over (..., D)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class TimestepEmbedding(nn.Module):
+    """Time (N,) -> sinusoids -> MLP -> (N, D)."""
+
+    def __init__(self, dim: int, num_frequencies: int = 128, max_period: float = 10_000) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * num_frequencies, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        exponents = torch.arange(num_frequencies) / num_frequencies
+        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
+        nn.init.normal_(self.fc1.weight, std=0.02)
+        nn.init.normal_(self.fc2.weight, std=0.02)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies  # (N, F)
+        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.fc1.weight.dtype))))
+
+
+class LabelEmbedding(nn.Embedding):
+    """Labels (N,) -> (N, D). The last row stands for "no label": classifier-free guidance trains and asks it."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__(num_classes + 1, dim)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(N, C, H, W) -> (N, T, C * p * p), a patch's values ordered as a convolution's kernel."""
+    n, c, h, w = images.shape
+    p = patch_size
+    return images.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, (h // p) * (w // p), c * p * p)
+
+
+def unpatchify(patches: Tensor, patch_size: int, height_px: int, width_px: int) -> Tensor:
+    """(N, T, p * p * C) -> (N, C, H, W), a patch's values ordered with the channel last (as in MAE, DiT, SiT)."""
+    n, p = len(patches), patch_size
+    grid = patches.view(n, height_px // p, width_px // p, p, p, -1)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, height_px, width_px)
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions (T, D): the first half encodes the column, the second the row (MAE)."""
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}")
+    omega = 1 / 10_000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    halves = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # 2 x (T, D/4)
+    return torch.cat([part for angles in halves for part in (angles.sin(), angles.cos())], dim=1).float()

@@ -1,0 +1,113 @@
+"""A run on disk: resumable checkpoints, and the pipeline that anyone can load."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from models.files import read_json, remove, sha256, write_json, written_aside
+from models.pipeline import INDEX, Pipeline
+from training.ema import EMA
+
+MANIFEST = "manifest.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of a folder named step-N."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).is_file() and path.name[5:].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def save_checkpoint(accelerator: Accelerator, run: Path, step: int, limit: int | None) -> None:
+    """Write `checkpoints/step-N` aside, rename it when whole, then delete the oldest beyond `limit`. Every process calls this."""
+    target = run / "checkpoints" / f"step-{step}"
+    aside = target.with_name(f".{target.name}.partial")
+    if accelerator.is_main_process:
+        for leftover in target.parent.glob(".step-*"):
+            remove(leftover)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+        write_json(aside / MANIFEST, {"step": step, "files": manifest})
+        remove(target)
+        aside.rename(target)
+        for old in checkpoints(run)[: -limit if limit else 0]:
+            remove(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint to resume from.
+
+    Args:
+        which: "latest", or a name such as "step-1000".
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint to resume from; leave --resume_from_checkpoint away to start anew")
+    if which == "latest":
+        for checkpoint in reversed(found):
+            damage = _damage(checkpoint)
+            if damage is None:
+                return checkpoint
+            print(f"{checkpoint} is damaged ({damage}); trying the one before", flush=True)
+        raise ValueError(f"every checkpoint of {run} is damaged; start anew in another folder")
+    checkpoint = run / "checkpoints" / Path(which).name
+    if checkpoint not in found:
+        raise ValueError(f"{run} has no checkpoint {which!r}; it has {', '.join(path.name for path in found)}")
+    if damage := _damage(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: {damage}; resume from another one")
+    return checkpoint
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    for name, expected in read_json(checkpoint / MANIFEST)["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def export_pipeline(run: Path, model: nn.Module, ema: EMA, class_names: tuple[str, ...], training: dict[str, Any]) -> None:
+    """Write `model/`, `ema/`, `scheduler/` and the index in the diffusers layout: `Pipeline.from_pretrained(run)` loads them."""
+    pipeline = Pipeline(model, FlowMatchEulerDiscreteScheduler(), class_names, training)
+    for name, module in (("model", model), ("ema", averaged(model, ema)), ("scheduler", pipeline.scheduler)):
+        with written_aside(run / name) as aside:
+            module.save_pretrained(aside)
+    with written_aside(run / INDEX) as aside:
+        write_json(aside, dict(pipeline.config))
+
+
+def averaged(model: nn.Module, ema: EMA) -> nn.Module:
+    """A copy of the model in evaluation mode with the averaged parameters."""
+    twin = copy.deepcopy(model).eval()
+    ema.copy_to(twin.parameters())
+    return twin
+
+
+def run_metadata() -> dict[str, Any]:
+    """What a run was made with: versions of the libraries that matter, and the git revision."""
+    import subprocess
+    from importlib.metadata import version
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    versions = {name: version(name) for name in ("torch", "diffusers", "accelerate")}
+    return {"versions": versions, "git": git.stdout.strip() or None, "cpu": torch.backends.cpu.get_cpu_capability()}

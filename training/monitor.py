@@ -1,0 +1,65 @@
+"""What a training tells while it runs: `metrics.jsonl`, trackers, norms of the blocks, sample grids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from models.files import written_aside
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """One line a logged step. Resuming drops the lines of steps that will be taken again."""
+
+    def __init__(self, run: Path, accelerator: Accelerator, first_step: int) -> None:
+        self.path = run / METRICS
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            kept = [line for line in read_metrics(run) if line["step"] <= first_step]
+            with written_aside(self.path) as aside:
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line with `step`, and hand its numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        self.accelerator.log(numbers, step=line["step"])
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = run / METRICS
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+@torch.no_grad()
+def block_norms(model: nn.Module, arguments: tuple[Tensor, ...], num_images: int = 16) -> list[float]:
+    """Root mean square of every block's output on a few images: where shortcuts fade too fast it explodes."""
+    _, features = model(*(argument[:num_images] for argument in arguments), return_features=True)
+    return torch.stack([block.float().square().mean().sqrt() for block in features]).tolist()
+
+
+def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
+    """uint8 (N, H, W, C) -> one picture, row by row, on white."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    padded = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    padded[:n] = images
+    grid = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    with written_aside(path) as aside:
+        Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(aside, format="png")

@@ -1,0 +1,49 @@
+"""Options are declared once, as dataclass fields; command lines and presets are made from them."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, least: float | None = None, most: float | None = None) -> Any:
+    """A dataclass field with its help, its choices or its range (both ends allowed)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
+
+
+def add_options(parser: argparse.ArgumentParser, group: type) -> None:
+    """One flag for every field of a dataclass."""
+    flags = parser.add_argument_group(group.__doc__.splitlines()[0].rstrip(".") if group.__doc__ else group.__name__)
+    types_of = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        kind = _kind(types_of[field.name])
+        help_text = field.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
+        if kind is bool:
+            flags.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default, help=help_text)
+        else:
+            flags.add_argument(f"--{field.name}", type=kind, default=field.default, choices=field.metadata["choices"], help=help_text)
+
+
+def read_options(arguments: argparse.Namespace, group: type[T]) -> T:
+    """The dataclass from parsed flags.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(group)}
+    for field in dataclasses.fields(group):
+        value, least, most = values[field.name], field.metadata["least"], field.metadata["most"]
+        if value is not None and ((least is not None and value < least) or (most is not None and value > most)):
+            allowed = f"at least {least}" if most is None else f"at most {most}" if least is None else f"between {least} and {most}"
+            raise ValueError(f"--{field.name} is {value}; it must be {allowed}")
+    return group(**values)
+
+
+def _kind(annotation: Any) -> type:
+    """int from `int` or `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return annotation

@@ -1,0 +1,117 @@
+"""Train a diffusion model with fading shortcuts.
+
+    accelerate launch training/train_diffusion.py --preset openmoji-decayed
+    accelerate launch training/train_diffusion.py --train_data_dir my_images --resolution 64 --size S --patch_size 4 \
+        --alpha_min 0.6 --max_train_steps 100000 --output_dir runs/mine
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+
+from models.files import one_line_errors
+from models.pipeline import Pipeline, SAMPLERS, to_uint8
+from models.registry import BACKBONES, SIZES, create_model
+from training.checkpoint import averaged
+from training.data import SPLITS, load_images
+from training.ema import EMA
+from training.loop import LoopOptions, describe, train
+from training.monitor import save_grid
+from training.objectives import FlowMatching
+from training.options import add_options, option, read_options
+from training.presets import PRESETS
+
+GRID_IMAGES, GRID_COLUMNS = 36, 9
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data."""
+
+    dataset_name: str | None = option(None, 'the embedded "openmoji", a hub name, or a folder of parquet files')
+    train_data_dir: str | None = option(None, "folder of images, a subfolder for each class or none")
+    dataset_split: str = option("train", "what to train on", choices=SPLITS)
+    image_column: str = option("image", "column of the images")
+    label_column: str | None = option(None, 'column of the labels; "label" is found by itself')
+    resolution: int = option(32, "edge in pixels after centre crop and resize", least=1)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model and objective."""
+
+    backbone: str = option("dit", "architecture", choices=tuple(BACKBONES))
+    size: str = option("XS", "width and depth", choices=SIZES)
+    patch_size: int = option(4, "edge of a patch in pixels; divides the resolution", least=1)
+    alpha_min: float = option(1.0, "share of the shortcut kept by the last sub-layer, in (0, 1]; 1 is the plain network")
+    long_skips: bool = option(True, "connect encoder blocks to decoder blocks")
+    class_conditional: bool = option(True, "use the labels of the data, where it has them")
+    class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags, with the presets listed in the help."""
+    presets = "\n".join(f"  {name:18} {preset.about}" for name, preset in PRESETS.items())
+    flags = argparse.ArgumentParser(
+        description=__doc__, epilog=f"presets:\n{presets}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help="a named run (listed below); other flags win over it")
+    for group in (DataOptions, ModelOptions, LoopOptions):
+        add_options(flags, group)
+    return flags
+
+
+def sample_grid(run: Path, step: int, model: nn.Module, ema: EMA) -> None:
+    """Write samples/step-N.png from the averaged weights: the same seeds each time, one class after another."""
+    pipeline = Pipeline(averaged(model, ema), SAMPLERS["euler"]())
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [i % pipeline.num_classes for i in range(GRID_IMAGES)] if pipeline.num_classes else None
+    images = pipeline(GRID_IMAGES, labels, seed=0, guidance_scale=2.0 if labels else 1.0, output_type="pt").images
+    save_grid(run / "samples" / f"step-{step}.png", to_uint8(images), GRID_COLUMNS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    flags = parser()
+    preset = flags.parse_known_args(arguments)[0].preset
+    if preset:
+        flags.set_defaults(output_dir=f"runs/{preset}", **PRESETS[preset].flags)
+    parsed = flags.parse_args(arguments)
+    with one_line_errors():
+        data_options, model_options, loop_options = (read_options(parsed, group) for group in (DataOptions, ModelOptions, LoopOptions))
+        name = data_options.train_data_dir or data_options.dataset_name
+        if name is None or (data_options.train_data_dir and data_options.dataset_name):
+            raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
+        set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
+        data = load_images(
+            name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column
+        )
+        num_classes = data.num_classes if model_options.class_conditional else 0
+        model = create_model(
+            model_options.backbone,
+            model_options.size,
+            image_size=data_options.resolution,
+            patch_size=model_options.patch_size,
+            num_classes=num_classes,
+            alpha_min=model_options.alpha_min,
+            long_skips=model_options.long_skips,
+        )
+        config = {"preset": preset, **asdict(data_options), **asdict(model_options)}
+        print(describe(config, model.alphas, model.num_parameters()), flush=True)
+        step = train(
+            loop_options,
+            model,
+            data,
+            FlowMatching(num_classes, model_options.class_dropout),
+            config,
+            {loop_options.sample_steps: sample_grid} if loop_options.sample_steps else None,
+        )
+        print(f"{loop_options.output_dir}: {step} steps done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
