@@ -1,33 +1,64 @@
-"""The one cure for a torch and a torchvision that were built for different devices."""
+"""The one cure for a torch and a torchvision that were built for different devices.
 
-import importlib
+diffusers, timm, torch-fidelity and the `accelerate` command import torchvision. The wheel on the package index is built against CUDA;
+beside a CPU build of torch its extension does not load, and the import stops at "operator torchvision::nms does not exist" (then
+`qnms`). None of them calls those operators here, so declaring their schemas is enough.
+
+    python -m models.compat     lets this environment cure itself whenever torchvision is imported, if it needs that
+"""
+
+import importlib.abc
+import importlib.util
 import sys
+import sysconfig
+from pathlib import Path
 
-import torch
-
-# The library must outlive the import: its schemas vanish when it is collected.
-_schemas: list[torch.library.Library] = []
+HOOK = "fading_shortcuts_torchvision.pth"
+# Python runs the line of a .pth file at every start; it must not fail where the project has been moved away.
+LINE = 'import sys; exec("try:\\n import models.compat as c\\n c.watch()\\nexcept ImportError: pass")\n'
+_declared: list[object] = []  # a library's schemas vanish with it
 
 
 def import_torchvision() -> None:
-    """Import torchvision even where its compiled operators cannot load.
+    """Import torchvision, cured if it needs that; nothing where it is not installed."""
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
+        declare_operators()
+        importlib.import_module("torchvision")
 
-    diffusers, timm and torch-fidelity import torchvision. The wheel on the package index is built against CUDA; beside a
-    CPU build of torch its extension does not load, and the import stops at "operator torchvision::nms does not exist"
-    (then `qnms`). Nothing here calls those operators, so declaring their schemas is enough. Where the import works, or where
-    torchvision is not installed, this does nothing more.
-    """
+
+def declare_operators() -> bool:
+    """Declare torchvision's operators if its extension cannot be loaded; returns whether that was so."""
+    import torch
+
+    folder = Path(importlib.util.find_spec("torchvision").origin).parent
+    extension = next((path for pattern in ("_C*.so", "_C*.pyd") for path in folder.glob(pattern)), None)
     try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _schemas.append(library)
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        importlib.import_module("torchvision")
+        torch.ops.load_library(str(extension))
+        return False
+    except (OSError, RuntimeError):
+        if not _declared:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _declared.append(library)
+        return True
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Declares the operators just before torchvision is imported, once."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            declare_operators()
+
+
+def watch() -> None:
+    """What the hook calls when Python starts."""
+    sys.meta_path.insert(0, _Watch())
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("torchvision") and declare_operators():
+        Path(sysconfig.get_path("purelib"), HOOK).write_text(LINE)
+        print("torchvision's extension does not fit this torch; its operators are declared whenever it is imported")

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and errors that are one line."""
+"""Guards: files that are whole or not there, memory asked for before it is taken, errors that are one line."""
 
 import contextlib
 import hashlib
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 EXIT_BAD_INPUT = 2
 
@@ -69,19 +71,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_memory(num_bytes: int, what: str) -> None:
+    """Raise ValueError if that many bytes are not free."""
+    free = psutil.virtual_memory().available
+    if num_bytes > free:
+        need, have = num_bytes / 2**30, free / 2**30
+        raise ValueError(f"{what} would take about {need:,.0f} GiB of memory, and {have:.0f} GiB are free; ask for less")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, Ctrl-C as exit code 130.
+    """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, a training that broke
+    down (FloatingPointError) as one and exit code 1, Ctrl-C as exit code 130.
 
     FADING_SHORTCUTS_DEBUG=1 shows the traceback instead.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FADING_SHORTCUTS_DEBUG"):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from diffusers import (  # noqa: E402
     UniPCMultistepScheduler,
 )
 
-from models.files import read_json  # noqa: E402
+from models.files import read_json, require_memory  # noqa: E402
 from models.paths import data_from_velocity, noise_velocity, time_from_sigma  # noqa: E402
 from models.registry import backbone_class  # noqa: E402
 
@@ -78,7 +77,7 @@ class Pipeline(DiffusionPipeline):
         path = Path(path)
         if not (path / INDEX).is_file():
             hint = "; its first checkpoint is not written yet" if (path / "config.json").is_file() else ""
-            raise ValueError(f"{path} is not a checkpoint: there is no {INDEX} in it{hint}; give the folder of a run or of a shipped checkpoint")
+            raise ValueError(f"{path} is not a checkpoint: it holds no {INDEX}{hint}; give the folder of a run or of a shipped checkpoint")
         index = read_json(path / INDEX)
         folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
         try:
@@ -217,10 +216,3 @@ def _set_steps(scheduler: Any, steps: int) -> None:
 def to_uint8(x: Tensor) -> np.ndarray:
     """Float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), clipped."""
     return x.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def require_memory(num_bytes: int, what: str) -> None:
-    """Raise ValueError if that many bytes are not free, before they are taken."""
-    free = psutil.virtual_memory().available
-    if num_bytes > free:
-        raise ValueError(f"{what} would take about {num_bytes / 2**30:,.0f} GiB of memory, and {free / 2**30:.0f} GiB are free; ask for fewer")

@@ -44,7 +44,7 @@ def linear_schedule(num_sublayers: int, alpha_min: float) -> tuple[float, ...]:
     if num_sublayers == 1:
         return (float(alpha_min),)
     delta = (1 - alpha_min) / (num_sublayers - 1)
-    return tuple(1 - delta * layer for layer in range(num_sublayers - 1)) + (float(alpha_min),)
+    return (*(1 - delta * layer for layer in range(num_sublayers - 1)), float(alpha_min))
 
 
 def effective_alpha(alphas: tuple[float, ...]) -> float:

@@ -1,6 +1,9 @@
 """A run on disk: resumable checkpoints, and the pipeline that anyone can load."""
 
 import copy
+import shutil
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +108,9 @@ def averaged(model: nn.Module, ema: EMA) -> nn.Module:
 
 def run_metadata() -> dict[str, Any]:
     """What a run was made with: versions of the libraries that matter, and the git revision."""
-    import subprocess
-    from importlib.metadata import version
-
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     versions = {name: version(name) for name in ("torch", "diffusers", "accelerate")}
-    return {"versions": versions, "git": git.stdout.strip() or None, "cpu": torch.backends.cpu.get_cpu_capability()}
+    revision = None
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        revision = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    return {"versions": versions, "git_revision": revision, "cpu_capability": torch.backends.cpu.get_cpu_capability()}

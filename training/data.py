@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from models.files import read_json, write_json, written_aside
+from models.files import read_json, require_memory, write_json, written_aside
 
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
@@ -135,7 +135,8 @@ def _open(name: str, split: str) -> Any:
             elif any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
                 splits = datasets.load_dataset("imagefolder", data_dir=name)
             else:
-                raise ValueError(f"{name} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and no parquet files; point to a folder that does")
+                suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+                raise ValueError(f"{name} holds no images ({suffixes}) and no parquet files; point to a folder that does")
         elif folder.exists():
             raise ValueError(f"{name} is a file; point to the folder that holds the images")
         else:
@@ -206,6 +207,7 @@ def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: i
             reason = type(error).__name__ if what and what in str(error) else error
             raise ValueError(f"{what or f'image {i} of {name}'} cannot be read as an image ({reason}); mend or remove it") from None
 
+    require_memory(count * resolution**2 * 3, f"{count} images of {resolution} px")
     images = np.empty((count, resolution, resolution, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
         decoded = tqdm(pool.map(decode, enumerate(rows)), f"packing {name}", count, unit=" images", leave=False, disable=None)

@@ -33,7 +33,7 @@ CONFIG = "config.json"
 STOP_CHECK_STEPS = 10  # how often several processes agree on stopping
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
-    "max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_steps sample_steps".split()
+    "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps".split()
 )
 
 Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -116,8 +116,8 @@ def train(
         fused=True,
     )
     bare, (model, optimizer) = model, accelerator.prepare(model, optimizer)
-    ema = EMA(bare.parameters(), options.ema_decay)
-    accelerator.register_for_checkpointing(ema)
+    ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
+    accelerator.register_for_checkpointing(ema, losses)
 
     config = {**config, **dataclasses.asdict(options), "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
     step = _resume_or_start(accelerator, run, options, config)
@@ -125,21 +125,28 @@ def train(
     if options.report_to != "none":
         accelerator.init_trackers("logs")
 
+    def mean_loss() -> float:
+        mean = losses.mean()
+        if not math.isfinite(mean):
+            remedy = "lower the learning rate, or raise alpha_min"
+            raise FloatingPointError(f"the loss is not finite before step {step}; {remedy}. The last checkpoint is of step {saved}")
+        return mean
+
     def save() -> None:
+        mean_loss()
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         if accelerator.is_main_process:
             training = {"steps": step, "images_seen": step * images_a_step, "data": data.name, "data_fingerprint": data.fingerprint}
             checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**training, "seed": options.seed})
 
     order = _Order(len(data), options.seed)
-    total = torch.zeros((), device=device)  # of the losses since the last line; read only when a line is written
     saved = step
     line_began, line_step = time.monotonic(), step
     bar = tqdm(
         total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
     )
     with _StopSignals(accelerator) as stop:
-        while step != options.max_train_steps and not stop.asked(step):
+        while step < (options.max_train_steps or math.inf) and not stop.asked(step):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, step)
             for accumulated in range(options.gradient_accumulation_steps):
@@ -149,41 +156,33 @@ def train(
                 if options.random_flip:
                     mirrored = torch.rand(batch_size, device=device, generator=generator) < 0.5
                     batch["images"] = torch.where(mirrored.view(-1, 1, 1, 1), batch["images"].flip(3), batch["images"])
-                with accelerator.accumulate(model), accelerator.autocast():
-                    loss, _ = objective(model, batch, generator)
+                with accelerator.accumulate(model):
+                    loss, _ = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and options.max_grad_norm:
                         accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    total += loss.detach()
+                    losses.add(loss)
             step += 1
             ema.update(bare.parameters(), step)
             bar.update()
 
             if step % options.logging_steps == 0 or step == options.max_train_steps:
-                steps = step - line_step
-                mean = accelerator.reduce(total, "mean").item() / (steps * options.gradient_accumulation_steps)
-                if not math.isfinite(mean):
-                    raise FloatingPointError(
-                        f"the loss is not finite at step {step}; lower the learning rate or raise alpha_min. "
-                        f"The last checkpoint is of step {saved}"
-                    )
-                rate = steps * images_a_step / (time.monotonic() - line_began)
+                rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
                 arguments, _ = objective.inputs(batch, generator)
-                with accelerator.autocast():
-                    norms = block_norms(bare, arguments)
                 line = {
                     "step": step,
                     "images": step * images_a_step,
-                    "loss": mean,
+                    "loss": mean_loss(),
                     "lr": learning_rate(options, step - 1),
                     "images_per_s": round(rate, 2),
-                    "block_norms": [round(norm, 4) for norm in norms],
+                    "block_norms": [round(norm, 4) for norm in block_norms(bare, arguments)],
                 }
                 metrics.write(line)
-                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")
-                total.zero_()
+                left = "" if options.max_train_steps else f", {options.max_train_minutes - (time.monotonic() - began) / 60:.1f} min left"
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.0f} images/s{left}")
+                losses.reset()
                 line_began, line_step = time.monotonic(), step
             if accelerator.is_main_process:
                 for every, callback in (callbacks or {}).items():
@@ -241,15 +240,44 @@ class _Order:
         return torch.cat(found).numpy()
 
 
-class _StopSignals:
-    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
-
-    A second signal interrupts at once.
-    """
+class _LossMeter:
+    """Mean of the losses since the last line; stays on the device until it is read, and travels with checkpoints."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.wished = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.total, self.count = torch.zeros((), device=self.accelerator.device), 0
+
+    def add(self, loss: Tensor) -> None:
+        self.total += loss.detach()
+        self.count += 1
+
+    def mean(self) -> float:
+        """Over all processes; every process calls this. 0 if nothing was added."""
+        self.total = self.accelerator.reduce(self.total, "mean")
+        return self.total.item() / max(1, self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.count = state["total"].to(self.accelerator.device), state["count"]
+
+
+class _StopSignals:
+    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
+
+    A second signal interrupts at once; a launcher may hand on the one that its processes got from the terminal already, so only
+    one that comes later counts.
+    """
+
+    ECHO_S = 3.0
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.wished, self.signalled = False, -math.inf
         # accelerate's launcher for one process dies of a signal without handing it on
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
@@ -262,8 +290,12 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.wished:
+        now = time.monotonic()
+        if self.wished and now - self.signalled > self.ECHO_S:
             raise KeyboardInterrupt
+        if self.wished:
+            return
+        self.signalled = now
         self.ask()
         if self.accelerator.is_main_process:
             tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more to leave at once")
@@ -297,14 +329,16 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if options.resume_from_checkpoint is None:
         if (run / CONFIG).exists():
-            raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
+            remedy = "add --resume_from_checkpoint latest to go on with it, or choose another --output_dir"
+            raise ValueError(f"{run} already holds a run; {remedy}")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(run / CONFIG, {**config, **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
     before = read_json(run / CONFIG)
-    changed = [key for key in config if key not in FREE_ON_RESUME and key in before and before[key] != config[key]]
+    free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
+    changed = [key for key in config if key not in free and key in before and before[key] != config[key]]
     if changed:
         what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
         raise ValueError(f"{run} cannot be resumed with other options ({what}); give the first ones, or start another run")

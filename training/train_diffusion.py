@@ -9,16 +9,16 @@ import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from models.files import one_line_errors
-from models.pipeline import Pipeline, SAMPLERS, to_uint8
+from models.pipeline import SAMPLERS, Pipeline, to_uint8
 from models.registry import BACKBONES, SIZES, create_model
 from training.checkpoint import averaged
 from training.data import SPLITS, load_images
 from training.ema import EMA
+from training.launch import spread_over_cpu_processes
 from training.loop import LoopOptions, describe, train
 from training.monitor import save_grid
 from training.objectives import FlowMatching
@@ -87,9 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name is None or (data_options.train_data_dir and data_options.dataset_name):
             raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
         set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
-        data = load_images(
-            name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column
-        )
+        data = load_images(name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column)
         num_classes = data.num_classes if model_options.class_conditional else 0
         model = create_model(
             model_options.backbone,
@@ -114,4 +112,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    spread_over_cpu_processes()
     main()

@@ -1,0 +1,191 @@
+"""Paths, samplers, guidance, seeds, saving."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from models import Pipeline
+from models.paths import data_from_velocity, interpolate, velocity
+from models.pipeline import SAMPLERS, to_uint8
+
+Make = Callable[..., nn.Module]
+
+
+@pytest.fixture
+def pipeline(tiny_dit: Make) -> Pipeline:
+    pipeline = Pipeline(tiny_dit(alpha_min=0.6), FlowMatchEulerDiscreteScheduler(), ["a", "b", "c"], {"images_seen": 7})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class PointMass(nn.Module):
+    """The exact velocity when all data are one image: v(x, t) = (data - x) / (1 - t)."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, config: object, data: Tensor) -> None:
+        super().__init__()
+        self.config, self.data, self.evaluations = config, nn.Parameter(data), 0
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.evaluations += 1
+        return (self.data - x) / (1 - t).view(-1, 1, 1, 1)
+
+
+class Gaussian(PointMass):
+    """The exact velocity when data are N(0, spread^2): linear in x, so the map from noise to data is noise * spread."""
+
+    spread = 0.5
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        variance = t**2 * self.spread**2 + (1 - t) ** 2
+        return (t * self.spread**2 - (1 - t)) / variance * x
+
+
+def test_path_runs_from_noise_to_data() -> None:
+    data, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 0.25, 0.5, 1])
+    x = interpolate(data, noise, t)
+    assert torch.equal(x[0], noise[0])
+    assert torch.equal(x[3], data[3])
+    torch.testing.assert_close(data_from_velocity(x, velocity(data, noise), t), data)
+    later = interpolate(data, noise, t + 1e-3)
+    torch.testing.assert_close((later - x) / 1e-3, velocity(data, noise), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_samplers_reach_a_point_mass(pipeline: Pipeline, sampler: str, steps: int) -> None:
+    data = torch.rand(3, 16, 16) * 2 - 1
+    exact = Pipeline(PointMass(pipeline.model.config, data), FlowMatchEulerDiscreteScheduler())
+    images = exact(2, num_inference_steps=steps, sampler=sampler, output_type="pt").images
+    torch.testing.assert_close(images, data.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "error"), [("euler", 0.03), ("heun", 3e-3), ("dpm++", 5e-3), ("unipc", 5e-3)])
+def test_samplers_solve_an_equation_with_a_known_answer(pipeline: Pipeline, sampler: str, error: float) -> None:
+    exact = Pipeline(Gaussian(pipeline.model.config, torch.zeros(1)), FlowMatchEulerDiscreteScheduler())
+    images = exact(2, seed=3, num_inference_steps=40, sampler=sampler, output_type="pt").images
+    torch.testing.assert_close(images, exact.noise(2, 3) * Gaussian.spread, atol=error * 4, rtol=0)  # noise reaches about 4
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 10), ("heun", 19), ("dpm++", 10), ("unipc", 10)])
+def test_every_step_is_announced_once(pipeline: Pipeline, sampler: str, evaluations: int) -> None:
+    seen = []
+    pipeline(2, 1, num_inference_steps=10, sampler=sampler, callback_on_step_end=lambda *call: seen.append(call))
+    assert [step for _, step, _, _ in seen] == list(range(1, evaluations + 1))
+    assert all(total == evaluations and preview.shape == (2, 3, 16, 16) for _, _, total, preview in seen)
+
+
+def test_the_last_euler_preview_is_the_image(pipeline: Pipeline) -> None:
+    previews = []
+    images = pipeline(2, num_inference_steps=5, output_type="pt", callback_on_step_end=lambda *call: previews.append(call[3])).images
+    torch.testing.assert_close(previews[-1], images, atol=1e-5, rtol=1e-5)
+
+
+def test_an_exception_in_the_callback_stops_sampling(pipeline: Pipeline) -> None:
+    def stop(pipeline: Pipeline, step: int, total: int, preview: Tensor) -> None:
+        if step == 3:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        pipeline(1, num_inference_steps=10, callback_on_step_end=stop)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_i_depends_on_seed_plus_i_alone(pipeline: Pipeline, sampler: str) -> None:
+    options = dict(guidance_scale=2.0, num_inference_steps=4, sampler=sampler, output_type="pt")
+    together = pipeline(5, [0, 1, 2, 0, 1], seed=10, **options).images
+    for i, label in enumerate([0, 1, 2, 0, 1]):
+        alone = pipeline(1, label, seed=10 + i, **options).images
+        torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=1e-4)
+    assert torch.equal(pipeline(5, [0, 1, 2, 0, 1], seed=10, **options).images, together)
+
+
+def test_noise_is_the_same_for_every_model(tiny_dit: Make, pipeline: Pipeline) -> None:
+    plain = Pipeline(tiny_dit(alpha_min=1.0, depth=2), FlowMatchEulerDiscreteScheduler())
+    assert torch.equal(plain.noise(3, 5), pipeline.noise(3, 5))
+    assert torch.equal(pipeline.noise(3, 5)[1], pipeline.noise(1, 6)[0])
+
+
+def test_guidance_is_the_formula(pipeline: Pipeline) -> None:
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 2])
+    with_label, without = pipeline.model(x, t, labels), pipeline.model(x, t)
+    guided = pipeline._velocity(x, t, torch.cat([labels, torch.tensor([3, 3])]), 2.5)
+    torch.testing.assert_close(guided, without + 2.5 * (with_label - without), atol=1e-4, rtol=1e-4)
+
+
+def test_scheduler_state_does_not_leak_between_calls(pipeline: Pipeline) -> None:
+    first = pipeline(1, num_inference_steps=6, output_type="pt").images
+    pipeline(1, num_inference_steps=3)
+    assert torch.equal(pipeline(1, num_inference_steps=6, output_type="pt").images, first)
+
+
+def test_output_types(pipeline: Pipeline) -> None:
+    array = pipeline(2, num_inference_steps=2, output_type="np").images
+    assert array.dtype == np.uint8 and array.shape == (2, 16, 16, 3)
+    pictures = pipeline(2, num_inference_steps=2).images
+    assert np.array_equal(np.asarray(pictures[1]), array[1])
+    assert to_uint8(torch.tensor([-2.0, -1, 0, 1, 9]).view(1, 1, 1, 5)).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_saved_and_loaded_it_samples_the_same(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path)
+    assert loaded.config.class_names == ["a", "b", "c"]
+    assert loaded.config.training == {"images_seen": 7}
+    expected = pipeline(2, 1, guidance_scale=3.0, num_inference_steps=3, output_type="pt").images
+    assert torch.equal(loaded(2, 1, guidance_scale=3.0, num_inference_steps=3, output_type="pt").images, expected)
+    assert not list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_images=0), "at least 1"),
+        (dict(num_images=10**9), "GiB"),
+        (dict(class_labels=3), "0 to 2"),
+        (dict(class_labels=-1), "0 to 2"),
+        (dict(class_labels=[0, 1]), "2 labels for 1 images"),
+        (dict(seed=-1), "seed"),
+        (dict(seed=2**63), "seed"),
+        (dict(num_inference_steps=0), "num_inference_steps"),
+        (dict(guidance_scale=float("nan")), "guidance_scale"),
+        (dict(sampler="ddim"), "euler, heun"),
+        (dict(output_type="gif"), "pil, np or pt"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(pipeline: Pipeline, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline(**options)
+
+
+def test_an_unconditional_model_refuses_labels(tiny_dit: Make) -> None:
+    pipeline = Pipeline(tiny_dit(num_classes=0), FlowMatchEulerDiscreteScheduler())
+    assert len(pipeline(2, num_inference_steps=2, guidance_scale=3.0).images) == 2
+    with pytest.raises(ValueError, match="unconditional"):
+        pipeline(1, 0)
+
+
+def test_folders_that_are_no_checkpoints_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        Pipeline.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="first checkpoint is not written yet"):
+        Pipeline.from_pretrained(tmp_path)
+    broken = tmp_path / "broken"
+    pipeline.save_pretrained(broken)
+    weights = broken / "model/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Pipeline.from_pretrained(broken)
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({**index, "model": ["os", "system"]}))
+    with pytest.raises(ValueError, match="no backbone class 'system'"):
+        Pipeline.from_pretrained(broken)

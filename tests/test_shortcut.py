@@ -1,0 +1,80 @@
+"""The equation, the schedule, the depth rule."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import alpha_min_for, alpha_window, decayed_add, effective_alpha, linear_schedule
+
+
+def test_equation() -> None:
+    x, branch = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    torch.testing.assert_close(decayed_add(x, branch, 0.3), 0.3 * x + branch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alpha_one_is_the_plain_residual_bit_for_bit(dtype: torch.dtype) -> None:
+    x, branch = torch.randn(2, 1000, dtype=dtype), torch.randn(2, 1000, dtype=dtype)
+    assert torch.equal(decayed_add(x, branch, 1.0), x + branch)
+
+
+def test_only_the_shortcut_is_scaled_in_the_gradient() -> None:
+    x, branch = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    decayed_add(x, branch, 0.25).sum().backward()
+    assert x.grad.tolist() == [0.25] * 3
+    assert branch.grad.tolist() == [1.0] * 3
+
+
+@given(st.integers(2, 200), st.floats(1e-3, 1))
+@settings(max_examples=100, deadline=None)
+def test_linear_schedule_is_linspace(num_sublayers: int, alpha_min: float) -> None:
+    alphas = linear_schedule(num_sublayers, alpha_min)
+    assert alphas[0] == 1
+    assert alphas[-1] == alpha_min
+    np.testing.assert_allclose(alphas, np.linspace(1, alpha_min, num_sublayers), rtol=1e-12)
+
+
+def test_effective_alpha_is_the_product() -> None:
+    assert math.isclose(effective_alpha((1.0, 0.5, 0.4)), 0.2)
+
+
+@given(st.integers(2, 200), st.floats(1e-3, 0.99))
+@settings(max_examples=50, deadline=None)
+def test_alpha_min_for_inverts_effective_alpha(num_sublayers: int, effective: float) -> None:
+    alphas = linear_schedule(num_sublayers, alpha_min_for(num_sublayers, effective))
+    assert math.isclose(effective_alpha(alphas), effective, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "low", "high"),
+    [(6, 0.23, 0.41), (8, 0.36, 0.53), (12, 0.53, 0.66), (24, 0.74, 0.82), (28, 0.77, 0.84), (32, 0.80, 0.86)],
+)
+def test_window_is_the_papers(blocks: int, low: float, high: float) -> None:
+    assert alpha_window(2 * blocks) == pytest.approx((low, high), abs=0.0051)
+
+
+@pytest.mark.parametrize("alpha_min", [0, -0.5, 1.01, math.nan, math.inf])
+def test_alpha_min_outside_its_range_is_refused(alpha_min: float) -> None:
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        linear_schedule(24, alpha_min)
+
+
+def test_counts_and_shares_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        linear_schedule(0, 0.5)
+    with pytest.raises(ValueError, match="at least 2"):
+        alpha_min_for(1)
+    with pytest.raises(ValueError, match="alpha_eff"):
+        alpha_min_for(24, 0)
+
+
+def test_importing_models_is_cheap() -> None:
+    code = "import torch, time; began = time.perf_counter(); import models; models.linear_schedule; print(time.perf_counter() - began)"
+    seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(seconds) < 0.5

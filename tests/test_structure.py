@@ -1,0 +1,47 @@
+"""The walls of the house: models -> training -> eval, app."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = {"models": 0, "training": 1, "eval": 2, "app": 2}
+MODULES = [path for folder in ORDER for path in sorted((ROOT / folder).glob("*.py"))]
+BACKBONES = {"dit", "uvit", "unet", "mae"}
+
+
+def is_script(path: Path) -> bool:
+    """Entry scripts are the roof: they may use everything, and nothing imports them."""
+    return path.name.startswith("train_") or path.name in {"campaign.py", "fid.py", "probe.py", "compare.py", "demo.py"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_run_leftward(path: Path) -> None:
+    here = path.parent.name
+    for name in imports(path):
+        there, _, module = name.partition(".")
+        if there not in ORDER:
+            continue
+        assert not is_script(ROOT / there / f"{module}.py"), f"{path} imports the script {name}"
+        if there != here and not is_script(path):
+            assert ORDER[there] < ORDER[here], f"{path} imports {name}"
+        if here == there == "models" and path.stem in BACKBONES:
+            assert module not in BACKBONES, f"the backbone {path} imports the backbone {name}"
+
+
+def test_the_equation_stands_in_one_place() -> None:
+    for path in MODULES:
+        if path.name != "shortcut.py":
+            assert "alpha=alpha" not in path.read_text(), f"{path} writes the decayed sum once more; use decayed_add"

@@ -1,0 +1,259 @@
+"""The loop: exact resumption, processes, signals, files, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from models import Pipeline
+from tests.conftest import ROOT, script_environment
+from training.checkpoint import find_checkpoint
+from training.ema import EMA
+from training.loop import LoopOptions, _Order, learning_rate
+from training.monitor import read_metrics
+from training.objectives import FlowMatching
+
+SCRIPT = "training/train_diffusion.py"
+TINY = [
+    "--resolution", "8", "--patch_size", "4", "--alpha_min", "0.6", "--train_batch_size", "4", "--learning_rate", "1e-3",
+    "--logging_steps", "2", "--sample_steps", "0", "--report_to", "none", "--mixed_precision", "no",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(run_script: Callable, image_folder: Path) -> Callable:
+    """train(run, *flags): a run of the script on the image folder that must succeed."""
+
+    def train(run: Path, *flags: object) -> str:
+        done = run_script(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole_run(train: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(run, "--max_train_steps", 10, "--checkpointing_steps", 5, "--sample_steps", 5, "--random_flip", "--lr_warmup_steps", 3)
+    return run
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for part in ("model", "ema"):
+        first, second = (load_file(run / part / "diffusion_pytorch_model.safetensors") for run in (a, b))
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name]), f"{part} {name}"
+
+
+def without_speed(run: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in read_metrics(run)]
+
+
+def test_a_run_on_disk(whole_run: Path) -> None:
+    files = {str(path.relative_to(whole_run)) for path in whole_run.rglob("*") if path.is_file()}
+    assert {"config.json", "metrics.jsonl", "model_index.json", "samples/step-5.png", "samples/step-10.png"} <= files
+    assert {"model/config.json", "ema/diffusion_pytorch_model.safetensors", "checkpoints/step-5/manifest.json"} <= files
+    assert not [path for path in whole_run.rglob(".*")], "something was left half-written"
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["alpha_min"] == 0.6 and config["versions"]["torch"] and config["data_fingerprint"]
+    assert [line["step"] for line in read_metrics(whole_run)] == [2, 4, 6, 8, 10]
+    assert all(line["loss"] > 0 and len(line["block_norms"]) == 8 for line in read_metrics(whole_run))
+    pipeline = Pipeline.from_pretrained(whole_run)
+    assert pipeline.config.training["images_seen"] == 40
+    assert pipeline.config.class_names == ["cold", "warm"]
+    assert len(pipeline(2, 1, num_inference_steps=2).images) == 2
+
+
+def test_resuming_equals_not_having_stopped_bit_for_bit(train: Callable, whole_run: Path, tmp_path: Path) -> None:
+    flags = ["--checkpointing_steps", 5, "--random_flip", "--lr_warmup_steps", 3]
+    train(tmp_path / "run", "--max_train_steps", 5, *flags)
+    # steps 6 and 7 were logged and then lost, as after a crash
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
+    train(tmp_path / "run", "--max_train_steps", 10, *flags, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "run", whole_run)
+    # the interrupted run wrote a line at its end, step 5; the others agree to the last digit, losses across the gap too
+    assert [line for line in without_speed(tmp_path / "run") if line["step"] % 2 == 0 and line["step"] != 6] == [
+        line for line in without_speed(whole_run) if line["step"] != 6
+    ]
+
+
+def test_the_seed_decides_everything(train: Callable, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, "--max_train_steps", 2, "--seed", seed)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert without_speed(tmp_path / "a") != without_speed(tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_that_accumulates(train: Callable, image_folder: Path, tmp_path: Path) -> None:
+    train(tmp_path / "one", "--max_train_steps", 8, "--gradient_accumulation_steps", 2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "two", *TINY, "--max_train_steps", 8]
+    done = subprocess.run([*launch, SCRIPT, *map(str, flags)], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = without_speed(tmp_path / "one"), without_speed(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--cpu"]], ids=["python", "accelerate launch"])
+def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], train: Callable, image_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--train_data_dir", image_folder, "--output_dir", run, *TINY, "--max_train_steps", 100_000]
+    command = [sys.executable, *launcher, SCRIPT, *map(str, flags)]
+    process = subprocess.Popen(command, cwd=ROOT, env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(read_metrics(run)) >= 2)
+    process.send_signal(number)
+    process.wait(60)
+    if not launcher:
+        assert process.returncode == 0
+    wait_for(lambda: (run / "model_index.json").exists())
+    step = int(find_checkpoint(run, "latest").name.removeprefix("step-"))
+    assert step >= 4
+    train(run, "--max_train_steps", step + 2, "--resume_from_checkpoint", "latest")
+    assert Pipeline.from_pretrained(run).config.training["steps"] == step + 2
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_minutes_end_a_run(train: Callable, tmp_path: Path) -> None:
+    train(tmp_path / "run", "--max_train_minutes", 0.02)
+    assert find_checkpoint(tmp_path / "run", "latest")
+    assert Pipeline.from_pretrained(tmp_path / "run").config.training["images_seen"] > 0
+
+
+def test_damaged_checkpoints_are_passed_over(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import shutil
+
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    weights = run / "checkpoints/step-10/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert find_checkpoint(run, "latest").name == "step-5"
+    assert "step-10 is damaged (model.safetensors has changed)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="damaged"):
+        find_checkpoint(run, "step-10")
+    (run / "checkpoints/step-5/optimizer.bin").unlink()
+    with pytest.raises(ValueError, match="every checkpoint"):
+        find_checkpoint(run, "latest")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alpha_min", "0"], "(0, 1]"),
+        (["--alpha_min", "1.5"], "(0, 1]"),
+        (["--patch_size", "3"], "not divisible"),
+        (["--train_batch_size", "0"], "at least 1"),
+        (["--train_data_dir", "nowhere"], "nowhere"),
+        (["--dataset_name", "openmoji"], "give one of"),
+        (["--lr_scheduler", "cosine", "--max_train_minutes", "1", "--max_train_steps", "x"], "invalid int"),
+        (["--resume_from_checkpoint", "latest"], "no checkpoint to resume"),
+        (["--preset", "nonsense"], "openmoji-plain"),
+        (["--size", "XXL"], "XS"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(flags: list[str], message: str, image_folder: Path, tmp_path: Path) -> None:
+    from training.train_diffusion import main
+
+    base = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 1]
+    AcceleratorState._reset_state(True)
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, base), *flags])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(run_script: Callable, whole_run: Path, image_folder: Path) -> None:
+    base = [SCRIPT, "--train_data_dir", image_folder, "--output_dir", whole_run, *TINY, "--max_train_steps", 20]
+    again = run_script(*base)
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: ") and "--resume_from_checkpoint latest" in again.stderr
+    other = run_script(*base, "--resume_from_checkpoint", "latest", "--seed", 5)
+    assert other.returncode == 2
+    assert "seed was 0 and is 5" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_help_names_defaults_and_presets(run_script: Callable) -> None:
+    text = run_script(SCRIPT, "--help").stdout
+    assert "openmoji-decayed" in text and "(default: 64)" in text
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run_script: Callable, image_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--max_train_steps", 50, "--checkpointing_steps", 1, "--learning_rate", "1e30", "--max_grad_norm", 0]
+    done = run_script(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
+    assert done.returncode == 1
+    assert "not finite" in done.stderr and "Traceback" not in done.stderr
+    state = load_file(find_checkpoint(run, "latest") / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_every_image_is_seen_once_an_epoch() -> None:
+    order = _Order(10, seed=3)
+    seen = [order.indices(4 * i, 4).tolist() for i in range(5)]
+    flat = [index for part in seen for index in part]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert _Order(10, seed=3).indices(8, 4).tolist() == seen[2]
+
+
+def test_learning_rates() -> None:
+    options = LoopOptions(learning_rate=1.0, lr_warmup_steps=4, max_train_steps=104, lr_scheduler="cosine")
+    assert [learning_rate(options, step) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert learning_rate(options, 54) == pytest.approx(0.5)
+    assert learning_rate(options, 104) == pytest.approx(0)
+
+
+def test_ema_is_the_recursion() -> None:
+    parameter, expected = torch.nn.Parameter(torch.zeros(3)), 0.0
+    ema = EMA([parameter], decay=0.5)
+    for step in range(1, 40):
+        parameter.data += 1
+        ema.update([parameter], step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    torch.testing.assert_close(ema.averages[0], torch.full((3,), expected))
+
+
+def test_flow_matching_asks_for_data_minus_noise(tiny_dit: Callable) -> None:
+    batch = {"images": torch.randn(64, 3, 16, 16), "labels": torch.zeros(64, dtype=torch.long)}
+    (x, t, labels), target = FlowMatching(3, class_dropout=0.25).inputs(batch, torch.Generator().manual_seed(0))
+    noise = batch["images"] - target
+    t = t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(x, t * batch["images"] + (1 - t) * noise, atol=1e-5, rtol=1e-5)
+    assert 0 < (labels == 3).sum() < 40 and set(labels.tolist()) == {0, 3}
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    loss, _ = FlowMatching(3)(lambda x, t, labels: torch.zeros_like(x), batch, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(2, rel=0.02)  # E (data - noise)^2 for two unit normals
+
+
+def test_the_accelerated_model_runs_in_the_wanted_precision(tiny_dit: Callable) -> None:
+    """The loop relies on prepare() to put the forward pass under autocast."""
+    AcceleratorState._reset_state(True)
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_dit())
+    seen = []
+    model.blocks[0].attn.register_forward_hook(lambda module, arguments, output: seen.append(output.dtype))
+    assert model(torch.randn(1, 3, 16, 16), torch.rand(1)).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+    AcceleratorState._reset_state(True)
