@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 EXIT_BAD_INPUT = 2
+INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded
 
 
 @contextlib.contextmanager

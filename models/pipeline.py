@@ -1,8 +1,8 @@
 """Noise -> images: a diffusers pipeline over flow paths, with one seed for every image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from diffusers import (  # noqa: E402
     UniPCMultistepScheduler,
 )
 
-from models.files import read_json, require_memory  # noqa: E402
+from models.files import INDEX, read_json, require_memory  # noqa: E402
 from models.paths import data_from_velocity, noise_velocity, time_from_sigma  # noqa: E402
 from models.registry import backbone_class  # noqa: E402
 
@@ -34,8 +34,22 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "unipc": lambda: UniPCMultistepScheduler(**_FLOW),
 }
 MAX_SEED = 2**63 - 1
-# Shared by a run on disk (training/checkpoint.py) and whoever loads it.
-INDEX = "model_index.json"
+
+
+class Step(NamedTuple):
+    """The state of a sampling after a network evaluation.
+
+    Attributes:
+        step: evaluations done, from 1.
+        num_steps: evaluations in all.
+        x: float (N, C, H, W); after the last step the images, in [-1, 1] but for overshoot.
+        preview: float (N, C, H, W), the images that the velocity points at.
+    """
+
+    step: int
+    num_steps: int
+    x: Tensor
+    preview: Tensor
 
 
 class Pipeline(DiffusionPipeline):
@@ -103,7 +117,6 @@ class Pipeline(DiffusionPipeline):
         generators = (torch.Generator().manual_seed(seed + i) for i in range(num_images))
         return torch.stack([torch.randn(self.image_shape, generator=generator) for generator in generators])
 
-    @torch.inference_mode()
     def __call__(
         self,
         num_images: int = 1,
@@ -113,10 +126,43 @@ class Pipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         sampler: str | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[["Pipeline", int, int, Tensor], None] | None = None,
+        callback_on_step_end: Callable[["Pipeline", Step], None] | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Sample images.
+        """Sample images. The first six arguments are those of `steps`.
+
+        Args:
+            output_type: "pil", "np" (uint8 (N, H, W, C)) or "pt" (float (N, C, H, W), in [-1, 1] but for overshoot).
+            callback_on_step_end: called as f(pipeline, step) after every network evaluation; an exception raised in it ends the
+                sampling.
+
+        Raises:
+            ValueError: an argument out of range, a label that the model does not know, more images than memory.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"there is no output_type {output_type!r}; choose pil, np or pt")
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for state in self.steps(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler):
+                bar.total = state.num_steps
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, state)
+        images = state.x if output_type == "pt" else to_uint8(state.x)
+        if output_type == "pil":
+            images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.inference_mode()
+    def steps(
+        self,
+        num_images: int = 1,
+        class_labels: int | Sequence[int] | None = None,
+        seed: int = 0,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        sampler: str | None = None,
+    ) -> Iterator[Step]:
+        """Sample step by step: whoever iterates may watch, take turns between models, or leave.
 
         Args:
             num_images: how many; all run in one batch.
@@ -125,37 +171,24 @@ class Pipeline(DiffusionPipeline):
             num_inference_steps: steps of the sampler (Heun evaluates the network twice a step).
             guidance_scale: classifier-free guidance v = v_0 + scale * (v_label - v_0); 1 is none.
             sampler: a key of `SAMPLERS`, or None for the pipeline's own scheduler.
-            output_type: "pil", "np" (uint8 (N, H, W, C)) or "pt" (float (N, C, H, W) in [-1, 1], not clipped).
-            callback_on_step_end: called as f(pipeline, step, num_steps, preview) after every network evaluation, where preview
-                (N, C, H, W) is the image that the velocity points at; an exception raised in it ends the sampling.
-
-        Raises:
-            ValueError: an argument out of range, a label that the model does not know, more images than memory.
         """
-        labels = self._check(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler, output_type)
-        device, dtype = self.device, self.model.dtype
-        scheduler = SAMPLERS[sampler]() if sampler else self.scheduler
+        labels = self._check(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler)
+        # a scheduler has state: each sampling gets its own
+        scheduler = SAMPLERS[sampler]() if sampler else type(self.scheduler).from_config(self.scheduler.config)
         _set_steps(scheduler, num_inference_steps)
         guided = guidance_scale != 1 and labels is not None
         if labels is not None:
-            no_label = torch.full_like(labels, self.num_classes)
-            labels = torch.cat([labels, no_label]) if guided else labels
-            labels = labels.to(device)
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels
+            labels = labels.to(self.device)
 
-        x = self.noise(num_images, seed).to(device)
-        num_evaluations = len(scheduler.timesteps)
-        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+        x = self.noise(num_images, seed).to(self.device)
+        for i, timestep in enumerate(scheduler.timesteps):
             # all four schedulers evaluate step i at sigmas[i]; some round `timesteps` to integers
-            t = time_from_sigma(scheduler.sigmas[i]).to(device).expand(num_images)
-            v = self._velocity(x.to(dtype), t, labels, guidance_scale if guided else 1.0).float()
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, i + 1, num_evaluations, data_from_velocity(x, v, t))
+            t = time_from_sigma(scheduler.sigmas[i]).to(self.device).expand(num_images)
+            v = self._velocity(x.to(self.model.dtype), t, labels, guidance_scale if guided else 1.0).float()
+            preview = data_from_velocity(x, v, t)
             x = scheduler.step(noise_velocity(v), timestep, x, return_dict=False)[0]
-
-        images = x if output_type == "pt" else to_uint8(x)
-        if output_type == "pil":
-            images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+            yield Step(i + 1, len(scheduler.timesteps), x, preview)
 
     def _velocity(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598), both passes in one batch."""
@@ -172,7 +205,6 @@ class Pipeline(DiffusionPipeline):
         steps: int,
         guidance_scale: float,
         sampler: str | None,
-        output_type: str,
     ) -> Tensor | None:
         """Validate a call; returns the labels (N,) or None."""
         if num_images < 1:
@@ -185,8 +217,6 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}; choose 0 to 100, 1 for none")
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"there is no output_type {output_type!r}; choose pil, np or pt")
         # activations of a block (about 16 widths a token, twice for guidance) and what the long skips keep
         config = self.model.config
         tokens = (config.image_size // config.patch_size) ** 2

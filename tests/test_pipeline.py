@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import Pipeline
 from models.paths import data_from_velocity, interpolate, velocity
-from models.pipeline import SAMPLERS, to_uint8
+from models.pipeline import SAMPLERS, Step, to_uint8
 
 Make = Callable[..., nn.Module]
 
@@ -78,24 +78,33 @@ def test_samplers_solve_an_equation_with_a_known_answer(pipeline: Pipeline, samp
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 10), ("heun", 19), ("dpm++", 10), ("unipc", 10)])
 def test_every_step_is_announced_once(pipeline: Pipeline, sampler: str, evaluations: int) -> None:
     seen = []
-    pipeline(2, 1, num_inference_steps=10, sampler=sampler, callback_on_step_end=lambda *call: seen.append(call))
-    assert [step for _, step, _, _ in seen] == list(range(1, evaluations + 1))
-    assert all(total == evaluations and preview.shape == (2, 3, 16, 16) for _, _, total, preview in seen)
+    pipeline(2, 1, num_inference_steps=10, sampler=sampler, callback_on_step_end=lambda _, state: seen.append(state))
+    assert [state.step for state in seen] == list(range(1, evaluations + 1))
+    assert all(state.num_steps == evaluations and state.preview.shape == (2, 3, 16, 16) for state in seen)
 
 
 def test_the_last_euler_preview_is_the_image(pipeline: Pipeline) -> None:
     previews = []
-    images = pipeline(2, num_inference_steps=5, output_type="pt", callback_on_step_end=lambda *call: previews.append(call[3])).images
+    images = pipeline(
+        2, num_inference_steps=5, output_type="pt", callback_on_step_end=lambda _, state: previews.append(state.preview)
+    ).images
     torch.testing.assert_close(previews[-1], images, atol=1e-5, rtol=1e-5)
 
 
 def test_an_exception_in_the_callback_stops_sampling(pipeline: Pipeline) -> None:
-    def stop(pipeline: Pipeline, step: int, total: int, preview: Tensor) -> None:
-        if step == 3:
+    def stop(pipeline: Pipeline, state: Step) -> None:
+        if state.step == 3:
             raise StopIteration
 
     with pytest.raises(StopIteration):
         pipeline(1, num_inference_steps=10, callback_on_step_end=stop)
+
+
+def test_samplings_that_take_turns_do_not_disturb_each_other(pipeline: Pipeline) -> None:
+    options = dict(num_inference_steps=4, sampler="dpm++")
+    together = list(zip(pipeline.steps(1, seed=1, **options), pipeline.steps(1, seed=2, **options), strict=True))[-1]
+    for seed, state in enumerate(together, start=1):
+        assert torch.equal(state.x, pipeline(1, seed=seed, output_type="pt", **options).images)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from models.files import read_json, remove, sha256, write_json, written_aside
-from models.pipeline import INDEX, Pipeline
+from models.files import INDEX, read_json, remove, sha256, write_json, written_aside
+from models.pipeline import Pipeline
 from training.ema import EMA
 
 MANIFEST = "manifest.json"

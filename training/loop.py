@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.files import read_json, write_json
+from models.precision import precision
 from models.shortcut import effective_alpha
 from training import checkpoint as checkpoint_files
 from training.data import ImageData
@@ -208,15 +209,6 @@ def learning_rate(options: LoopOptions, step: int) -> float:
         return options.learning_rate
     progress = (step - options.lr_warmup_steps) / max(1, options.max_train_steps - options.lr_warmup_steps)
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def precision(wanted: str) -> str:
-    """Resolve "auto": bf16 on a GPU and on CPUs that compute in it; elsewhere bf16 is emulated and far slower than fp32."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
 class _Order:

@@ -1,0 +1,21 @@
+"""Which precision pays on this machine."""
+
+import torch
+
+
+def precision(wanted: str) -> str:
+    """Resolve "auto" to "bf16" or "no"; anything else is returned as it is.
+
+    bf16 on a GPU and on CPUs that compute in it (avx512_bf16, AMX); elsewhere it is emulated and far slower than fp32.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def autocast(device: torch.device, resolved: str) -> torch.autocast:
+    """The context in which a forward pass runs in a resolved precision; all but "bf16" and "fp16" is fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved, torch.float32)
+    return torch.autocast(device.type, dtype, enabled=resolved in ("bf16", "fp16"))

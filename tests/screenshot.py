@@ -1,0 +1,93 @@
+"""Retake the picture of the page: python -m tests.screenshot OUT.png [--runs DIR] [--width PX]"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+PATIENCE_MS = 120_000  # the first comparison may wait for torch to load on a busy machine
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def app_server(runs: Path) -> Iterator[str]:
+    """Run `python -m app` until it is ready; yields its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if "is ready on" in line:
+                    break
+            else:
+                raise RuntimeError("the page did not start:\n" + "".join(lines))
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Debian's Chromium, headless."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        raise RuntimeError("there is no chromium; install Debian's package")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def run_comparison(page: Page, url: str) -> None:
+    """Open the page, compare the default pair, wait for the last frame."""
+    page.goto(url)
+    page.locator("table.cards").wait_for(timeout=PATIENCE_MS)
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#status")).to_contain_text("images in", timeout=PATIENCE_MS)
+
+
+def main() -> None:
+    """The command line."""
+    flags = argparse.ArgumentParser(prog="python -m tests.screenshot", description=__doc__)
+    flags.add_argument("output", type=Path)
+    flags.add_argument("--runs", type=Path, default=Path("runs"))
+    flags.add_argument("--width", type=int, default=1280)
+    flags.add_argument("--height", type=int, default=1000)
+    flags.add_argument("--dark", action="store_true")
+    flags.add_argument("--view", choices=("Side by side", "Slider"), default="Side by side")
+    parsed = flags.parse_args()
+    with app_server(parsed.runs.resolve()) as url, chromium() as browser:
+        page = browser.new_page(viewport={"width": parsed.width, "height": parsed.height}, color_scheme="dark" if parsed.dark else "light")
+        run_comparison(page, url)
+        page.get_by_label(parsed.view, exact=True).check()
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=parsed.output, full_page=True)
+    print(f"wrote {parsed.output}")
+
+
+if __name__ == "__main__":
+    main()
