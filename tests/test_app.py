@@ -136,7 +136,7 @@ def test_closing_ends_the_sampling(runs: Path) -> None:
     frames = compare(PAIR, runs, num_images=1, steps=100, cache=cache)
     next(frames)
     evaluations = []
-    for pipeline in (cache.get(find(name, runs)) for name in PAIR):
+    for pipeline in (cache.get(catalog.find(name, runs)) for name in PAIR):
         pipeline.model.register_forward_hook(lambda *_: evaluations.append(1))
     next(frames)
     frames.close()
