@@ -28,9 +28,19 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     remove(aside)
     try:
         yield aside
+        _open_to_readers(aside)
         replace(aside, path)
     finally:
         remove(aside)
+
+
+def _open_to_readers(path: Path) -> None:
+    """The permissions that the user's umask asks for; some libraries write files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def replace(source: Path, target: Path) -> None:

