@@ -68,7 +68,8 @@ A diffusion transformer whose shortcuts fade from alpha 1 to {config["alpha_min"
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
 - Data: {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
-  preset `{config["preset"]}`, {hours:.1f} hours, {config["mixed_precision"]} precision, torch {config["versions"]["torch"]}, code {revision}.
+  preset `{config["preset"]}`, {hours:.1f} hours, {config["mixed_precision"]} precision, torch {config["versions"]["torch"]},
+  code {revision}.
 
 {numbers or "No numbers were measured."}
 """
