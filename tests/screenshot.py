@@ -74,9 +74,9 @@ def main() -> None:
     """The command line."""
     flags = argparse.ArgumentParser(prog="python -m tests.screenshot", description=__doc__)
     flags.add_argument("output", type=Path)
-    flags.add_argument("--runs", type=Path, default=Path("runs"))
-    flags.add_argument("--width", type=int, default=1280)
-    flags.add_argument("--height", type=int, default=1000)
+    flags.add_argument("--runs", help="folder of runs (default: %(default)s)", type=Path, default=Path("runs"))
+    flags.add_argument("--width", help="pixels (default: %(default)s)", type=int, default=1280)
+    flags.add_argument("--height", help="pixels (default: %(default)s)", type=int, default=1000)
     flags.add_argument("--dark", action="store_true")
     flags.add_argument("--view", choices=("Side by side", "Slider"), default="Side by side")
     parsed = flags.parse_args()

@@ -1,0 +1,40 @@
+"""Small commands, run as users run them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models.files import read_json
+
+SCRIPTS = ["training/train_diffusion.py", "eval/fid.py"]
+MODULES = ["app", "eval.demo", "training.publish", "tests.benchmarks", "tests.screenshot"]
+
+
+@pytest.mark.parametrize("command", [*([script] for script in SCRIPTS), *(["-m", module] for module in MODULES)], ids=lambda c: c[-1])
+def test_every_command_has_help_with_defaults(command: list[str], run_script: Callable) -> None:
+    done = run_script(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and ("default" in done.stdout or command[-1] == "training.publish")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", ["c.watch()", "c.import_torchvision()"])
+def test_torchvision_imports_whatever_it_was_built_for(code: str, run_script: Callable) -> None:
+    # -S leaves out the environment's own hook, so that the cure is tested and not its trace; PYTHONPATH brings the packages back
+    import torch
+
+    packages = Path(torch.__file__).parent.parent
+    setup = f"import sys; sys.path.append({str(packages)!r})"
+    program = f"{setup}; import models.compat as c; {code}; import torchvision.transforms, timm; print('fine')"
+    done = run_script("-S", "-c", program)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.slow
+def test_benchmarks_run(run_script: Callable, tmp_path: Path) -> None:
+    done = run_script("-m", "tests.benchmarks", "alpha", "--pairs", 1, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    case = read_json(tmp_path / "out.json")["cases"]["alpha"]
+    assert case["ratio_median"] == pytest.approx(case["ours_s_median"] / case["theirs_s_median"])
+    assert run_script("-m", "tests.benchmarks", "nonsense").returncode == 2
