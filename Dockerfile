@@ -4,6 +4,8 @@
 FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
+# Pillow joins the code points of an emoji with it
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libfribidi0 && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt .
 # torch from its own index where that can be reached, else from the configured one
 RUN pins=$(grep -E '^torch(vision)?==' requirements.txt) \

@@ -6,12 +6,12 @@ import socket
 import threading
 from pathlib import Path
 
-from models.files import one_line_errors
+from models.files import Parser, one_line_errors
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(prog="python -m app", description="Sample checkpoints side by side in a web page.", allow_abbrev=False)
+    flags = Parser(prog="python -m app", description="Sample checkpoints side by side in a web page.")
     flags.add_argument("--runs", type=Path, default=Path("runs"), help="folder of your runs (default: %(default)s)")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (default: %(default)s)")
     flags.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")

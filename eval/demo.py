@@ -3,7 +3,6 @@
 make demo
 """
 
-import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from pathlib import Path
 
 from eval.generate import SamplingOptions, generate
 from eval.report import Section, loss_curves, norm_curves, paragraph, strip, table, write_report
-from models.files import one_line_errors, read_json
+from models.files import Parser, one_line_errors, read_json
 from models.pipeline import INDEX, Pipeline
+from training.checkpoint import checkpoints
 from training.monitor import read_metrics
 from training.options import add_options, option, read_options
 from training.presets import PRESETS
 
 PAIR = ("plain", "decayed")
-LAUNCH = ("--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")  # else it asks for them
 EXTRACTOR = "efficientnet-lite0"  # needs no download
 WARNING = (
     "This shows that every station works, and nothing else. Minutes of training say nothing about the effect of fading shortcuts: "
@@ -30,7 +29,7 @@ WARNING = (
 class DemoOptions:
     """Demo."""
 
-    output_dir: str = option("runs/demo", "where the two runs and report.html go; what is there already is used")
+    output_dir: str = option("runs/demo", "where report.html goes; beside it the runs demo-plain and demo-decayed, used if they are there")
     max_train_steps: int = option(PRESETS["demo-plain"].flags["max_train_steps"], "of each model", least=1)
     num_samples: int = option(256, "images of each model to judge", least=2)
 
@@ -41,8 +40,8 @@ def train(kind: str, run: Path, steps: int) -> None:
         print(f"{run} is trained already")
         return
     flags = ["--preset", f"demo-{kind}", "--output_dir", str(run), "--max_train_steps", str(steps)]
-    flags += ["--resume_from_checkpoint", "latest"] if (run / INDEX).is_file() else []
-    _call("-m", "accelerate.commands.launch", *LAUNCH, "training/train_diffusion.py", *flags)
+    flags += ["--resume_from_checkpoint", "latest"] if checkpoints(run) else []
+    _call("training/train_diffusion.py", *flags)
 
 
 def judge(run: Path, num_samples: int) -> dict:
@@ -55,13 +54,13 @@ def judge(run: Path, num_samples: int) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = Parser(description=__doc__)
     add_options(flags, DemoOptions)
     parsed = flags.parse_args(arguments)
     with one_line_errors():
         options = read_options(parsed, DemoOptions)
         folder = Path(options.output_dir)
-        runs = {kind: folder / kind for kind in PAIR}
+        runs = {kind: folder.with_name(f"{folder.name}-{kind}") for kind in PAIR}
         for kind, run in runs.items():
             train(kind, run, options.max_train_steps)
         results = {kind: judge(run, options.num_samples) for kind, run in runs.items()}

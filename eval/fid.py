@@ -21,7 +21,7 @@ from eval.extractors import EXTRACTORS, INCEPTION, INCEPTION_SHA256, create_extr
 from eval.features import ArrayImages, FolderImages, extract_features, reference_features
 from eval.frechet import frechet_distance, mean_and_covariance
 from eval.generate import SamplingOptions, check_sampling, generate, labels_rule
-from models.files import one_line_errors, write_json
+from models.files import Parser, one_line_errors, write_json
 from models.pipeline import Pipeline
 from models.registry import BACKBONES
 from models.shortcut import effective_alpha
@@ -66,7 +66,7 @@ class Judged:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = Parser(description=__doc__)
     for group in (InputOptions, SamplingOptions, MetricOptions):
         add_options(flags, group)
     return flags
@@ -90,6 +90,8 @@ def judge_checkpoint(inputs: InputOptions, sampling: SamplingOptions, metric: Me
     notes = []
     if training.get("data") != data.name:
         notes.append(f"the checkpoint was trained on {training.get('data')}, and the reference is {data.name}")
+    elif training.get("data_split") == "all" and data.split == "validation":
+        notes.append("the reference was part of the training data")
     protocol = {
         "checkpoint": inputs.checkpoint,
         "reference": data.name,

@@ -117,7 +117,8 @@ class DiT(ModelMixin, ConfigMixin):
             (N, C, H, W), or that and the features.
         """
         height, width = x.shape[-2:]
-        x = self.patch_embed(patchify(x, self.config.patch_size)) + self.positions  # (N, T, D)
+        x = self.patch_embed(patchify(x, self.config.patch_size))  # (N, T, D)
+        x = x + self.positions.to(x.dtype)
         c = self.time_embed(t)  # (N, D)
         if self.label_embed is not None:
             c = c + self.label_embed(labels if labels is not None else t.new_full(t.shape, self.config.num_classes).long())

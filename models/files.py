@@ -1,14 +1,16 @@
 """Guards: files that are whole or not there, memory asked for before it is taken, errors that are one line."""
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -90,6 +92,16 @@ def require_memory(num_bytes: int, what: str) -> None:
         raise ValueError(f"{what} would take about {need:,.0f} GiB of memory, and {have:.0f} GiB are free; ask for less")
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags; a bad one is answered in one line too. The description keeps its line breaks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message}; --help lists all flags\n")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, a training that broke
@@ -99,10 +111,12 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("FADING_SHORTCUTS_DEBUG"):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+        if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        text = "there is not enough memory for this; ask for fewer or smaller images" if out_of_memory else " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

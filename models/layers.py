@@ -43,13 +43,14 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(2 * num_frequencies, dim)
         self.fc2 = nn.Linear(dim, dim)
-        exponents = torch.arange(num_frequencies) / num_frequencies
-        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
+        self.num_frequencies, self.max_period = num_frequencies, max_period
         nn.init.normal_(self.fc1.weight, std=0.02)
         nn.init.normal_(self.fc2.weight, std=0.02)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies  # (N, F)
+        # computed here, in float32: a buffer would be rounded with the weights of a bf16 model
+        exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
+        angles = t[:, None].float() * torch.exp(-math.log(self.max_period) * exponents)  # (N, F)
         return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.fc1.weight.dtype))))
 
 

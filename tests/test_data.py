@@ -1,12 +1,16 @@
 """The embedded data set, folders, parquet; modes, sizes, faults."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT, script_environment
 from training.data import cache_dir, load_images, to_rgb
 from training.openmoji import draw, emoji_groups, family, motifs
 
@@ -118,6 +122,36 @@ def test_transparency_lies_on_white_and_16_bits_are_scaled() -> None:
     assert to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
     assert to_rgb(Image.new("L", (1, 1), 7)).getpixel((0, 0)) == (7, 7, 7)
     assert to_rgb(Image.fromarray(np.full((1, 1), 65535, np.uint16))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_photographs_stand_upright() -> None:
+    image = Image.new("RGB", (2, 1), "red")
+    image.putpixel((1, 0), (0, 0, 255))
+    image.getexif()[0x0112] = 6  # turned by 90 degrees
+    assert to_rgb(image).size == (1, 2)
+
+
+def test_columns_of_another_kind_are_named(tmp_path: Path) -> None:
+    import datasets
+
+    table = {"image": [Image.new("RGB", (5, 5))] * 2, "label": [0, 1], "box": [[1, 2], [3, 4]]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("int64"), "box": datasets.List(datasets.Value("int64"))}
+    )
+    datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"'label'.*holds no images"):
+        load_images(str(tmp_path), 5, image_column="label")
+    with pytest.raises(ValueError, match=r"'box'.*holds no labels"):
+        load_images(str(tmp_path), 5, label_column="box")
+
+
+def test_processes_that_need_the_same_pack_wait_for_one(image_folder: Path, tmp_path: Path, run_script: Callable) -> None:
+    program = f"from training.data import load_images; print(load_images({str(image_folder)!r}, 6).fingerprint)"
+    environment = {**script_environment(), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    prints = {process.communicate()[0] for process in processes}
+    assert all(process.returncode == 0 for process in processes) and len(prints) == 1
 
 
 def test_the_centre_is_kept(tmp_path: Path) -> None:

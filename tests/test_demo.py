@@ -14,5 +14,6 @@ def test_the_demo_trains_judges_and_reports(run_script: Callable, tmp_path: Path
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count('src="data:image/png;base64,') == 4
     assert "FD (efficientnet-lite0)" in report and "say nothing about the effect" in report
+    assert (tmp_path / "demo-plain" / "model_index.json").exists()
     again = run_script(*command)
     assert again.stdout.count("is trained already") == 2, again.stderr

@@ -182,6 +182,14 @@ def test_an_unconditional_model_refuses_labels(tiny_dit: Make) -> None:
         pipeline(1, 0)
 
 
+def test_bf16_weights_sample(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    rounded = Pipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    images = rounded(2, 1, num_inference_steps=4, output_type="pt").images
+    exact = pipeline(2, 1, num_inference_steps=4, output_type="pt").images
+    assert (images - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
 def test_folders_that_are_no_checkpoints_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a checkpoint"):
         Pipeline.from_pretrained(tmp_path / "nowhere")

@@ -19,7 +19,7 @@ def run(tiny_dit, tmp_path: Path) -> Path:
     Pipeline(tiny_dit(alpha_min=0.5), FlowMatchEulerDiscreteScheduler(), ["x", "y", "z"], training).save_pretrained(run)
     config = dict(
         backbone="dit", size="XS", patch_size=4, resolution=16, alpha_min=0.5, long_skips=True, ema_decay=0.9, images_a_step=32,
-        seed=0, preset=None, mixed_precision="no", versions={"torch": "2"},
+        seed=0, preset=None, precision="no", dataset_split="all", versions={"torch": "2"},
     )  # fmt: skip
     write_json(run / "config.json", config)
     (run / "metrics.jsonl").write_text(
@@ -29,13 +29,25 @@ def run(tiny_dit, tmp_path: Path) -> Path:
 
 
 def test_it_samples_as_the_run_does_and_says_what_it_is(run: Path, tmp_path: Path) -> None:
+    found = dict(
+        metric="FD", feature_extractor="lite", value=12.34, num_samples=64, reference_num=100, reference="openmoji", reference_split="all",
+        sampler="euler", steps=20, guidance_scale=1.0, seed=0, labels="0", precision="fp32", notes=["few"],
+    )  # fmt: skip
+    write_json(run / "eval/fd.json", found)
     publish(run, tmp_path / "out")
     shipped, original = Pipeline.from_pretrained(tmp_path / "out"), Pipeline.from_pretrained(run)
     for name, weight in original.model.state_dict().items():
         assert torch.equal(weight.bfloat16().float(), shipped.model.state_dict()[name])
     assert shipped.config.class_names == ["x", "y", "z"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "CC BY-SA 4.0" in card and "320 images seen" in card and "0.9 hours" in card and "No numbers were measured" in card
+    assert (
+        "CC BY-SA 4.0" in card
+        and "320 images seen" in card
+        and "0.9 hours" in card
+        and "FD (lite) 12.3: 64 samples" in card
+        and "few" in card
+    )
+    assert (tmp_path / "out/eval/fd.json").exists()
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["training"]["steps"] == 10
     assert all(path.stat().st_mode & 0o400 for path in (tmp_path / "out").rglob("*"))
     with pytest.raises(ValueError, match="there already"):

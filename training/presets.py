@@ -42,7 +42,7 @@ PRESETS: dict[str, Preset] = {
         "demo",
         "what `make demo` trains: the same network for 500 steps, about 3 minutes, to see that everything works",
         dict(alpha_min=0.5),
-        **{**_OPENMOJI, "lr_scheduler": "constant", "ema_decay": 0.99},
+        **{**_OPENMOJI, "dataset_split": "train", "lr_scheduler": "constant", "ema_decay": 0.99},
         max_train_steps=500,
         logging_steps=10,
         sample_steps=100,

