@@ -38,8 +38,8 @@ def empty_stage(has_checkpoints: bool) -> str:
         return '<p class="empty">Press <b>Compare</b>: both checkpoints start from the same noise, image by image.</p>'
     return (
         '<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, then reload this page:</p>'
-        "<pre>accelerate launch training/train_diffusion.py --preset demo-plain\n"
-        "accelerate launch training/train_diffusion.py --preset demo-decayed</pre>"
+        "<pre>accelerate launch --quiet training/train_diffusion.py --preset demo-plain\n"
+        "accelerate launch --quiet training/train_diffusion.py --preset demo-decayed</pre>"
         "<p>Other folders of runs are shown with <code>python -m app --runs DIR</code>.</p></div>"
     )
 

@@ -58,6 +58,15 @@ def test_forward_is_the_equation(tiny_dit: Make, alpha_min: float, long_skips: b
     assert not torch.allclose(model(*arguments), by_hand(model, *arguments, shortcuts=None), atol=1e-3)
 
 
+def test_gradients_are_those_of_the_equation(tiny_dit: Make) -> None:
+    model = tiny_dit(alpha_min=0.5)
+    arguments, parameters = inputs(model), list(model.parameters())
+    found = torch.autograd.grad(model(*arguments).square().sum(), parameters)
+    expected = torch.autograd.grad(by_hand(model, *arguments, shortcuts=list(model.alphas)).square().sum(), parameters)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-4 * other.abs().max().item(), rtol=1e-4)
+
+
 def test_alpha_adds_no_parameter(tiny_dit: Make) -> None:
     assert {name: p.shape for name, p in tiny_dit(alpha_min=1.0).named_parameters()} == {
         name: p.shape for name, p in tiny_dit(alpha_min=0.5).named_parameters()

@@ -45,7 +45,12 @@ def alpha() -> tuple[str, Work, Work]:
     return "decayed step / plain step", training_step(0.5), training_step(1.0)
 
 
-CASES: dict[str, Callable[[], tuple[str, Work, Work]]] = {"alpha": alpha}
+def control() -> tuple[str, Work, Work]:
+    """The same work on both sides: how far from 1 a ratio may lie by chance or by the order of allocation."""
+    return "plain step / plain step", training_step(1.0), training_step(1.0)
+
+
+CASES: dict[str, Callable[[], tuple[str, Work, Work]]] = {"alpha": alpha, "control": control}
 
 
 def measure(ours: Work, theirs: Work, pairs: int) -> dict[str, Any]:
