@@ -217,10 +217,10 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}; choose 0 to 100, 1 for none")
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-        # on a CPU, which would swap instead of failing: activations of a block (about 16 widths a token, twice for guidance) and what the long skips keep
         config = self.model.config
-        tokens = (config.image_size // config.patch_size) ** 2
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":  # which would swap where a GPU answers at once
+            # activations of a block (about 16 widths a token, twice for guidance) and what the long skips keep
+            tokens = (config.image_size // config.patch_size) ** 2
             require_memory(num_images * 2 * 4 * tokens * config.dim * (16 + config.depth), f"{num_images} images at once")
         if class_labels is None:
             return None
