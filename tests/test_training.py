@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from models import Pipeline, linear_schedule
 from tests.conftest import ROOT, script_environment
 from training.checkpoint import checkpoints, find_checkpoint
+from training.data import Order
 from training.ema import EMA
-from training.loop import LoopOptions, _Order, describe, learning_rate
+from training.loop import LoopOptions, describe, learning_rate
 from training.monitor import read_metrics
 from training.objectives import FlowMatching
 
@@ -276,12 +277,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run_scrip
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
-    order = _Order(10, seed=3)
+    order = Order(10, seed=3)
     seen = [order.indices(4 * i, 4).tolist() for i in range(5)]
     flat = [index for part in seen for index in part]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert _Order(10, seed=3).indices(8, 4).tolist() == seen[2]
+    assert Order(10, seed=3).indices(8, 4).tolist() == seen[2]
 
 
 def test_learning_rates() -> None:

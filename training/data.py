@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -86,6 +87,32 @@ def load_images(
     if name == EMBEDDED and not Path(name).is_dir():
         return _packed_openmoji(resolution, split)
     return _packed_dataset(name, resolution, split, image_column, label_column)
+
+
+class Order:
+    """The infinite sequence of image indices: a new permutation each epoch, a pure function of seed and position."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """Those at positions [position, position + count), epochs joined end to end."""
+        found = []
+        while count > 0:
+            epoch, offset = divmod(position, self.num_images)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                self.epoch, self.permutation = epoch, torch.randperm(self.num_images, generator=generator)
+            part = self.permutation[offset : offset + count]
+            found.append(part)
+            position, count = position + len(part), count - len(part)
+        return torch.cat(found).numpy()
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed from several numbers, unlike those of neighbouring numbers. Zeros at the end do not count."""
+    return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources

@@ -7,8 +7,6 @@ repeat one process with N times the accumulation.
 
 import dataclasses
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +23,13 @@ from models.files import read_json, write_json
 from models.precision import precision
 from models.shortcut import UNSTABLE_BELOW, alpha_window, effective_alpha
 from training import checkpoint as checkpoint_files
-from training.data import ImageData
+from training.data import ImageData, Order, seed_of
 from training.ema import EMA
 from training.monitor import MetricsFile, block_norms
 from training.options import option
+from training.processes import StopSignals
 
 CONFIG = "config.json"
-STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; on CPUs they do it at every step
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps".split()
@@ -145,20 +143,20 @@ def train(
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
             checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**seen, **source})
 
-    order = _Order(len(data), options.seed)
+    order = Order(len(data), options.seed)
     saved = step
     line_began, line_step = time.monotonic(), step
     bar = tqdm(
         total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
     )
-    with _StopSignals(accelerator) as stop:
+    with StopSignals(accelerator) as stop:
         while step < (options.max_train_steps or math.inf) and not stop.asked(step):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, step)
             for accumulated in range(options.gradient_accumulation_steps):
                 micro = accumulated * accelerator.num_processes + accelerator.process_index
                 batch = _batch(data, order.indices(step * images_a_step + micro * batch_size, batch_size), device)
-                generator = torch.Generator(device).manual_seed(_seed(options.seed, step, micro + 1))
+                generator = torch.Generator(device).manual_seed(seed_of(options.seed, step, micro + 1))
                 if options.random_flip:
                     mirrored = torch.rand(batch_size, device=device, generator=generator) < 0.5
                     batch["images"] = torch.where(mirrored.view(-1, 1, 1, 1), batch["images"].flip(3), batch["images"])
@@ -216,27 +214,6 @@ def learning_rate(options: LoopOptions, step: int) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _Order:
-    """The infinite sequence of image indices: a new permutation each epoch, a pure function of seed and position."""
-
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images, self.seed = num_images, seed
-        self.epoch, self.permutation = -1, torch.empty(0)
-
-    def indices(self, position: int, count: int) -> np.ndarray:
-        """Those at positions [position, position + count), epochs joined end to end."""
-        found = []
-        while count > 0:
-            epoch, offset = divmod(position, self.num_images)
-            if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
-                self.epoch, self.permutation = epoch, torch.randperm(self.num_images, generator=generator)
-            part = self.permutation[offset : offset + count]
-            found.append(part)
-            position, count = position + len(part), count - len(part)
-        return torch.cat(found).numpy()
-
-
 class _LossMeter:
     """Mean of the losses since the last line; stays on the device until it is read, and travels with checkpoints."""
 
@@ -261,55 +238,6 @@ class _LossMeter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.count = state["total"].to(self.accelerator.device), state["count"]
-
-
-class _StopSignals:
-    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
-
-    A second signal interrupts at once; a launcher may hand on the one that its processes got from the terminal already, so only
-    one that comes later counts.
-    """
-
-    ECHO_S = 3.0
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.wished, self.signalled = False, -math.inf
-        # accelerate's launcher for one process dies of a signal without handing it on
-        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-
-    def __enter__(self) -> "_StopSignals":
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.wished and now - self.signalled > self.ECHO_S:
-            raise KeyboardInterrupt
-        if self.wished:
-            return
-        self.signalled = now
-        self.ask()
-        if self.accelerator.is_main_process:
-            tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more to leave at once")
-
-    def ask(self) -> None:
-        """Stop after the current step."""
-        self.wished = True
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop before step `step` + 1; the same answer in every process."""
-        if self.launcher is not None and os.getppid() != self.launcher:
-            self.wished = True
-        if self.accelerator.num_processes == 1:
-            return self.wished
-        if self.accelerator.device.type != "cpu" and step % STOP_CHECK_STEPS:
-            return False
-        return bool(self.accelerator.reduce(torch.tensor(float(self.wished), device=self.accelerator.device)).item())
 
 
 def check(options: LoopOptions) -> Path:
@@ -353,11 +281,6 @@ def _batch(data: ImageData, indices: np.ndarray, device: torch.device) -> dict[s
     if data.labels is not None:
         batch["labels"] = torch.from_numpy(data.labels[indices]).to(device)
     return batch
-
-
-def _seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, unlike those of neighbouring numbers. Zeros at the end do not count."""
-    return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
 
 
 def describe(config: dict[str, Any], alphas: tuple[float, ...], num_parameters: int) -> str:

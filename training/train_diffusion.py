@@ -19,12 +19,12 @@ from models.registry import BACKBONES, SIZES, create_model
 from training.checkpoint import averaged
 from training.data import SPLITS, load_images
 from training.ema import EMA
-from training.launch import spread_over_cpu_processes
 from training.loop import LoopOptions, check, describe, train
 from training.monitor import save_grid
 from training.objectives import FlowMatching
 from training.options import add_options, option, read_options
 from training.presets import PRESETS
+from training.processes import spread_over_cpu_processes
 
 GRID_IMAGES, GRID_COLUMNS = 36, 9
 

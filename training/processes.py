@@ -1,0 +1,85 @@
+"""How the processes of a training start and stop together."""
+
+import math
+import os
+import signal
+import sys
+import time
+
+import psutil
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; on CPUs they do it at every step
+
+
+def spread_over_cpu_processes() -> None:
+    """Become N processes if `accelerate launch --cpu --num_processes N` was asked for N > 1.
+
+    Without MPI accelerate starts a single process then, and says nothing. This replaces that process by torch's own launcher
+    (gloo); its children find their rank in the environment and pass through here.
+    """
+    environment = os.environ
+    alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    # accelerate names a port where it was asked for more than one process, and nowhere says how many
+    if not (alone and environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in environment):
+        return
+    command = psutil.Process(os.getppid()).cmdline()
+    arguments = [part for word in command for part in word.split("=", 1)]
+    flag = next((i for i, part in enumerate(arguments) if part.replace("-", "_") == "__num_processes"), None)
+    if flag is None:
+        return
+    count = arguments[flag + 1]
+    endpoint = ["--master_addr", environment["MASTER_ADDR"], "--master_port", environment["MASTER_PORT"]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, *endpoint]
+    os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+class StopSignals:
+    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
+
+    A second signal interrupts at once; a launcher may hand on the one that its processes got from the terminal already, so only
+    one that comes later counts.
+    """
+
+    ECHO_S = 3.0
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.wished, self.signalled = False, -math.inf
+        # accelerate's launcher for one process dies of a signal without handing it on
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.wished and now - self.signalled > self.ECHO_S:
+            raise KeyboardInterrupt
+        if self.wished:
+            return
+        self.signalled = now
+        self.ask()
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more to leave at once")
+
+    def ask(self) -> None:
+        """Stop after the current step."""
+        self.wished = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before step `step` + 1; the same answer in every process."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.wished = True
+        if self.accelerator.num_processes == 1:
+            return self.wished
+        if self.accelerator.device.type != "cpu" and step % STOP_CHECK_STEPS:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(self.wished), device=self.accelerator.device)).item())
