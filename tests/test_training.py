@@ -116,7 +116,10 @@ def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], tra
     run = tmp_path / "run"
     flags = ["--train_data_dir", image_folder, "--output_dir", run, *TINY, "--max_train_steps", 100_000]
     command = [sys.executable, *launcher, SCRIPT, *map(str, flags)]
-    process = subprocess.Popen(command, cwd=ROOT, env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # a shell's background jobs ignore Ctrl-C, and so would all that they start
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=script_environment(), **quiet, **listening)
     wait_for(lambda: len(read_metrics(run)) >= 2)
     process.send_signal(number)
     process.wait(60)
