@@ -8,11 +8,13 @@ from pathlib import Path
 
 from models.files import Parser, one_line_errors
 
+RUNS = Path("runs")  # need not be there: the page shows the shipped checkpoints
+
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = Parser(prog="python -m app", description="Sample checkpoints side by side in a web page.")
-    flags.add_argument("--runs", type=Path, default=Path("runs"), help="folder of your runs (default: %(default)s)")
+    flags.add_argument("--runs", type=Path, default=RUNS, help="folder of your runs (default: %(default)s)")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (default: %(default)s)")
     flags.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     return flags
@@ -49,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     with one_line_errors():
         require_free(parsed.host, parsed.port)
+        if not parsed.runs.exists() and parsed.runs != RUNS:
+            raise ValueError(f"--runs {parsed.runs} does not exist; give the folder that holds the runs")
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody

@@ -103,7 +103,7 @@ def build(runs: Path) -> gr.Blocks:
             sampler: euler, heun, dpm++ or unipc.
 
         Returns:
-            The images of A and of B as PNG data URLs, and the recipe with the resolved seed.
+            The images of A and of B as PNG data URLs (data:image/png;base64,...), and the recipe with the resolved seed.
         """
         with page_errors():
             label_or_none = None if label == NO_LABEL else label

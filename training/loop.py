@@ -185,7 +185,10 @@ def train(
                 }
                 metrics.write(line)
                 left = "" if options.max_train_steps else f", {options.max_train_minutes - (time.monotonic() - began) / 60:.1f} min left"
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.0f} images/s{left}")
+                text = f"loss {line['loss']:.4f}, {rate:.0f} images/s{left}"
+                bar.set_postfix_str(text)
+                if bar.disable and accelerator.is_main_process:  # not a terminal: a log gets lines
+                    print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {text}", flush=True)
                 losses.reset()
                 line_began, line_step = time.monotonic(), step
             if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Train a diffusion model with fading shortcuts.
+r"""Train a diffusion model with fading shortcuts.
 
     accelerate launch training/train_diffusion.py --preset openmoji-decayed
     accelerate launch training/train_diffusion.py --train_data_dir my_images --resolution 64 --size S --patch_size 4 \
@@ -6,6 +6,7 @@
 """
 
 import argparse
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,7 +111,16 @@ def main(arguments: list[str] | None = None) -> None:
         num_classes = data.num_classes if model_options.class_conditional else 0
         model = build(model_options, data_options, num_classes)
         config = {"preset": preset, **asdict(data_options), **asdict(model_options)}
-        print(describe(config, model.alphas, model.num_parameters()), flush=True)
+        classes = f" in {data.num_classes} classes ({', '.join(data.class_names[:5])}{', ...' * (data.num_classes > 5)})" * bool(
+            num_classes
+        )
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"{len(data):,} images of {data.name}{classes}",
+                describe(config, model.alphas, model.num_parameters()),
+                sep="\n",
+                flush=True,
+            )
         step = train(
             loop_options,
             model,
@@ -119,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
             config,
             {loop_options.sample_steps: sample_grid} if loop_options.sample_steps else None,
         )
-        print(f"{loop_options.output_dir}: {step} steps done", flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{loop_options.output_dir}: step {step} reached", flush=True)
 
 
 if __name__ == "__main__":
