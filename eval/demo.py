@@ -21,7 +21,7 @@ PAIR = ("plain", "decayed")
 EXTRACTOR = "efficientnet-lite0"  # needs no download
 WARNING = (
     "This shows that every station works, and nothing else. Minutes of training say nothing about the effect of fading shortcuts: "
-    "it takes on the order of a hundred epochs, and early on the plain model is often ahead."
+    "it takes on the order of a hundred epochs, and early on the plain model may be ahead."
 )
 
 
