@@ -327,3 +327,18 @@ def test_the_accelerated_model_runs_in_the_wanted_precision(tiny_dit: Callable) 
     assert model(torch.randn(1, 3, 16, 16), torch.rand(1)).dtype == torch.float32
     assert seen == [torch.bfloat16]
     AcceleratorState._reset_state(True)
+
+
+def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run: Path, run_script: Callable, tmp_path: Path) -> None:
+    train(tmp_path / "run", "--init_from", whole_run, "--max_train_steps", 1, "--learning_rate", 0)
+    before, after = (Pipeline.from_pretrained(path) for path in (whole_run, tmp_path / "run"))
+    assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
+    assert after.config.training["images_seen"] == before.config.training["images_seen"] + 4
+
+
+def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
+    flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 1]
+    result = run_script(SCRIPT, *flags, "--init_from", whole_run, "--size", "S")
+    assert result.returncode == 2
+    assert "does not fit" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

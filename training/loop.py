@@ -139,7 +139,7 @@ def train(
             raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         if accelerator.is_main_process:
-            seen = {"steps": step, "images_seen": step * images_a_step, "seed": options.seed}
+            seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
             checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**seen, **source})
 

@@ -49,6 +49,8 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     model, training = pipeline.model, pipeline.config.training
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
     revision = config.get("git_revision") or "unknown"
+    before = config.get("images_before", 0)
+    begun = f" with the weights of `{config['init_from']}` to begin with ({before:,} of these images)" if before else ""
     skips = "on" if config["long_skips"] else "off"
     hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
     numbers = "\n".join(
@@ -67,7 +69,7 @@ A diffusion transformer whose shortcuts fade from alpha 1 to {config["alpha_min"
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
 - Data, split "{config["dataset_split"]}": {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
-  preset `{config["preset"]}`, {hours:.1f} hours, precision {config["precision"]}, torch {config["versions"]["torch"]},
+  preset `{config["preset"]}`{begun}, {hours:.1f} hours, precision {config["precision"]}, torch {config["versions"]["torch"]},
   code {revision}.
 
 {numbers or "No numbers were measured."}

@@ -53,6 +53,7 @@ class ModelOptions:
     long_skips: bool = option(True, "connect encoder blocks to decoder blocks")
     class_conditional: bool = option(True, "use the labels of the data, where it has them")
     class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
+    init_from: str | None = option(None, "checkpoint whose averaged weights to begin with, such as models/pretrained/openmoji-plain")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +77,28 @@ def build(options: ModelOptions, data: DataOptions, num_classes: int) -> nn.Modu
         alpha_min=options.alpha_min,
         long_skips=options.long_skips,
     )
+
+
+def begin_with(model: nn.Module, checkpoint: str) -> int:
+    """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh.
+
+    Returns:
+        How many images the checkpoint has seen.
+
+    Raises:
+        ValueError: not a checkpoint, or its parts are not those of the model.
+    """
+    pipeline = Pipeline.from_pretrained(checkpoint)
+    ours, weights = model.state_dict(), pipeline.model.state_dict()
+    differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
+    fresh = [name for name in differ if name.startswith("label_embed")]
+    if len(differ) > len(fresh):
+        names = ", ".join(sorted(set(differ) - set(fresh))[:3])
+        raise ValueError(
+            f"--init_from {checkpoint} does not fit: {names}, ... differ; give its --backbone, --size, --patch_size and --long_skips"
+        )
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fresh}, strict=not fresh)
+    return pipeline.config.training.get("images_seen", 0)
 
 
 def sample_grid(run: Path, step: int, model: nn.Module, ema: EMA) -> None:
@@ -110,7 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
         data = load_images(name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column)
         num_classes = data.num_classes if model_options.class_conditional else 0
         model = build(model_options, data_options, num_classes)
-        config = {"preset": preset, **asdict(data_options), **asdict(model_options)}
+        images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
+        config = {"preset": preset, **asdict(data_options), **asdict(model_options), "images_before": images_before}
         classes = f" in {data.num_classes} classes ({', '.join(data.class_names[:5])}{', ...' * (data.num_classes > 5)})" * bool(
             num_classes
         )
