@@ -36,15 +36,23 @@ class Card:
 
     @property
     def alpha_min(self) -> float:
-        """Last value of the schedule; 1 is the plain network."""
+        """The schedule's; 1 is the plain network."""
         return self.config["alpha_min"]
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Of the sub-layers, in the order of execution; where they are learned, as they started."""
+        import torch  # later than the page's first answer
+
+        from models.registry import backbone_class
+
+        with torch.device("meta"):
+            return backbone_class(self.backbone).from_config({**self.config, "learnable_alpha": False}).alphas
 
     @property
     def alpha_eff(self) -> float:
         """Share of the input that reaches the last layer."""
-        from models.shortcut import effective_alpha, linear_schedule  # imports torch: later than the page's first answer
-
-        return effective_alpha(linear_schedule(2 * self.config["depth"], self.alpha_min))
+        return math.prod(self.alphas)
 
     @property
     def family(self) -> tuple[Any, ...]:

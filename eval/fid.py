@@ -23,7 +23,7 @@ from eval.frechet import frechet_distance, mean_and_covariance
 from eval.generate import SamplingOptions, check_sampling, generate, labels_rule
 from models.files import Parser, one_line_errors, write_json
 from models.pipeline import Pipeline
-from models.registry import BACKBONES
+from models.registry import backbone_name
 from models.shortcut import effective_alpha
 from training.data import SPLITS, load_images
 from training.options import add_options, option, read_options
@@ -107,9 +107,9 @@ def judge_checkpoint(inputs: InputOptions, sampling: SamplingOptions, metric: Me
         "ema": inputs.ema and (Path(inputs.checkpoint) / "ema").is_dir(),
         "images_seen": training.get("images_seen"),
         "training_data": training.get("data"),
-        "alpha_min": pipeline.model.alphas[-1],
+        "alpha_min": min(pipeline.model.alphas),
         "alpha_eff": effective_alpha(pipeline.model.alphas),
-        "backbone": next(name for name, (backbone, _) in BACKBONES.items() if type(pipeline.model) is backbone),
+        "backbone": backbone_name(pipeline.model),
         "params": pipeline.model.num_parameters(),
         "resolution": resolution,
     }

@@ -1,12 +1,14 @@
 """The decayed diffusion transformer: DiT / SiT with fading shortcuts and long skips (arXiv 2212.09748, 2401.08740, 2404.10947)."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from models.layers import MLP, Attention, LabelEmbedding, TimestepEmbedding, patchify, sincos_positions, unpatchify
-from models.shortcut import decayed_add, linear_schedule
+from models.shortcut import Shortcut, make_shortcuts
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -17,21 +19,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Attention and MLP with adaLN-Zero, each on a decayed shortcut; a decoder block first adds its long skip."""
 
-    def __init__(self, dim: int, num_heads: int, alphas: tuple[float, float], long_skip: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, shortcuts: Sequence[Shortcut], long_skip: bool) -> None:
         super().__init__()
-        self.alpha_attn, self.alpha_mlp = alphas
         self.skip = nn.Linear(dim, dim) if long_skip else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, 4 * dim, gelu="tanh")
+        self.shortcut1, self.shortcut2 = shortcuts
 
     def forward(self, x: Tensor, modulation: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip is not None:
             x = x + self.skip(skip)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, dim=-1)  # 6 x (N, 1, D)
-        x = decayed_add(x, gate1 * self.attn(modulate(self.norm1(x), shift1, scale1)), self.alpha_attn)
-        x = decayed_add(x, gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)), self.alpha_mlp)
+        x = self.shortcut1(x, gate1 * self.attn(modulate(self.norm1(x), shift1, scale1)))
+        x = self.shortcut2(x, gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x
 
 
@@ -49,8 +51,11 @@ class DiT(ModelMixin, ConfigMixin):
         depth: number of blocks; even where `long_skips` is on.
         dim: width, divisible by 4 and by `num_heads`.
         num_heads: attention heads.
-        alpha_min: last value of the linear schedule over the 2 * depth sub-layers, in (0, 1].
+        alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha: of the 2 * depth sub-layers' shortcuts; see
+            `models.shortcut.make_shortcuts`.
         long_skips: connect encoder blocks to decoder blocks.
+        zero_init: start with closed gates and a zero head (adaLN-Zero); else with small random ones.
+        learn_sigma: predict twice the channels, the second half for the variance (DiT) or for nothing (SiT).
 
     Raises:
         ValueError: sizes that do not fit together, with the remedy.
@@ -67,7 +72,12 @@ class DiT(ModelMixin, ConfigMixin):
         dim: int = 1152,
         num_heads: int = 16,
         alpha_min: float = 1.0,
+        shortcut_schedule: str = "linear",
+        shortcut_placement: str = "both",
+        learnable_alpha: bool = False,
         long_skips: bool = True,
+        zero_init: bool = True,
+        learn_sigma: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -76,7 +86,7 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"depth {depth} is odd, and long skips need equal halves; use an even depth or switch long skips off")
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
-        self.alphas = linear_schedule(2 * depth, alpha_min)
+        self.shortcuts = make_shortcuts(("attention", "mlp") * depth, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
         grid = image_size // patch_size
 
         self.patch_embed = nn.Linear(in_channels * patch_size**2, dim)
@@ -86,11 +96,16 @@ class DiT(ModelMixin, ConfigMixin):
         # adaLN of all blocks and of the final layer in one matrix product: shift, scale, gate of every sub-layer, then shift, scale
         self.modulation = nn.Linear(dim, (6 * depth + 2) * dim)
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, num_heads, self.alphas[2 * i : 2 * i + 2], long_skip=long_skips and i >= depth // 2) for i in range(depth)
+            DiTBlock(dim, num_heads, self.shortcuts[2 * i : 2 * i + 2], long_skip=long_skips and i >= depth // 2) for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.head = nn.Linear(dim, patch_size**2 * in_channels)
+        self.head = nn.Linear(dim, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self._initialize()
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Of the sub-layers, in the order of execution; as learned, where they are."""
+        return tuple(float(shortcut.alpha) for shortcut in self.shortcuts)
 
     def _initialize(self) -> None:
         """Xavier in every matrix outside the embeddings; zero gates and a zero head (adaLN-Zero), so the network starts at 0."""
@@ -99,7 +114,7 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for zero in (self.modulation, self.head):
-            nn.init.zeros_(zero.weight)
+            nn.init.normal_(zero.weight, std=0.0 if self.config.zero_init else 0.02)
             nn.init.zeros_(zero.bias)
 
     def forward(
@@ -114,7 +129,7 @@ class DiT(ModelMixin, ConfigMixin):
             return_features: also return the output of every block, a list of (N, T, D).
 
         Returns:
-            (N, C, H, W), or that and the features.
+            (N, C, H, W), with learn_sigma (N, 2C, H, W); or that and the features.
         """
         height, width = x.shape[-2:]
         x = self.patch_embed(patchify(x, self.config.patch_size))  # (N, T, D)

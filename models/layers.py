@@ -1,19 +1,22 @@
 """Parts that transformers share: attention, MLP, and the embeddings of patches' positions, time and labels."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.shortcut import Shortcut
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D)."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,15 +28,39 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear - GELU (tanh) - Linear over (..., D)."""
+    """Linear - GELU - Linear over (..., D). GELU is exact (ViT, MAE, U-ViT) or by tanh (DiT)."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gelu: str = "none") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    """The transformer block of ViT: attention and MLP behind layer norms, each on its (decayed) shortcut.
+
+    Args:
+        shortcuts: of the attention and of the MLP.
+        qkv_bias: ViT and MAE have it, U-ViT has not.
+        eps: of the layer norms.
+    """
+
+    def __init__(self, dim: int, num_heads: int, shortcuts: Sequence[Shortcut], qkv_bias: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, 4 * dim)
+        self.shortcut1, self.shortcut2 = shortcuts
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shortcut1(x, self.attn(self.norm1(x)))
+        x = self.shortcut2(x, self.mlp(self.norm2(x)))
+        return x
 
 
 class TimestepEmbedding(nn.Module):

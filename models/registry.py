@@ -1,44 +1,126 @@
 """The one table of backbones and their sizes."""
 
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
-from models.dit import DiT
+from models.shortcut import alpha_min_for
 
-# XS is for CPUs and 32 px; S to XL are DiT's and SiT's.
-BACKBONES: dict[str, tuple[type[nn.Module], dict[str, dict[str, int]]]] = {
-    "dit": (
-        DiT,
+
+@dataclass(frozen=True)
+class Backbone:
+    """A row of the table.
+
+    Attributes:
+        module, class_name: where it lives; loaded on first use.
+        task: "diffusion" (images and times -> a prediction of the same shape) or "mae" (masked autoencoder).
+        sizes: name -> arguments of the class.
+    """
+
+    module: str
+    class_name: str
+    task: str
+    sizes: dict[str, dict[str, Any]]
+
+    def load(self) -> type[nn.Module]:
+        """The class."""
+        return getattr(import_module(self.module), self.class_name)
+
+
+# XS is for CPUs and 32 px; the others are those of DiT / SiT, U-ViT, DDPM (CIFAR-10) and MAE.
+BACKBONES: dict[str, Backbone] = {
+    "dit": Backbone(
+        "models.dit",
+        "DiT",
+        "diffusion",
         {
-            "XS": dict(depth=8, dim=192, num_heads=3),
+            "XS": dict(depth=8, dim=192, num_heads=3, patch_size=4),
             "S": dict(depth=12, dim=384, num_heads=6),
             "B": dict(depth=12, dim=768, num_heads=12),
             "L": dict(depth=24, dim=1024, num_heads=16),
             "XL": dict(depth=28, dim=1152, num_heads=16),
         },
     ),
+    "uvit": Backbone(
+        "models.uvit",
+        "UViT",
+        "diffusion",
+        {
+            "XS": dict(depth=8, dim=192, num_heads=3, patch_size=4),
+            "S": dict(depth=12, dim=512, num_heads=8),
+            "M": dict(depth=16, dim=768, num_heads=12),
+            "L": dict(depth=20, dim=1024, num_heads=16),
+            "H": dict(depth=28, dim=1152, num_heads=16),
+        },
+    ),
+    "unet": Backbone(
+        "models.unet",
+        "UNet",
+        "diffusion",
+        {
+            "XS": dict(channels=(32, 64, 128), layers_per_block=2, attention_levels=(1, 2)),
+            "S": dict(channels=(128, 256, 256, 256), layers_per_block=2, attention_levels=(1,)),
+        },
+    ),
+    "mae": Backbone(
+        "models.mae",
+        "MAE",
+        "mae",
+        {
+            "XS": dict(depth=6, dim=192, num_heads=3, decoder_depth=4, decoder_dim=128, decoder_num_heads=4, patch_size=4),
+            "S": dict(depth=12, dim=384, num_heads=6, decoder_depth=8, decoder_dim=256, decoder_num_heads=8),
+            "B": dict(depth=12, dim=768, num_heads=12, decoder_depth=8, decoder_dim=512, decoder_num_heads=16),
+            "L": dict(depth=24, dim=1024, num_heads=16, decoder_depth=8, decoder_dim=512, decoder_num_heads=16),
+            "H": dict(depth=32, dim=1280, num_heads=16, decoder_depth=8, decoder_dim=512, decoder_num_heads=16, patch_size=14),
+        },
+    ),
 }
-SIZES = tuple(dict.fromkeys(size for _, sizes in BACKBONES.values() for size in sizes))
 
 
-def create_model(backbone: str, size: str | None = None, **options: Any) -> nn.Module:
+def names(task: str) -> tuple[str, ...]:
+    """The backbones for a task."""
+    return tuple(name for name, backbone in BACKBONES.items() if backbone.task == task)
+
+
+def sizes(task: str) -> tuple[str, ...]:
+    """The names of sizes that any backbone for a task has."""
+    return tuple(dict.fromkeys(size for backbone in BACKBONES.values() if backbone.task == task for size in backbone.sizes))
+
+
+def create_model(backbone: str, size: str | None = None, alpha_eff: float | None = None, **options: Any) -> nn.Module:
     """Build a backbone by name.
 
     Args:
         backbone: a key of `BACKBONES`.
         size: one of its sizes, or None to give depth, dim and num_heads yourself.
-        options: arguments of the backbone's class; they win over the size's.
+        alpha_eff: ask for a schedule by the share of the input that reaches the last layer, instead of by alpha_min.
+        options: arguments of the backbone's class; they win over the size's, and None stands for the class's own default.
 
     Raises:
         ValueError: an unknown name, with the known ones, or arguments that the backbone refuses.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"there is no backbone {backbone!r}; choose from {', '.join(BACKBONES)}")
-    backbone_class, sizes = BACKBONES[backbone]
-    if size is not None and size not in sizes:
-        raise ValueError(f"{backbone} has no size {size!r}; choose from {', '.join(sizes)}")
-    return backbone_class(**{**(sizes[size] if size else {}), **options})
+    row = BACKBONES[backbone]
+    if size is not None and size not in row.sizes:
+        raise ValueError(f"{backbone} has no size {size!r}; choose from {', '.join(row.sizes)}")
+    backbone_class = row.load()
+    options = {**(row.sizes[size] if size else {}), **{name: value for name, value in options.items() if value is not None}}
+    unknown = sorted(options.keys() - inspect.signature(backbone_class).parameters)
+    if unknown:
+        raise ValueError(f"the backbone {backbone} has no {', '.join(unknown)}; leave that away or choose another backbone")
+    if alpha_eff is not None:
+        if options.get("alpha_min", 1.0) != 1:
+            raise ValueError("give alpha_min or alpha_eff, not both")
+        with torch.device("meta"):
+            kinds = [shortcut.kind for shortcut in backbone_class(**options).shortcuts]
+        chosen = [kind for kind in kinds if options.get("shortcut_placement", "both") in ("both", kind)]
+        options["alpha_min"] = alpha_min_for(len(chosen), alpha_eff, options.get("shortcut_schedule", "linear"))
+    return backbone_class(**options)
 
 
 def backbone_class(class_name: str) -> type[nn.Module]:
@@ -47,7 +129,12 @@ def backbone_class(class_name: str) -> type[nn.Module]:
     Raises:
         ValueError: none has.
     """
-    for candidate, _ in BACKBONES.values():
-        if candidate.__name__ == class_name:
-            return candidate
+    for backbone in BACKBONES.values():
+        if backbone.class_name == class_name:
+            return backbone.load()
     raise ValueError(f"there is no backbone class {class_name!r}")
+
+
+def backbone_name(model: nn.Module) -> str:
+    """The key under which a model's class stands in the table."""
+    return next(name for name, backbone in BACKBONES.items() if backbone.class_name == type(model).__name__)

@@ -257,11 +257,10 @@ def test_a_preset_can_be_used_on_other_images(image_folder: Path, tmp_path: Path
 
 
 def test_values_that_the_paper_advises_against_are_told() -> None:
-    config = dict(backbone="dit", size="XS")
-    assert "advises alpha_min 0.36 to 0.53" in describe(config, linear_schedule(16, 0.8), 1)
-    assert "unstable" in describe(config, linear_schedule(16, 0.39), 1)
+    assert "keeps it in [0.001, 0.01)" in describe("dit-XS", linear_schedule(16, 0.8), 1)
+    assert "unstable" in describe("dit-XS", linear_schedule(16, 0.39), 1)
     for alpha_min in (1.0, 0.5):
-        assert "\n" not in describe(config, linear_schedule(16, alpha_min), 1)
+        assert "\n" not in describe("dit-XS", linear_schedule(16, alpha_min), 1)
 
 
 def test_help_names_defaults_and_presets(run_script: Callable) -> None:

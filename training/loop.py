@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from models.files import read_json, write_json
 from models.precision import precision
-from models.shortcut import UNSTABLE_BELOW, alpha_window, effective_alpha
+from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
 from training.data import ImageData, Order, seed_of
 from training.ema import EMA
@@ -286,15 +286,11 @@ def _batch(data: ImageData, indices: np.ndarray, device: torch.device) -> dict[s
     return batch
 
 
-def describe(config: dict[str, Any], alphas: tuple[float, ...], num_parameters: int) -> str:
-    """What is about to be trained, and a warning where the paper saw instability or advises another alpha_min."""
-    lines = [
-        f"{config['backbone']}-{config['size']} with {num_parameters / 1e6:.1f} M parameters, "
-        f"alpha 1 -> {alphas[-1]:g} over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
-    ]
-    low, high = alpha_window(len(alphas))
-    if alphas[-1] < UNSTABLE_BELOW:
-        lines.append(f"warning: below alpha_min {UNSTABLE_BELOW:g} the paper saw unstable training")
-    if alphas[-1] != 1 and not low <= alphas[-1] <= high:
-        lines.append(f"note: for {len(alphas)} sub-layers the depth rule advises alpha_min {low:.2f} to {high:.2f}")
-    return "\n".join(lines)
+def describe(name: str, alphas: tuple[float, ...], num_parameters: int) -> str:
+    """What is about to be trained, and a warning where the paper saw instability or advises another alpha."""
+    first = f"{name} with {num_parameters / 1e6:.1f} M parameters, "
+    if set(alphas) == {1.0}:
+        return first + f"plain shortcuts in {len(alphas)} sub-layers"
+    first += f"alpha {alphas[0]:.3g} -> {alphas[-1]:.3g} over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
+    told = [f"warning: {line}" for line in warnings_for(alphas)]
+    return "\n".join([first, *told, *["python -m models.shortcut --depth BLOCKS shows what it advises"] * bool(told)])

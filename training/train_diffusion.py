@@ -16,7 +16,8 @@ from torch import nn
 
 from models.files import Parser, one_line_errors
 from models.pipeline import SAMPLERS, Pipeline, to_uint8
-from models.registry import BACKBONES, SIZES, create_model
+from models.registry import create_model, names, sizes
+from models.shortcut import PLACEMENTS, SCHEDULES
 from training.checkpoint import averaged
 from training.data import SPLITS, load_images
 from training.ema import EMA
@@ -46,11 +47,16 @@ class DataOptions:
 class ModelOptions:
     """Model and objective."""
 
-    backbone: str = option("dit", "architecture", choices=tuple(BACKBONES))
-    size: str = option("XS", "width and depth", choices=SIZES)
-    patch_size: int = option(4, "edge of a patch in pixels; divides the resolution", least=1)
+    backbone: str = option("dit", "architecture", choices=names("diffusion"))
+    size: str = option("XS", "width and depth", choices=sizes("diffusion"))
+    patch_size: int | None = option(None, "edge of a patch in pixels; divides the resolution", least=1)
     alpha_min: float = option(1.0, "share of the shortcut kept by the last sub-layer, in (0, 1]; 1 is the plain network")
-    long_skips: bool = option(True, "connect encoder blocks to decoder blocks")
+    alpha_eff: float | None = option(None, "instead of alpha_min: share of the input that reaches the last layer, such as 3e-3")
+    shortcut_schedule: str = option("linear", "how alpha falls", choices=tuple(SCHEDULES))
+    shortcut_placement: str = option("both", "which sub-layers' shortcuts fade", choices=PLACEMENTS)
+    learnable_alpha: bool = option(False, "train the alphas, from the schedule on")
+    long_skips: bool | None = option(None, "connect encoder blocks to decoder blocks; on where the backbone can do without")
+    zero_init: bool | None = option(None, "start every branch at zero; on where the backbone can do without")
     class_conditional: bool = option(True, "use the labels of the data, where it has them")
     class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
     init_from: str | None = option(None, "checkpoint whose averaged weights to begin with, such as models/pretrained/openmoji-plain")
@@ -71,11 +77,16 @@ def build(options: ModelOptions, data: DataOptions, num_classes: int) -> nn.Modu
     return create_model(
         options.backbone,
         options.size,
+        options.alpha_eff,
         image_size=data.resolution,
         patch_size=options.patch_size,
         num_classes=num_classes,
         alpha_min=options.alpha_min,
+        shortcut_schedule=options.shortcut_schedule,
+        shortcut_placement=options.shortcut_placement,
+        learnable_alpha=options.learnable_alpha,
         long_skips=options.long_skips,
+        zero_init=options.zero_init,
     )
 
 
@@ -141,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(
                 f"{len(data):,} images of {data.name}{classes}",
-                describe(config, model.alphas, model.num_parameters()),
+                describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()),
                 sep="\n",
                 flush=True,
             )
