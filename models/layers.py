@@ -63,22 +63,26 @@ class Block(nn.Module):
         return x
 
 
+def sinusoids(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+    """Times (N,) -> float32 (N, D), cosines first; dim is even."""
+    # computed anew, in float32: a buffer of frequencies would be rounded with the weights of a bf16 model
+    exponents = -math.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    angles = t[:, None].float() * exponents.exp()  # (N, D/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimestepEmbedding(nn.Module):
     """Time (N,) -> sinusoids -> MLP -> (N, D)."""
 
-    def __init__(self, dim: int, num_frequencies: int = 128, max_period: float = 10_000) -> None:
+    def __init__(self, dim: int, num_sinusoids: int = 256) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * num_frequencies, dim)
+        self.fc1 = nn.Linear(num_sinusoids, dim)
         self.fc2 = nn.Linear(dim, dim)
-        self.num_frequencies, self.max_period = num_frequencies, max_period
         nn.init.normal_(self.fc1.weight, std=0.02)
         nn.init.normal_(self.fc2.weight, std=0.02)
 
     def forward(self, t: Tensor) -> Tensor:
-        # computed here, in float32: a buffer would be rounded with the weights of a bf16 model
-        exponents = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32) / self.num_frequencies
-        angles = t[:, None].float() * torch.exp(-math.log(self.max_period) * exponents)  # (N, F)
-        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.fc1.weight.dtype))))
+        return self.fc2(F.silu(self.fc1(sinusoids(t, self.fc1.in_features).to(self.fc1.weight.dtype))))
 
 
 class LabelEmbedding(nn.Embedding):

@@ -53,8 +53,13 @@ class Shortcut(nn.Module):
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         return decayed_add(x, branch if self.branch_scale == 1 else self.branch_scale * branch, self.alpha)
 
+    @property
+    def value(self) -> float:
+        """alpha as a number; as learned, where it is."""
+        return float(self.alpha.detach()) if isinstance(self.alpha, Tensor) else self.alpha
+
     def extra_repr(self) -> str:
-        return f"alpha={float(self.alpha):.4g}" + (f", branch_scale={self.branch_scale:.4g}" if self.branch_scale != 1 else "")
+        return f"alpha={self.value:.4g}" + (f", branch_scale={self.branch_scale:.4g}" if self.branch_scale != 1 else "")
 
 
 def linear_schedule(num_sublayers: int, alpha_min: float) -> tuple[float, ...]:
