@@ -77,7 +77,7 @@ class PipelineCache:
 
 def _version(path: Path) -> list[tuple[str, int, int]]:
     """Changes when the files that a pipeline is loaded from do."""
-    folders = (path / part for part in ("model", "ema", "scheduler"))
+    folders = (path / part for part in ("model", "ema", "scheduler", "vae"))
     files = [path / INDEX, *(file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()))]
     return [(str(file), stat.st_mtime_ns, stat.st_size) for file in files if file.is_file() for stat in [file.stat()]]
 
@@ -142,7 +142,8 @@ def compare(
     for states in zip(*streams, strict=True):
         step, num_steps = states[0].step, states[0].num_steps
         done = step == num_steps
-        images = tuple(_to_uint8(state.x if done else state.preview) for state in states)
+        shown = (pipeline.decode(state.x if done else state.preview) for pipeline, state in zip(pipelines, states, strict=True))
+        images = tuple(map(_to_uint8, shown))
         wall_s = time.perf_counter() - started
         yield Frame(images, step, num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
 

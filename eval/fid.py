@@ -9,7 +9,7 @@ torch-fidelity's extractors, and the numbers equal those of its own call.
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
 def judge_checkpoint(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions) -> Judged:
     """Generate, and look at the images and at the reference; what is cheap to check comes first."""
     pipeline = Pipeline.from_pretrained(inputs.checkpoint, ema=inputs.ema)
+    sampling = replace(sampling, sampler=sampling.sampler or pipeline.samplers[0])
     channels, resolution, _ = pipeline.image_shape
     if channels != 3:
         raise ValueError(f"{inputs.checkpoint} draws images of {channels} channels; the extractors look at 3")

@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.files import require_memory
-from models.pipeline import MAX_SEED, SAMPLERS, Pipeline
+from models.pipeline import MAX_SEED, SAMPLER_NAMES, Pipeline
 from models.precision import autocast, precision
 from training.options import option
 
@@ -18,7 +18,7 @@ class SamplingOptions:
     num_samples: int = option(2048, "images to generate; at least the feature dimension, or the distance is strongly biased", least=2)
     seed: int = option(0, "image i comes from noise seeded seed + i, whatever the batch size", least=0)
     batch_size: int = option(64, "images at once", least=1)
-    sampler: str = option("euler", "solver of the flow", choices=tuple(SAMPLERS))
+    sampler: str | None = option(None, "solver; euler for flows and ddim for DDPMs unless given", choices=SAMPLER_NAMES)
     num_inference_steps: int = option(20, "steps of the sampler", least=1, most=1000)
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none", least=0, most=100)
     class_label: int | None = option(
@@ -60,6 +60,8 @@ def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     """Raise ValueError, before anything is spent, for what `generate` could not do."""
     if options.seed > MAX_SEED - options.num_samples:
         raise ValueError(f"--seed is {options.seed}; choose 0 to {MAX_SEED - options.num_samples}")
+    if options.sampler not in (None, *pipeline.samplers):
+        raise ValueError(f"--sampler {options.sampler} does not suit this checkpoint; choose from {', '.join(pipeline.samplers)}")
     channels, height, width = pipeline.image_shape
     require_memory(options.num_samples * channels * height * width, f"{options.num_samples:,} images")
     class_labels(pipeline.num_classes, options)

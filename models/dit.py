@@ -105,7 +105,12 @@ class DiT(ModelMixin, ConfigMixin):
     @property
     def alphas(self) -> tuple[float, ...]:
         """Of the sub-layers, in the order of execution; as learned, where they are."""
-        return tuple(float(shortcut.alpha) for shortcut in self.shortcuts)
+        return tuple(shortcut.value for shortcut in self.shortcuts)
+
+    @property
+    def numbers_held(self) -> int:
+        """About how many numbers are in memory for one image: a block's activations, and what the long skips keep."""
+        return len(self.positions) * self.config.dim * (16 + self.config.depth)
 
     def _initialize(self) -> None:
         """Xavier in every matrix outside the embeddings; zero gates and a zero head (adaLN-Zero), so the network starts at 0."""

@@ -1,37 +1,84 @@
-"""Interpolation between noise and data. The direction of time is stated here, once:
+"""Interpolation between noise and data, and what a network may predict on the way. The direction of time is stated here, once:
 
     t = 0 is noise, t = 1 is data.
 
-diffusers counts the other way round: its sigma is the share of noise, sigma = 1 - t.
+diffusers counts the other way round: its flow schedulers' sigma is the share of noise, and a DDPM's timestep grows with it.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 
-def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = t * data + (1 - t) * noise, the linear path (rectified flow, arXiv 2209.03003; SiT, arXiv 2401.08740 eq. 1)."""
+class Path(NamedTuple):
+    """x_t = data_weight(t) * data + noise_weight(t) * noise, and the derivatives of the two weights."""
+
+    data_weight: Callable[[Tensor], Tensor]
+    noise_weight: Callable[[Tensor], Tensor]
+    data_rate: Callable[[Tensor], Tensor]
+    noise_rate: Callable[[Tensor], Tensor]
+
+
+_QUARTER = math.pi / 2
+PATHS: dict[str, Path] = {
+    # rectified flow, arXiv 2209.03003; SiT, arXiv 2401.08740 section 2
+    "linear": Path(lambda t: t, lambda t: 1 - t, torch.ones_like, lambda t: -torch.ones_like(t)),
+    # generalised variance preserving, arXiv 2209.15571; SiT
+    "gvp": Path(
+        lambda t: torch.sin(_QUARTER * t),
+        lambda t: torch.cos(_QUARTER * t),
+        lambda t: _QUARTER * torch.cos(_QUARTER * t),
+        lambda t: -_QUARTER * torch.sin(_QUARTER * t),
+    ),
+}
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> Tensor:
+    """x_t, the point of the path at time t; t is (N,) or has no dimensions."""
     t = _like(t, data)
-    return t * data + (1 - t) * noise
+    return PATHS[path].data_weight(t) * data + PATHS[path].noise_weight(t) * noise
 
 
-def velocity(data: Tensor, noise: Tensor) -> Tensor:
-    """v = d x_t / d t = data - noise."""
-    return data - noise
+def velocity(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> Tensor:
+    """v = d x_t / d t; on the linear path data - noise, whatever t."""
+    if path == "linear":
+        return data - noise
+    t = _like(t, data)
+    return PATHS[path].data_rate(t) * data + PATHS[path].noise_rate(t) * noise
 
 
-def data_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The data that a velocity points at: x_t + (1 - t) * v."""
-    return x_t + (1 - _like(t, x_t)) * v
+def split(x_t: Tensor, v: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
+    """The data and the noise that a velocity points at: x_t and v are two equations for them."""
+    t = _like(t, x_t)
+    a, b, a_rate, b_rate = (weight(t) for weight in PATHS[path])
+    determinant = a * b_rate - a_rate * b  # -1 on the linear path, -pi / 2 on gvp: never zero
+    return (b_rate * x_t - b * v) / determinant, (a * v - a_rate * x_t) / determinant
 
 
-def time_from_sigma(sigma: Tensor) -> Tensor:
-    """Our time for a diffusers sigma."""
-    return 1 - sigma
+def from_sigma(x: Tensor, sigma: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
+    """A point (1 - sigma) * data + sigma * noise, where diffusers' flow schedulers are -> the point x_t with the same
+    proportion of data and noise on our path, and its t. So every path is sampled by every solver of the linear one."""
+    if path == "linear":
+        return x, 1 - sigma
+    t = torch.atan2(1 - sigma, sigma) / _QUARTER
+    return x * (PATHS[path].data_weight(t) + PATHS[path].noise_weight(t)), t
 
 
-def noise_velocity(v: Tensor) -> Tensor:
-    """Our velocity in the direction in which diffusers' schedulers integrate: d x / d sigma = noise - data."""
-    return -v
+def data_from_prediction(x: Tensor, prediction: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """The data that a DDPM's network points at; x = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise.
+
+    Args:
+        prediction: of the noise ("epsilon", arXiv 2006.11239 eq. 15), the data ("sample") or
+            v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * data ("v_prediction", arXiv 2202.00512 appendix D).
+        alpha_bar: product of 1 - beta up to this timestep.
+    """
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (x - spread * prediction) / signal
+    return signal * x - spread * prediction if prediction_type == "v_prediction" else prediction
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:

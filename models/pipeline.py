@@ -1,8 +1,9 @@
-"""Noise -> images: a diffusers pipeline over flow paths, with one seed for every image."""
+"""Noise -> images: a diffusers pipeline over flow paths and DDPMs, with one seed for every image."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from models.compat import import_torchvision
 import_torchvision()
 
 from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,16 +27,27 @@ from diffusers import (  # noqa: E402
 )
 
 from models.files import INDEX, read_json, require_memory  # noqa: E402
-from models.paths import data_from_velocity, noise_velocity, time_from_sigma  # noqa: E402
+from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
 from models.registry import backbone_class  # noqa: E402
 
 _FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
+# For models that predict a velocity ...
 SAMPLERS: dict[str, Callable[[], Any]] = {
     "euler": FlowMatchEulerDiscreteScheduler,
     "heun": FlowMatchHeunDiscreteScheduler,  # two network evaluations a step, one in the last
     "dpm++": lambda: DPMSolverMultistepScheduler(**_FLOW),
     "unipc": lambda: UniPCMultistepScheduler(**_FLOW),
 }
+# ... and for DDPMs, made from the config that they were trained with
+DDPM_SAMPLERS: dict[str, Callable[[Any], Any]] = {
+    # always goes 1000 // n timesteps down, which the spacing "linspace" does not
+    "ddim": lambda config: DDIMScheduler.from_config(config, timestep_spacing="trailing"),
+    "ddpm": DDPMScheduler.from_config,
+    "dpm++": lambda config: DPMSolverMultistepScheduler.from_config(config, variance_type=None),
+    "unipc": UniPCMultistepScheduler.from_config,
+}
+SAMPLER_NAMES = tuple(dict.fromkeys([*SAMPLERS, *DDPM_SAMPLERS]))
+_STORED = {each.__name__: each for each in (FlowMatchEulerDiscreteScheduler, DDPMScheduler, DDIMScheduler)}
 MAX_SEED = 2**63 - 1
 
 
@@ -42,8 +57,8 @@ class Step(NamedTuple):
     Attributes:
         step: evaluations done, from 1.
         num_steps: evaluations in all.
-        x: float (N, C, H, W); after the last step the images, in [-1, 1] but for overshoot.
-        preview: float (N, C, H, W), the images that the velocity points at.
+        x: float (N, C, H, W); after the last step the images, in [-1, 1] but for overshoot (or latents: see `Pipeline.decode`).
+        preview: float (N, C, H, W), the images that the network points at.
     """
 
     step: int
@@ -53,16 +68,21 @@ class Step(NamedTuple):
 
 
 class Pipeline(DiffusionPipeline):
-    """Sample images from a velocity model.
+    """Sample images from a model of velocities, or from a DDPM.
 
     Args:
-        model: predicts the velocity from (x, t, labels), such as `models.dit.DiT`.
-        scheduler: a diffusers flow-matching scheduler; `sampler=` of a call replaces it for that call.
+        model: predicts from (x, t, labels), such as `models.dit.DiT`.
+        scheduler: a diffusers scheduler; `sampler=` of a call replaces it for that call. A flow-matching one says that the model
+            predicts a velocity at t in [0, 1]; any other that it predicts what `prediction_type` says at an integer timestep.
         class_names: names of the labels, in order.
         training: what the checkpoint went through (steps, images seen, data), for cards and protocols.
+        path: that a velocity belongs to, a key of `models.paths.PATHS`.
+        guidance_channels: guidance moves the first so many channels alone, as the published DiT and SiT do; None: all.
+        vae: decodes latents into images.
     """
 
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq = "model->vae"
+    _optional_components: ClassVar = ["vae"]
 
     def __init__(
         self,
@@ -70,10 +90,15 @@ class Pipeline(DiffusionPipeline):
         scheduler: Any,
         class_names: Sequence[str] = (),
         training: dict[str, Any] | None = None,
+        path: str = "linear",
+        guidance_channels: int | None = None,
+        vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(model=model, scheduler=scheduler)
-        self.register_to_config(class_names=list(class_names), training=training or {})
+        if path not in PATHS:
+            raise ValueError(f"there is no path {path!r}; choose from {', '.join(PATHS)}")
+        self.register_modules(model=model, scheduler=scheduler, vae=vae)
+        self.register_to_config(class_names=list(class_names), training=training or {}, path=path, guidance_channels=guidance_channels)
         self.set_progress_bar_config(leave=False, disable=None)
 
     @classmethod
@@ -96,16 +121,38 @@ class Pipeline(DiffusionPipeline):
         folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
         try:
             model = backbone_class(index["model"][1]).from_pretrained(folder, torch_dtype=torch_dtype)
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
+            scheduler = _STORED[index["scheduler"][1]].from_pretrained(path / "scheduler")
+            vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch_dtype).eval() if (path / "vae").is_dir() else None
+            options = {name: index[name] for name in ("path", "guidance_channels") if name in index}
+            return cls(model.eval(), scheduler, index.get("class_names", ()), index.get("training"), **options, vae=vae)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
-        return cls(model.eval(), scheduler, index.get("class_names", ()), index.get("training"))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the model samples: an image, or what the VAE makes one of."""
+        config = self.model.config
+        return config.in_channels, config.image_size, config.image_size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        config = self.model.config
-        return config.in_channels, config.image_size, config.image_size
+        if self.vae is None:
+            return self.latent_shape
+        edge = self.model.config.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.out_channels, edge, edge
+
+    @property
+    def is_flow(self) -> bool:
+        """The model predicts a velocity; else it is a DDPM."""
+        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler) or (
+            self.scheduler.config.get("prediction_type") == "flow_prediction"
+        )
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """What `sampler` may be; the first is a good default."""
+        return tuple(SAMPLERS if self.is_flow else DDPM_SAMPLERS)
 
     @property
     def num_classes(self) -> int:
@@ -114,8 +161,22 @@ class Pipeline(DiffusionPipeline):
 
     def noise(self, num_images: int, seed: int) -> Tensor:
         """Starting noise (N, C, H, W); image i has a generator of its own, seeded seed + i, on the CPU whatever the device."""
-        generators = (torch.Generator().manual_seed(seed + i) for i in range(num_images))
-        return torch.stack([torch.randn(self.image_shape, generator=generator) for generator in generators])
+        return self._draw(self._generators(num_images, seed))
+
+    def _generators(self, num_images: int, seed: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        return torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor) -> Tensor:
+        """What was sampled (N, C, H, W) -> images, float (N, C, H, W) in [-1, 1] but for overshoot; without a VAE they are the same."""
+        if self.vae is None:
+            return x
+        latents = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
+        one_by_one = (self.vae.decode(latent[None].to(self.vae.dtype)).sample for latent in latents)  # at full size memory is short
+        return torch.cat([image.float() for image in one_by_one])
 
     def __call__(
         self,
@@ -147,7 +208,8 @@ class Pipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, state)
-        images = state.x if output_type == "pt" else to_uint8(state.x)
+        images = self.decode(state.x)
+        images = images if output_type == "pt" else to_uint8(images)
         if output_type == "pil":
             images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -170,32 +232,59 @@ class Pipeline(DiffusionPipeline):
             seed: image i comes from noise seeded seed + i, whatever the number of images or the model.
             num_inference_steps: steps of the sampler (Heun evaluates the network twice a step).
             guidance_scale: classifier-free guidance v = v_0 + scale * (v_label - v_0); 1 is none.
-            sampler: a key of `SAMPLERS`, or None for the pipeline's own scheduler.
+            sampler: one of `samplers`, or None for the pipeline's own scheduler.
         """
         labels = self._check(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler)
-        # a scheduler has state: each sampling gets its own
-        scheduler = SAMPLERS[sampler]() if sampler else type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = self._scheduler(sampler)  # it has state: each sampling gets its own
         _set_steps(scheduler, num_inference_steps)
-        guided = guidance_scale != 1 and labels is not None
+        predict = self._predict_flow if self.is_flow else self._predict_ddpm
+        guidance_scale = guidance_scale if labels is not None else 1.0
         if labels is not None:
-            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guidance_scale != 1 else labels
             labels = labels.to(self.device)
 
-        x = self.noise(num_images, seed).to(self.device)
+        generators = self._generators(num_images, seed)
+        options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}  # solvers that add noise
+        x = self._draw(generators).to(self.device)
         for i, timestep in enumerate(scheduler.timesteps):
-            # all four schedulers evaluate step i at sigmas[i]; some round `timesteps` to integers
-            t = time_from_sigma(scheduler.sigmas[i]).to(self.device).expand(num_images)
-            v = self._velocity(x.to(self.model.dtype), t, labels, guidance_scale if guided else 1.0).float()
-            preview = data_from_velocity(x, v, t)
-            x = scheduler.step(noise_velocity(v), timestep, x, return_dict=False)[0]
+            output, preview = predict(x, i, scheduler, labels, guidance_scale)
+            x = scheduler.step(output, timestep, x, **options, return_dict=False)[0]
             yield Step(i + 1, len(scheduler.timesteps), x, preview)
 
-    def _velocity(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """Classifier-free guidance (arXiv 2207.12598), both passes in one batch."""
+    def _scheduler(self, sampler: str | None) -> Any:
+        if sampler is None:
+            return type(self.scheduler).from_config(self.scheduler.config)
+        return SAMPLERS[sampler]() if self.is_flow else DDPM_SAMPLERS[sampler](self.scheduler.config)
+
+    def _predict_flow(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
+        """What the scheduler wants in step i, noise - data = d x / d sigma, and the preview."""
+        path = self.config.path
+        # all four schedulers evaluate step i at sigmas[i]; some round `timesteps` to integers
+        x_t, t = from_sigma(x, scheduler.sigmas[i].to(x.device), path)
+        t = t.expand(len(x))
+        data, noise = split(x_t, self._guided(x_t, t, labels, guidance_scale)[:, : x.shape[1]], t, path)
+        return noise - data, data
+
+    def _predict_ddpm(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
+        """What the scheduler wants in step i, the network's own output, and the preview."""
+        timestep = scheduler.timesteps[i]
+        output = self._guided(x, timestep.to(x.device).expand(len(x)), labels, guidance_scale)
+        prediction = output[:, : x.shape[1]]
+        # the others keep the word in their config, and take no variance
+        learned = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
+        alpha_bar = scheduler.alphas_cumprod[timestep.long().cpu()]
+        preview = data_from_prediction(x, prediction, alpha_bar, scheduler.config.prediction_type)
+        return output if learned else prediction, preview
+
+    def _guided(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """The network's output with classifier-free guidance (arXiv 2207.12598), both passes in one batch."""
+        x = x.to(self.model.dtype)
         if guidance_scale == 1:
-            return self.model(x, t, labels)
-        with_label, without = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), labels).chunk(2)
-        return without + guidance_scale * (with_label - without)
+            return self.model(x, t, labels).float()
+        with_label, without = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), labels).float().chunk(2)
+        moved = self.config.guidance_channels or x.shape[1]
+        guided = without[:, :moved] + guidance_scale * (with_label[:, :moved] - without[:, :moved])
+        return torch.cat([guided, with_label[:, moved:]], dim=1)  # a learned variance follows the label
 
     def _check(
         self,
@@ -215,13 +304,10 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"seed is {seed}; choose 0 to {MAX_SEED - num_images}")
         if not 0 <= guidance_scale <= 100:
             raise ValueError(f"guidance_scale is {guidance_scale}; choose 0 to 100, 1 for none")
-        if sampler is not None and sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-        config = self.model.config
-        if self.device.type == "cpu":  # which would swap where a GPU answers at once
-            # activations of a block (about 16 widths a token, twice for guidance) and what the long skips keep
-            tokens = (config.image_size // config.patch_size) ** 2
-            require_memory(num_images * 2 * 4 * tokens * config.dim * (16 + config.depth), f"{num_images} images at once")
+        if sampler is not None and sampler not in self.samplers:
+            raise ValueError(f"there is no sampler {sampler!r} for this checkpoint; choose from {', '.join(self.samplers)}")
+        if self.device.type == "cpu":  # which would swap where a GPU answers at once; twice for guidance, 4 bytes a number
+            require_memory(num_images * 2 * 4 * self.model.numbers_held, f"{num_images} images at once")
         if class_labels is None:
             return None
         if not self.num_classes:
@@ -241,7 +327,8 @@ def _set_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
     else:
         scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(0)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # so that it does not search for the timestep, on the host, in every step
 
 
 def to_uint8(x: Tensor) -> np.ndarray:

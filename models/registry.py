@@ -63,7 +63,7 @@ BACKBONES: dict[str, Backbone] = {
         "diffusion",
         {
             "XS": dict(channels=(32, 64, 128), layers_per_block=2, attention_levels=(1, 2)),
-            "S": dict(channels=(128, 256, 256, 256), layers_per_block=2, attention_levels=(1,)),
+            "S": dict(channels=(128, 256, 256, 256), layers_per_block=2, attention_levels=(1,), head_dim=256, norm_groups=32),
         },
     ),
     "mae": Backbone(
@@ -91,6 +91,11 @@ def sizes(task: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(size for backbone in BACKBONES.values() if backbone.task == task for size in backbone.sizes))
 
 
+def takes(backbone: str, option: str) -> bool:
+    """Whether a backbone's class has that argument."""
+    return option in inspect.signature(BACKBONES[backbone].load()).parameters
+
+
 def create_model(backbone: str, size: str | None = None, alpha_eff: float | None = None, **options: Any) -> nn.Module:
     """Build a backbone by name.
 
@@ -110,7 +115,7 @@ def create_model(backbone: str, size: str | None = None, alpha_eff: float | None
         raise ValueError(f"{backbone} has no size {size!r}; choose from {', '.join(row.sizes)}")
     backbone_class = row.load()
     options = {**(row.sizes[size] if size else {}), **{name: value for name, value in options.items() if value is not None}}
-    unknown = sorted(options.keys() - inspect.signature(backbone_class).parameters)
+    unknown = [name for name in options if not takes(backbone, name)]
     if unknown:
         raise ValueError(f"the backbone {backbone} has no {', '.join(unknown)}; leave that away or choose another backbone")
     if alpha_eff is not None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from models import Pipeline
-from models.paths import data_from_velocity, interpolate, velocity
-from models.pipeline import SAMPLERS, Step, to_uint8
+from models.paths import PATHS, data_from_prediction, from_sigma, interpolate, split, velocity
+from models.pipeline import DDPM_SAMPLERS, SAMPLERS, Step, to_uint8
+from training.objectives import DDPM, PREDICTION_TYPES
 
 Make = Callable[..., nn.Module]
 
@@ -27,7 +28,7 @@ def pipeline(tiny_dit: Make) -> Pipeline:
 class PointMass(nn.Module):
     """The exact velocity when all data are one image: v(x, t) = (data - x) / (1 - t)."""
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, numbers_held = torch.float32, torch.device("cpu"), 1
 
     def __init__(self, config: object, data: Tensor) -> None:
         super().__init__()
@@ -49,14 +50,74 @@ class Gaussian(PointMass):
         return (t * self.spread**2 - (1 - t)) / variance * x
 
 
-def test_path_runs_from_noise_to_data() -> None:
-    data, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 0.25, 0.5, 1])
-    x = interpolate(data, noise, t)
-    assert torch.equal(x[0], noise[0])
-    assert torch.equal(x[3], data[3])
-    torch.testing.assert_close(data_from_velocity(x, velocity(data, noise), t), data)
-    later = interpolate(data, noise, t + 1e-3)
-    torch.testing.assert_close((later - x) / 1e-3, velocity(data, noise), atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("path", PATHS)
+def test_path_runs_from_noise_to_data(path: str) -> None:
+    data, noise, t = (draw.double() for draw in (torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 0.25, 0.5, 1])))
+    x, v = interpolate(data, noise, t, path), velocity(data, noise, t, path)
+    torch.testing.assert_close(x[0], noise[0])
+    torch.testing.assert_close(x[3], data[3])
+    for found, expected in zip(split(x, v, t, path), (data, noise), strict=True):
+        torch.testing.assert_close(found, expected)
+    later, earlier = (interpolate(data, noise, t + step, path) for step in (1e-6, -1e-6))
+    torch.testing.assert_close((later - earlier) / 2e-6, v, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sigma", [1.0, 0.7, 0.1])
+def test_diffusers_sigma_is_a_point_of_every_path(path: str, sigma: float) -> None:
+    data, noise, sigma = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.tensor(sigma)
+    x_t, t = from_sigma((1 - sigma) * data + sigma * noise, sigma, path)
+    torch.testing.assert_close(x_t, interpolate(data, noise, t, path))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_predictions_point_at_the_data(prediction_type: str) -> None:
+    data, generator = torch.randn(5, 3, 2, 2), torch.Generator().manual_seed(0)
+    objective = DDPM(prediction_type=prediction_type)
+    x, timesteps, target, _ = objective.draw(data, generator)
+    alpha_bar = objective.noising.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(data_from_prediction(x, target, alpha_bar, prediction_type), data, atol=2e-3, rtol=2e-3)
+
+
+class DDPMPointMass(PointMass):
+    """The exact prediction of a DDPM when all data are one image."""
+
+    def __init__(self, config: object, data: Tensor, objective: DDPM) -> None:
+        super().__init__(config, data)
+        self.objective = objective
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        alpha_bar = self.objective.noising.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+        noise = (x - alpha_bar.sqrt() * self.data) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * self.data
+        return {"epsilon": noise, "sample": self.data.expand_as(x), "v_prediction": v}[self.objective.prediction_type]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("sampler", DDPM_SAMPLERS)
+def test_ddpm_samplers_reach_a_point_mass(pipeline: Pipeline, sampler: str, prediction_type: str) -> None:
+    data = torch.rand(3, 16, 16) * 2 - 1
+    objective = DDPM(prediction_type=prediction_type)
+    exact = Pipeline(DDPMPointMass(pipeline.model.config, data, objective), objective.scheduler)
+    previews = []
+    images = exact(
+        2, num_inference_steps=8, sampler=sampler, output_type="pt", callback_on_step_end=lambda _, state: previews.append(state.preview)
+    ).images
+    torch.testing.assert_close(images, data.expand(2, -1, -1, -1), atol=2e-2, rtol=0)
+    torch.testing.assert_close(previews[3], data.expand(2, -1, -1, -1), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_velocity_of_another_path_reaches_the_same_data(pipeline: Pipeline, sampler: str) -> None:
+    class Exact(PointMass):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            weight, rate = (f(t).view(-1, 1, 1, 1) for f in (PATHS["gvp"].data_weight, PATHS["gvp"].noise_weight))
+            return velocity(self.data.expand_as(x), (x - weight * self.data) / rate, t, "gvp")
+
+    data = torch.rand(3, 16, 16) * 2 - 1
+    exact = Pipeline(Exact(pipeline.model.config, data), FlowMatchEulerDiscreteScheduler(), path="gvp")
+    images = exact(2, num_inference_steps=7, sampler=sampler, output_type="pt").images
+    torch.testing.assert_close(images, data.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -126,8 +187,31 @@ def test_noise_is_the_same_for_every_model(tiny_dit: Make, pipeline: Pipeline) -
 def test_guidance_is_the_formula(pipeline: Pipeline) -> None:
     x, t, labels = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 2])
     with_label, without = pipeline.model(x, t, labels), pipeline.model(x, t)
-    guided = pipeline._velocity(x, t, torch.cat([labels, torch.tensor([3, 3])]), 2.5)
+    guided = pipeline._guided(x, t, torch.cat([labels, torch.tensor([3, 3])]), 2.5)
     torch.testing.assert_close(guided, without + 2.5 * (with_label - without), atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_of_some_channels_leaves_the_others_to_the_label(tiny_dit: Make) -> None:
+    pipeline = Pipeline(tiny_dit(learn_sigma=True), FlowMatchEulerDiscreteScheduler(), guidance_channels=2)
+    x, t, labels = torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([1])
+    with_label, without = pipeline.model(x, t, labels), pipeline.model(x, t)
+    guided = pipeline._guided(x, t, torch.tensor([1, 3]), 2.5)
+    torch.testing.assert_close(guided[:, :2], (without + 2.5 * (with_label - without))[:, :2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(guided[:, 2:], with_label[:, 2:], atol=1e-4, rtol=1e-4)
+
+
+def test_latents_are_decoded(tiny_dit: Make, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        latent_channels=4, norm_num_groups=2, scaling_factor=0.5)  # fmt: skip
+    pipeline = Pipeline(tiny_dit(in_channels=4), FlowMatchEulerDiscreteScheduler(), vae=vae.eval())
+    assert pipeline.latent_shape == (4, 16, 16) and pipeline.image_shape == (3, 32, 32)
+    latents = list(pipeline.steps(2, num_inference_steps=2))[-1].x
+    images = pipeline(2, num_inference_steps=2, output_type="pt").images
+    with torch.no_grad():
+        torch.testing.assert_close(images, vae.decode(latents / 0.5).sample, atol=1e-5, rtol=1e-5)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(Pipeline.from_pretrained(tmp_path)(2, num_inference_steps=2, output_type="pt").images, images)
 
 
 def test_scheduler_state_does_not_leak_between_calls(pipeline: Pipeline) -> None:

@@ -307,7 +307,7 @@ def test_ema_is_the_recursion() -> None:
 
 def test_flow_matching_asks_for_data_minus_noise(tiny_dit: Callable) -> None:
     batch = {"images": torch.randn(64, 3, 16, 16), "labels": torch.zeros(64, dtype=torch.long)}
-    (x, t, labels), target = FlowMatching(3, class_dropout=0.25).inputs(batch, torch.Generator().manual_seed(0))
+    (x, t, labels), target, _ = FlowMatching(3, class_dropout=0.25).inputs(batch, torch.Generator().manual_seed(0))
     noise = batch["images"] - target
     t = t.view(-1, 1, 1, 1)
     torch.testing.assert_close(x, t * batch["images"] + (1 - t) * noise, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from models.files import INDEX, read_json, remove, sha256, write_json, written_aside
@@ -95,12 +94,14 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def export_pipeline(run: Path, model: nn.Module, ema: EMA, class_names: tuple[str, ...], training: dict[str, Any]) -> None:
-    """Write `model/`, `ema/`, `scheduler/` and the index in the diffusers layout: `Pipeline.from_pretrained(run)` loads them."""
-    pipeline = Pipeline(model, FlowMatchEulerDiscreteScheduler(), class_names, training)
-    for name, module in (("model", model), ("ema", averaged(model, ema)), ("scheduler", pipeline.scheduler)):
+def export_pipeline(run: Path, pipeline: Pipeline, ema: EMA) -> None:
+    """Write `model/`, `ema/`, `scheduler/`, once `vae/`, and the index: `Pipeline.from_pretrained(run)` loads them."""
+    parts = {"model": pipeline.model, "ema": averaged(pipeline.model, ema), "scheduler": pipeline.scheduler}
+    if pipeline.vae is not None and not (run / "vae").is_dir():
+        parts["vae"] = pipeline.vae
+    for name, part in parts.items():
         with written_aside(run / name) as aside:
-            module.save_pretrained(aside)
+            part.save_pretrained(aside)
     write_json(run / INDEX, dict(pipeline.config))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 from models.files import read_json, require_memory, write_json, written_aside
@@ -26,32 +28,77 @@ IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".spl
 PACKING = 3  # raise it when images are packed differently: cached packs are then made anew
 
 
-@dataclass(frozen=True)
-class ImageData:
-    """A split in memory (or mapped from the cache).
+@dataclass(frozen=True, kw_only=True)
+class TrainingData(ABC):
+    """What a training reads: a split as batches of samples, which are images, or latents of images (training/latents.py).
 
     Attributes:
-        images: uint8 (N, H, W, 3).
         labels: int64 (N,) in [0, len(class_names)), or None.
         class_names: in the order of the labels; empty without labels.
         name: as the user wrote it.
         split: "train", "validation" or "all".
-        fingerprint: hash of the packed images, labels and class names; equal wherever the data are.
+        fingerprint: hash of all that decides the samples, labels and class names; equal wherever the data are.
     """
 
-    images: np.ndarray
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     name: str
     split: str
     fingerprint: str
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+
+    @abstractmethod
+    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def batch(self, indices: np.ndarray, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
+        """What an objective takes (training/objectives.py): samples as "images" and, where there are labels, "labels".
+
+        Args:
+            generator: on the device; all that is random comes from it.
+            flip: mirror half of the images.
+        """
+        mirrored = torch.rand(len(indices), device=device, generator=generator) < 0.5 if flip else None
+        batch = {"images": self.samples(indices, device, generator, mirrored)}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[indices]).to(device)
+        return batch
+
+
+@dataclass(frozen=True)
+class ImageData(TrainingData):
+    """A split in memory (or mapped from the cache).
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+    """
+
+    images: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
+
+    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        """In [-1, 1]; nothing is drawn."""
+        images = torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2).contiguous()  # uint8 (N, C, H, W)
+        images = images.float().div_(127.5).sub_(1)
+        return images if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def cache_dir() -> Path:
@@ -269,7 +316,8 @@ def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
     about = read_json(folder / "data.json")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if about["class_names"] else None
-    return ImageData(images, labels, tuple(about["class_names"]), name, split, about["fingerprint"])
+    class_names, fingerprint = tuple(about["class_names"]), about["fingerprint"]
+    return ImageData(images, labels=labels, class_names=class_names, name=name, split=split, fingerprint=fingerprint)
 
 
 def _write_pack(folder: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray | None, class_names: list[str]) -> None:

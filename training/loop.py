@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from models.files import read_json, write_json
 from models.precision import precision
 from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
-from training.data import ImageData, Order, seed_of
+from training.data import Order, TrainingData, seed_of
 from training.ema import EMA
 from training.monitor import MetricsFile, block_norms
 from training.options import option
@@ -36,6 +35,8 @@ FREE_ON_RESUME = frozenset(
 )
 
 Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+# f(run, model, averaged weights, what the run went through), on the main process: writes what others load
+Export = Callable[[Path, nn.Module, EMA, dict[str, Any]], None]
 # f(run, step, model, averaged weights), on the main process
 Callback = Callable[[Path, int, nn.Module, EMA], None]
 
@@ -73,9 +74,10 @@ class LoopOptions:
 def train(
     options: LoopOptions,
     model: nn.Module,
-    data: ImageData,
+    data: TrainingData,
     objective: Objective,
     config: dict[str, Any],
+    export: Export,
     callbacks: dict[int, Callback] | None = None,
 ) -> int:
     """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
@@ -84,6 +86,7 @@ def train(
         model: with fresh weights; resuming overwrites them.
         objective: see training/objectives.py; its `inputs` gives the model's arguments.
         config: everything else that the run is made of; saved in config.json, and compared when resuming.
+        export: called with each checkpoint.
         callbacks: called every so many steps (the key) on the main process.
 
     Returns:
@@ -141,7 +144,7 @@ def train(
         if accelerator.is_main_process:
             seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
-            checkpoint_files.export_pipeline(run, bare, ema, data.class_names, {**seen, **source})
+            export(run, bare, ema, {**seen, **source})
 
     order = Order(len(data), options.seed)
     saved = step
@@ -155,11 +158,9 @@ def train(
                 group["lr"] = learning_rate(options, step)
             for accumulated in range(options.gradient_accumulation_steps):
                 micro = accumulated * accelerator.num_processes + accelerator.process_index
-                batch = _batch(data, order.indices(step * images_a_step + micro * batch_size, batch_size), device)
+                indices = order.indices(step * images_a_step + micro * batch_size, batch_size)
                 generator = torch.Generator(device).manual_seed(seed_of(options.seed, step, micro + 1))
-                if options.random_flip:
-                    mirrored = torch.rand(batch_size, device=device, generator=generator) < 0.5
-                    batch["images"] = torch.where(mirrored.view(-1, 1, 1, 1), batch["images"].flip(3), batch["images"])
+                batch = data.batch(indices, device, generator, options.random_flip)
                 with accelerator.accumulate(model):
                     loss, _ = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
                     accelerator.backward(loss)
@@ -174,7 +175,7 @@ def train(
 
             if step % options.logging_steps == 0 or step == options.max_train_steps:
                 rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
-                arguments, _ = objective.inputs(batch, generator)
+                arguments = objective.inputs(batch, generator)[0]
                 line = {
                     "step": step,
                     "images": step * images_a_step,
@@ -276,14 +277,6 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)
     return checkpoint_files.step_of(checkpoint)
-
-
-def _batch(data: ImageData, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    images = torch.from_numpy(data.images[indices]).to(device).permute(0, 3, 1, 2).contiguous()  # uint8 (N, C, H, W)
-    batch = {"images": images.float().div_(127.5).sub_(1)}
-    if data.labels is not None:
-        batch["labels"] = torch.from_numpy(data.labels[indices]).to(device)
-    return batch
 
 
 def describe(name: str, alphas: tuple[float, ...], num_parameters: int) -> str:

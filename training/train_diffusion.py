@@ -9,21 +9,23 @@ import argparse
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from models.files import Parser, one_line_errors
-from models.pipeline import SAMPLERS, Pipeline, to_uint8
-from models.registry import create_model, names, sizes
+from models.paths import PATHS
+from models.pipeline import AutoencoderKL, Pipeline
+from models.registry import create_model, names, sizes, takes
 from models.shortcut import PLACEMENTS, SCHEDULES
-from training.checkpoint import averaged
+from training.checkpoint import averaged, export_pipeline
 from training.data import SPLITS, load_images
-from training.ema import EMA
+from training.latents import encode, latent_shape, load_vae
 from training.loop import LoopOptions, check, describe, train
 from training.monitor import save_grid
-from training.objectives import FlowMatching
+from training.objectives import BETA_SCHEDULES, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import add_options, option, read_options
 from training.presets import PRESETS
 from training.processes import spread_over_cpu_processes
@@ -41,11 +43,12 @@ class DataOptions:
     image_column: str = option("image", "column of the images")
     label_column: str | None = option(None, 'column of the labels; "label" is found by itself')
     resolution: int = option(32, "edge in pixels after centre crop and resize", least=1)
+    vae: str | None = option(None, "train on latents: an AutoencoderKL, a hub name or a folder; the images are encoded once")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Model and objective."""
+    """Model."""
 
     backbone: str = option("dit", "architecture", choices=names("diffusion"))
     size: str = option("XS", "width and depth", choices=sizes("diffusion"))
@@ -58,8 +61,23 @@ class ModelOptions:
     long_skips: bool | None = option(None, "connect encoder blocks to decoder blocks; on where the backbone can do without")
     zero_init: bool | None = option(None, "start every branch at zero; on where the backbone can do without")
     class_conditional: bool = option(True, "use the labels of the data, where it has them")
-    class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
     init_from: str | None = option(None, "checkpoint whose averaged weights to begin with, such as models/pretrained/openmoji-plain")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Objective."""
+
+    objective: str = option("flow", "flow matching, or denoising diffusion (DDPM)", choices=tuple(OBJECTIVES))
+    path: str | None = option(None, "flow: between noise and data; linear unless given", choices=tuple(PATHS))
+    time_distribution: str | None = option(None, "flow: of the training times; uniform unless given", choices=tuple(TIME_DISTRIBUTIONS))
+    prediction_type: str | None = option(None, "ddpm: what the network predicts; epsilon unless given", choices=PREDICTION_TYPES)
+    beta_schedule: str | None = option(None, "ddpm: of the noise; linear unless given", choices=BETA_SCHEDULES)
+    snr_gamma: float | None = option(None, "ddpm: min-SNR weighting, such as 5 (arXiv 2303.09556)", least=0)
+    class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
+
+
+GROUPS = (DataOptions, ModelOptions, ObjectiveOptions, LoopOptions)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,19 +85,22 @@ def parser() -> argparse.ArgumentParser:
     presets = "\n".join(f"  {name:18} {preset.about}" for name, preset in PRESETS.items())
     flags = Parser(description=__doc__, epilog=f"presets:\n{presets}")
     flags.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help="a named run (listed below); other flags win over it")
-    for group in (DataOptions, ModelOptions, LoopOptions):
+    for group in GROUPS:
         add_options(flags, group)
     return flags
 
 
-def build(options: ModelOptions, data: DataOptions, num_classes: int) -> nn.Module:
-    """The model that the options describe, with fresh weights."""
+def build(options: ModelOptions, objective: str, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The model that the options describe, for inputs (C, H, W), with fresh weights."""
+    # flow times lie in [0, 1], a DDPM's in [0, 999]; where the backbone stretches the first ones, the others are long enough
+    time_scale = 1.0 if objective == "ddpm" and takes(options.backbone, "time_scale") else None
     return create_model(
         options.backbone,
         options.size,
         options.alpha_eff,
-        image_size=data.resolution,
+        image_size=shape[-1],
         patch_size=options.patch_size,
+        in_channels=shape[0],
         num_classes=num_classes,
         alpha_min=options.alpha_min,
         shortcut_schedule=options.shortcut_schedule,
@@ -87,6 +108,7 @@ def build(options: ModelOptions, data: DataOptions, num_classes: int) -> nn.Modu
         learnable_alpha=options.learnable_alpha,
         long_skips=options.long_skips,
         zero_init=options.zero_init,
+        time_scale=time_scale,
     )
 
 
@@ -112,13 +134,12 @@ def begin_with(model: nn.Module, checkpoint: str) -> int:
     return pipeline.config.training.get("images_seen", 0)
 
 
-def sample_grid(run: Path, step: int, model: nn.Module, ema: EMA) -> None:
-    """Write samples/step-N.png from the averaged weights: the same seeds each time, one class after another."""
-    pipeline = Pipeline(averaged(model, ema), SAMPLERS["euler"]())
+def sample_grid(path: Path, pipeline: Pipeline) -> None:
+    """Write a picture of samples: the same seeds each time, one class after another."""
     pipeline.set_progress_bar_config(disable=True)
     labels = [i % pipeline.num_classes for i in range(GRID_IMAGES)] if pipeline.num_classes else None
-    images = pipeline(GRID_IMAGES, labels, seed=0, guidance_scale=2.0 if labels else 1.0, output_type="pt").images
-    save_grid(run / "samples" / f"step-{step}.png", to_uint8(images), GRID_COLUMNS)
+    images = pipeline(GRID_IMAGES, labels, seed=0, guidance_scale=2.0 if labels else 1.0, output_type="np").images
+    save_grid(path, images, GRID_COLUMNS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,41 +152,71 @@ def main(arguments: list[str] | None = None) -> None:
     if preset and parsed.train_data_dir and parsed.dataset_name == PRESETS[preset].flags.get("dataset_name"):
         parsed.dataset_name = None  # the user's images instead of the preset's
     with one_line_errors():
-        data_options, model_options, loop_options = (read_options(parsed, group) for group in (DataOptions, ModelOptions, LoopOptions))
-        name = data_options.train_data_dir or data_options.dataset_name
-        if name is None or (data_options.train_data_dir and data_options.dataset_name):
-            raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
-        if data_options.train_data_dir and not Path(data_options.train_data_dir).is_dir():
-            raise ValueError(f"--train_data_dir {data_options.train_data_dir} is not a folder")
-        check(loop_options)
-        with torch.device("meta"):  # sizes that do not fit are told before the data are read
-            build(model_options, data_options, num_classes=0)
-        set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
-        data = load_images(name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column)
-        num_classes = data.num_classes if model_options.class_conditional else 0
-        model = build(model_options, data_options, num_classes)
-        images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
-        config = {"preset": preset, **asdict(data_options), **asdict(model_options), "images_before": images_before}
-        classes = f" in {data.num_classes} classes ({', '.join(data.class_names[:5])}{', ...' * (data.num_classes > 5)})" * bool(
-            num_classes
-        )
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"{len(data):,} images of {data.name}{classes}",
-                describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()),
-                sep="\n",
-                flush=True,
+        run(preset, *(read_options(parsed, group) for group in GROUPS))
+
+
+def run(
+    preset: str | None,
+    data_options: DataOptions,
+    model_options: ModelOptions,
+    objective_options: ObjectiveOptions,
+    loop_options: LoopOptions,
+) -> None:
+    """Load the data, build the model, train it.
+
+    Raises:
+        ValueError: options that do not fit together or with the data.
+    """
+    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda *_, **__: None
+    name = data_options.train_data_dir or data_options.dataset_name
+    if name is None or (data_options.train_data_dir and data_options.dataset_name):
+        raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
+    if data_options.train_data_dir and not Path(data_options.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {data_options.train_data_dir} is not a folder")
+    check(loop_options)
+    vae = load_vae(data_options.vae) if data_options.vae else None
+    shape = latent_shape(vae, data_options.resolution) if vae else (3, data_options.resolution, data_options.resolution)
+    with torch.device("meta"):  # sizes that do not fit are told before the data are read
+        build(model_options, objective_options.objective, shape, num_classes=0)
+    create_objective_from(objective_options, 0, vae)
+
+    data = load_images(name, data_options.resolution, data_options.dataset_split, data_options.image_column, data_options.label_column)
+    num_classes = data.num_classes if model_options.class_conditional else 0
+    classes = f" in {num_classes} classes ({', '.join(data.class_names[:5])}{', ...' * (num_classes > 5)})" if num_classes else ""
+    set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
+    model = build(model_options, objective_options.objective, shape, num_classes)
+    images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
+    objective = create_objective_from(objective_options, num_classes, vae)
+    say(f"{len(data):,} images of {data.name}{classes}", flush=True)
+    say(describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()), flush=True)
+
+    def pipeline(network: nn.Module, training: dict[str, Any] | None = None) -> Pipeline:
+        class_names = data.class_names if num_classes else ()
+        return Pipeline(network, objective.scheduler, class_names, training, path=objective.path, vae=vae)
+
+    step = train(
+        loop_options,
+        model,
+        encode(data, vae.to("cuda" if torch.cuda.is_available() else "cpu"), loop_options.random_flip) if vae else data,
+        objective,
+        {"preset": preset, **asdict(data_options), **asdict(model_options), **asdict(objective_options), "images_before": images_before},
+        lambda run, network, ema, training: export_pipeline(run, pipeline(network, training), ema),
+        {
+            loop_options.sample_steps: lambda run, step, network, ema: sample_grid(
+                run / "samples" / f"step-{step}.png", pipeline(averaged(network, ema))
             )
-        step = train(
-            loop_options,
-            model,
-            data,
-            FlowMatching(num_classes, model_options.class_dropout),
-            config,
-            {loop_options.sample_steps: sample_grid} if loop_options.sample_steps else None,
-        )
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{loop_options.output_dir}: step {step} reached", flush=True)
+        }
+        if loop_options.sample_steps
+        else None,
+    )
+    say(f"{loop_options.output_dir}: step {step} reached", flush=True)
+
+
+def create_objective_from(options: ObjectiveOptions, num_classes: int, vae: AutoencoderKL | None) -> Diffusion:
+    """The objective that the options describe."""
+    given = asdict(options)
+    clip = False if vae and options.objective == "ddpm" else None  # latents do not lie in [-1, 1]
+    return create_objective(given.pop("objective"), num_classes=num_classes, clip=clip, **given)
 
 
 if __name__ == "__main__":

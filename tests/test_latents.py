@@ -1,0 +1,291 @@
+"""Latents: what is encoded, what is drawn, what is cached; batches of images; autoencoders that are none."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from training import latents
+from training.data import ImageData, cache_dir, load_images
+from training.latents import LatentData, encode, latent_shape, load_vae
+
+CPU = torch.device("cpu")
+SCALE, SHIFT = 0.4, -0.3
+
+
+def make_vae(**options: object) -> AutoencoderKL:
+    """A tiny autoencoder with random weights that halves the edge."""
+    torch.manual_seed(0)
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    sizes = dict(block_out_channels=(8, 16), down_block_types=down, up_block_types=up, norm_num_groups=4, sample_size=16)
+    return AutoencoderKL(**{**sizes, "scaling_factor": SCALE, "shift_factor": SHIFT, **options})
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    make_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vae(vae_folder: Path) -> AutoencoderKL:
+    return load_vae(str(vae_folder))
+
+
+@pytest.fixture
+def data(image_folder: Path) -> ImageData:
+    return load_images(str(image_folder), 16)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: ImageData) -> Path:
+    """An empty folder of latents (`data` is mapped already)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_dir() / "latents"
+
+
+@pytest.fixture
+def encoder_calls(vae: AutoencoderKL) -> list[int]:
+    """Grows by the size of every batch that the encoder sees."""
+    sizes: list[int] = []
+    vae.encoder.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    return sizes
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """All but the locks, and what changes when one is written anew."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def floats(data: ImageData) -> torch.Tensor:
+    return torch.from_numpy(data.images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_batches_of_images(data: ImageData, flip: bool, labelled: bool) -> None:
+    data = data if labelled else dataclasses.replace(data, labels=None)
+    indices = np.array([5, 0, 23, 5, 7, 11, 2, 8])
+    generator, ours = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    batch = data.batch(indices, CPU, generator, flip)
+
+    expected = torch.from_numpy(data.images[indices]).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    if flip:  # the first draw of the generator
+        mirrored = torch.rand(8, generator=ours) < 0.5
+        assert 0 < mirrored.sum() < 8
+        expected = torch.stack([image.flip(2) if mirror else image for image, mirror in zip(expected, mirrored, strict=True)])
+    assert torch.equal(batch["images"], expected)
+    assert batch["images"].shape[1:] == data.shape == (3, 16, 16)
+    assert torch.equal(generator.get_state(), ours.get_state()), "more was drawn"
+    assert set(batch) == ({"images", "labels"} if labelled else {"images"})
+    if labelled:
+        assert batch["labels"].tolist() == data.labels[indices].tolist()
+
+
+def test_moments_are_those_of_the_encoder(
+    data: ImageData, vae: AutoencoderKL, encoder_calls: list[int], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 10 * 16**2)
+    encoded = encode(data, vae, flips=True)
+    assert encoder_calls == [10, 10, 4] * 2
+    assert encoded.moments.shape == encoded.mirrored_moments.shape == (24, 2, 4, 8, 8)
+    for moments, images in ((encoded.moments, floats(data)), (encoded.mirrored_moments, floats(data).flip(3))):
+        posterior = vae.encode(images).latent_dist
+        expected = torch.stack([(posterior.mean - SHIFT) * SCALE, posterior.std * SCALE], 1)
+        torch.testing.assert_close(torch.from_numpy(moments.astype(np.float32)), expected, rtol=1e-3, atol=1e-4)
+    # what diffusers' pipelines do before they decode
+    means = torch.from_numpy(encoded.moments[:, 0]).float()
+    torch.testing.assert_close(means / SCALE + SHIFT, vae.encode(floats(data)).latent_dist.mean, rtol=1e-3, atol=1e-3)
+    apart = np.abs(encoded.mirrored_moments[:, 0] - encoded.moments[:, 0, :, :, ::-1]).mean()
+    assert apart > 0.01, "mirrored latents would have done"
+
+
+def test_an_autoencoder_without_a_shift(data: ImageData, fresh_cache: Path) -> None:
+    plain = make_vae(shift_factor=None).eval()
+    expected = plain.encode(floats(data)).latent_dist.mean * SCALE
+    torch.testing.assert_close(torch.from_numpy(encode(data, plain, flips=False).moments[:, 0]).float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderKL) -> None:
+    encoded = encode(data, vae, flips=True)
+    indices = np.array([5, 0, 23, 5, 7, 11, 2, 8])
+    batch = encoded.batch(indices, CPU, torch.Generator().manual_seed(3), flip=True)
+    generator = torch.Generator().manual_seed(3)
+    mirrored = (torch.rand(8, generator=generator) < 0.5).tolist()
+    assert any(mirrored) and not all(mirrored)
+    moments = [(encoded.mirrored_moments if mirror else encoded.moments)[i] for i, mirror in zip(indices, mirrored, strict=True)]
+    mean, std = torch.from_numpy(np.stack(moments)).float().unbind(1)
+    assert torch.equal(batch["images"], mean + std * torch.randn(8, 4, 8, 8, generator=generator))
+    assert batch["labels"].tolist() == data.labels[indices].tolist()
+
+    drawn = encoded.batch(np.full(4000, 3), CPU, torch.Generator().manual_seed(0), flip=False)["images"]
+    mean, std = torch.from_numpy(encoded.moments[3]).float()
+    assert ((drawn.mean(0) - mean) / std).abs().max() < 5 / 4000**0.5
+    assert (drawn.std(0) / std - 1).abs().max() < 5 / 8000**0.5
+
+
+def test_latents_are_as_the_split_they_come_from(data: ImageData, vae: AutoencoderKL) -> None:
+    encoded = encode(data, vae, flips=False)
+    assert len(encoded) == len(data) == 24
+    assert encoded.shape == latent_shape(vae, 16) == (4, 8, 8)
+    assert encoded.num_classes == 2
+    for name in ("labels", "class_names", "name", "split"):
+        assert getattr(encoded, name) is getattr(data, name)
+
+
+def test_encoded_once(data: ImageData, vae: AutoencoderKL, encoder_calls: list[int], fresh_cache: Path) -> None:
+    first, one_file = encode(data, vae, flips=False), files_in(fresh_cache)
+    assert len(one_file) == 1 and sum(encoder_calls) == 24
+    again = encode(data, vae, flips=False)
+    assert files_in(fresh_cache) == one_file and sum(encoder_calls) == 24
+    assert np.array_equal(first.moments, again.moments) and first.fingerprint == again.fingerprint
+
+    with_flips, two_files = encode(data, vae, flips=True), files_in(fresh_cache)
+    assert len(two_files) == 2 and one_file.items() < two_files.items() and sum(encoder_calls) == 48
+    assert with_flips.fingerprint == first.fingerprint
+
+
+def test_fingerprints_cover_the_data_and_the_encoder(data: ImageData, image_folder: Path, vae: AutoencoderKL) -> None:
+    def fingerprint(of: ImageData = data, **options: object) -> str:
+        other = make_vae(**options)
+        other.load_state_dict(vae.state_dict())
+        return encode(of, other.eval(), flips=False).fingerprint
+
+    same = fingerprint()
+    assert same == encode(data, vae, flips=False).fingerprint != data.fingerprint
+    other_data = dataclasses.replace(data, images=255 - data.images, fingerprint="another")
+    others = [fingerprint(load_images(str(image_folder), 12)), fingerprint(other_data), fingerprint(scaling_factor=1.0)]
+    others += [fingerprint(shift_factor=0.0), fingerprint(act_fn="relu")]
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
+    assert encode(data, vae, flips=False).fingerprint == same, "the decoder does not count"
+    vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
+    assert len({same, *others, encode(data, vae, flips=False).fingerprint}) == 7
+
+
+def test_of_many_one_encodes_and_the_others_wait(data: ImageData, vae: AutoencoderKL, encoder_calls: list[int], fresh_cache: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:  # the lock treats threads as it does processes
+        encoded = list(pool.map(lambda _: encode(data, vae, flips=False), range(4)))
+    assert sum(encoder_calls) == 24
+    assert all(np.array_equal(one.moments, encoded[0].moments) for one in encoded)
+
+
+def test_nothing_half_written_stays(data: ImageData, vae: AutoencoderKL, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 10 * 16**2)
+    batches: list[object] = []
+
+    def stop_at_the_second(*_: object) -> None:
+        batches.append(None)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+
+    hook = vae.encoder.register_forward_hook(stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        encode(data, vae, flips=False)
+    hook.remove()
+    assert len(batches) == 2 and not files_in(fresh_cache)
+
+    path = Path(encode(data, vae, flips=False).moments.filename)
+    path.unlink()
+    left = path.with_name(f".{path.name}.partial-1")  # as by a process that was killed
+    left.touch()
+    encode(data, vae, flips=False)
+    assert path.exists() and not left.exists()
+
+
+def test_where_autoencoders_are_found(vae_folder: Path, tmp_path: Path) -> None:
+    make_vae().half().save_pretrained(tmp_path / "pipeline/vae")
+    vae = load_vae(str(tmp_path / "pipeline"))
+    assert vae.dtype == torch.float32 and not vae.training and not any(weight.requires_grad for weight in vae.parameters())
+    # a repository of the hub that was fetched before: the network is not needed
+    repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--someone--latents"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0123abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots/0123abc").symlink_to(vae_folder)
+    weights, expected = load_vae("someone/latents").state_dict(), make_vae().state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def without_weights(folder: Path) -> None:
+    make_vae().save_pretrained(folder)
+    (folder / latents.WEIGHTS).unlink()
+
+
+def with_damaged_weights(folder: Path) -> None:
+    make_vae().save_pretrained(folder)
+    (folder / latents.WEIGHTS).write_bytes(b"no weights")
+
+
+def with_a_missing_tensor(folder: Path) -> None:
+    make_vae().save_pretrained(folder)
+    weights = load_file(folder / latents.WEIGHTS)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, folder / latents.WEIGHTS)
+
+
+def of_other_sizes(folder: Path) -> None:
+    make_vae().save_pretrained(folder)
+    config = json.loads((folder / latents.CONFIG).read_text())
+    (folder / latents.CONFIG).write_text(json.dumps({**config, "latent_channels": 8}))
+
+
+def of_grey_images(folder: Path) -> None:
+    make_vae(in_channels=1).save_pretrained(folder)
+
+
+def a_unet(folder: Path) -> None:
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, block_out_channels=(8, 16))
+    UNet2DModel(**blocks, norm_num_groups=4).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Path.mkdir, r"holds no config\.json .*must be an AutoencoderKL"),
+        (Path.touch, "is a file; point to the folder"),
+        (a_unet, "holds a UNet2DModel; it must be an AutoencoderKL"),
+        (without_weights, "cannot be loaded: .*no file named"),
+        (with_damaged_weights, "cannot be loaded"),
+        (with_a_missing_tensor, r"lacks weights \(encoder.conv_in.weight"),
+        (of_other_sizes, "cannot be loaded: .*shape"),
+        (of_grey_images, "images of 1 channels"),
+        (lambda folder: None, "no such folder, and nothing of that name could be loaded from the Hugging Face hub"),
+    ],
+)
+def test_what_is_no_autoencoder_is_told(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "given")
+    with pytest.raises(ValueError, match=message):
+        load_vae(str(tmp_path / "given"))
+
+
+def test_a_hub_name_without_a_network() -> None:
+    with pytest.raises(ValueError, match=r"--vae someone/elsewhere: there is no such folder.* check the name, or the network"):
+        load_vae("someone/elsewhere")
+
+
+def test_faults_of_encoding_are_told(data: ImageData, image_folder: Path, vae: AutoencoderKL, fresh_cache: Path) -> None:
+    with pytest.raises(ValueError, match="--resolution 15 is not divisible by 2, the factor of the autoencoder; choose 16"):
+        encode(load_images(str(image_folder), 15), vae, flips=False)
+    endless = dataclasses.replace(data, images=np.broadcast_to(data.images[:1], (10**12, 16, 16, 3)))
+    with pytest.raises(ValueError, match=r"the latents of .* take 953,674\.3 GiB, and .* make room"):
+        encode(endless, vae, flips=False)
+    vae.encoder.conv_out.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        encode(data, vae, flips=False)
+    assert not files_in(fresh_cache)
+
+
+def test_latents_are_read_from_the_disk(data: ImageData, vae: AutoencoderKL) -> None:
+    encoded = encode(data, vae, flips=False)
+    assert isinstance(encoded, LatentData) and isinstance(encoded.moments, np.memmap)
+    with pytest.raises(AssertionError, match="without flips"):
+        encoded.batch(np.arange(24), CPU, torch.Generator().manual_seed(0), flip=True)
