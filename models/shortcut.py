@@ -136,7 +136,7 @@ def make_shortcuts(
     """
     rule = find_schedule(schedule)
     if not rule.takes_alpha_min and alpha_min != 1:
-        raise ValueError(f"alpha_min is {alpha_min}, but the schedule {schedule} has none; leave it away")
+        raise ValueError(f"alpha_min is {alpha_min}, but the schedule {schedule} has none; leave it away, or give 1")
     if placement not in PLACEMENTS:
         raise ValueError(f"there is no shortcut placement {placement!r}; choose from {', '.join(PLACEMENTS)}")
     chosen = [placement in ("both", kind) for kind in kinds]

@@ -103,7 +103,7 @@ def test_moments_are_those_of_the_encoder(
         expected = torch.stack([(posterior.mean - SHIFT) * SCALE, posterior.std * SCALE], 1)
         torch.testing.assert_close(torch.from_numpy(moments.astype(np.float32)), expected, rtol=1e-3, atol=1e-4)
     # what diffusers' pipelines do before they decode
-    means = torch.from_numpy(encoded.moments[:, 0]).float()
+    means = torch.from_numpy(encoded.moments[:, 0].astype(np.float32))
     torch.testing.assert_close(means / SCALE + SHIFT, vae.encode(floats(data)).latent_dist.mean, rtol=1e-3, atol=1e-3)
     apart = np.abs(encoded.mirrored_moments[:, 0] - encoded.moments[:, 0, :, :, ::-1]).mean()
     assert apart > 0.01, "mirrored latents would have done"
@@ -112,7 +112,9 @@ def test_moments_are_those_of_the_encoder(
 def test_an_autoencoder_without_a_shift(data: ImageData, fresh_cache: Path) -> None:
     plain = make_vae(shift_factor=None).eval()
     expected = plain.encode(floats(data)).latent_dist.mean * SCALE
-    torch.testing.assert_close(torch.from_numpy(encode(data, plain, flips=False).moments[:, 0]).float(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(encode(data, plain, flips=False).moments[:, 0].astype(np.float32)), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderKL) -> None:
@@ -128,7 +130,7 @@ def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderK
     assert batch["labels"].tolist() == data.labels[indices].tolist()
 
     drawn = encoded.batch(np.full(4000, 3), CPU, torch.Generator().manual_seed(0), flip=False)["images"]
-    mean, std = torch.from_numpy(encoded.moments[3]).float()
+    mean, std = torch.from_numpy(encoded.moments[3].astype(np.float32))
     assert ((drawn.mean(0) - mean) / std).abs().max() < 5 / 4000**0.5
     assert (drawn.std(0) / std - 1).abs().max() < 5 / 8000**0.5
 

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import alpha_min_for, alpha_window, decayed_add, effective_alpha, linear_schedule
+from models.shortcut import SCHEDULES, advice, make_shortcuts
 
 
 def test_equation() -> None:
@@ -78,3 +81,69 @@ def test_importing_models_is_cheap() -> None:
     code = "import torch, time; began = time.perf_counter(); import models; models.linear_schedule; print(time.perf_counter() - began)"
     seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(seconds) < 0.5
+
+
+@pytest.mark.parametrize("name", [name for name, schedule in SCHEDULES.items() if schedule.takes_alpha_min])
+@given(st.integers(2, 60), st.floats(0.05, 1))
+@settings(max_examples=30, deadline=None)
+def test_schedules_fall_to_alpha_min(name: str, num_sublayers: int, alpha_min: float) -> None:
+    alphas = SCHEDULES[name].alphas(num_sublayers, alpha_min)
+    assert len(alphas) == num_sublayers and alphas[-1] == alpha_min
+    assert all(a >= b for a, b in pairwise(alphas)) and alphas[0] == (alpha_min if name == "constant" else 1)
+    if alpha_min == 1:
+        assert set(alphas) == {1.0}
+
+
+def test_cosine_is_its_formula() -> None:
+    expected = [0.4 + 0.6 * (1 + math.cos(math.pi * layer / 10)) / 2 for layer in range(11)]
+    assert SCHEDULES["cosine"].alphas(11, 0.4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "alpha", "branch"), [("sqrt-half", 0.5**0.5, 0.5**0.5), ("sqrt-half-branch", 1, 0.5**0.5)])
+def test_ablations_that_scale_the_branch(name: str, alpha: float, branch: float) -> None:
+    x, f = torch.randn(5), torch.randn(5)
+    for shortcut in make_shortcuts(("attention", "mlp"), schedule=name):
+        torch.testing.assert_close(shortcut(x, f), alpha * x + branch * f)
+
+
+def test_a_placement_leaves_the_others_plain() -> None:
+    shortcuts = make_shortcuts(("attention", "mlp") * 3, 0.5, placement="mlp")
+    assert [shortcut.value for shortcut in shortcuts] == [1, 1, 1, 0.75, 1, 0.5]
+
+
+def test_a_learned_alpha_starts_at_the_schedule_and_has_a_gradient() -> None:
+    first, last = make_shortcuts(("attention", "mlp"), 0.5, learnable=True)
+    x, f = torch.randn(5), torch.randn(5)
+    assert torch.equal(first(x, f), x + f)
+    last(x, f).sum().backward()
+    torch.testing.assert_close(last.alpha.grad, x.sum())
+    assert last.value == 0.5
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+def test_alpha_min_for_other_schedules(name: str) -> None:
+    assert effective_alpha(SCHEDULES[name].alphas(24, alpha_min_for(24, 3e-3, name))) == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize(
+    ("depth", "alpha_min", "lines", "warnings"),
+    [
+        (12, None, ["alpha_min 0.527 to 0.663", "alpha_min 0.590, alpha_eff 0.003"], 0),
+        (12, 0.9, ["alpha_eff 0.288"], 1),
+        (12, 0.3, ["below 0.4", "alpha_eff is 8e-06"], 2),
+        (6, 0.41, ["a part of the window lies below 0.4"], 1),
+        (4, 0.5, ["all of the window lies below 0.4", "alpha_eff is"], 2),
+    ],
+)
+def test_advice(depth: int, alpha_min: float | None, lines: list[str], warnings: int) -> None:
+    text = advice(depth, alpha_min)
+    assert all(line in text for line in lines), text
+    assert text.count("warning") == warnings, text
+
+
+def test_advice_is_a_command(run_script: Callable) -> None:
+    result = run_script("-m", "models.shortcut", "--depth", 12, "--schedule", "cosine")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 4 and not result.stderr
+    for bad, told in ((("--depth", 0), "at least"), (("--depth", 8, "--alpha_min", 2), "(0, 1]"), (("--depth", "x"), "invalid int")):
+        result = run_script("-m", "models.shortcut", *bad)
+        assert result.returncode == 2 and told in result.stderr and result.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from models import Pipeline, linear_schedule
+from models import Pipeline, effective_alpha, linear_schedule
 from tests.conftest import ROOT, script_environment
 from training.checkpoint import checkpoints, find_checkpoint
 from training.data import Order
@@ -22,6 +22,7 @@ from training.ema import EMA
 from training.loop import LoopOptions, describe, learning_rate
 from training.monitor import read_metrics
 from training.objectives import FlowMatching
+from training.train_diffusion import main
 
 SCRIPT = "training/train_diffusion.py"
 TINY = [
@@ -333,6 +334,50 @@ def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run:
     before, after = (Pipeline.from_pretrained(path) for path in (whole_run, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
     assert after.config.training["images_seen"] == before.config.training["images_seen"] + 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--backbone uvit --objective ddpm --prediction_type v_prediction --snr_gamma 5 --shortcut_schedule cosine --learnable_alpha",
+        "--backbone unet --size XS --path gvp --time_distribution logit-normal --shortcut_placement attention",
+        "--backbone dit --objective ddpm --beta_schedule squaredcos_cap_v2 --no-long_skips --no-zero_init",
+    ],
+)
+def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
+    base, patch = TINY[:2] + TINY[6:], [] if "unet" in flags else TINY[2:4]  # without alpha_min
+    command = [SCRIPT, "--train_data_dir", image_folder, "--output_dir", tmp_path, *base, *patch, *flags.split()]
+    command += ["--train_batch_size", 2, "--alpha_eff", "0.05", "--max_train_steps", 2, "--sample_steps", 2]
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    pipeline = Pipeline.from_pretrained(tmp_path)
+    images = pipeline(2, 0, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
+    assert effective_alpha(pipeline.model.alphas) == pytest.approx(0.05, rel=0.1)
+    assert pipeline.is_flow == ("ddpm" not in flags) and pipeline.config.path == ("gvp" if "gvp" in flags else "linear")
+    assert getattr(pipeline.model.config, "time_scale", None) == (1 if "uvit" in flags else 1000 if "unet" in flags else None)
+    assert (tmp_path / "samples" / "step-2.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--objective ddpm --path gvp", "the objective ddpm has no path"),
+        ("--prediction_type sample", "the objective flow has no prediction_type"),
+        ("--backbone unet --size XS --no-long_skips", "has no long_skips"),
+        ("--alpha_min 0.5 --alpha_eff 0.01", "not both"),
+        ("--shortcut_schedule sqrt-half --alpha_min 0.5", "leave it away"),
+    ],
+)
+def test_options_that_contradict_each_other_are_told(
+    flags: str, told: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1", *flags.split()]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:

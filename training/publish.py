@@ -52,6 +52,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     before = config.get("images_before", 0)
     begun = f" with the weights of `{config['init_from']}` to begin with ({before:,} of these images)" if before else ""
     skips = "on" if model.config.get("long_skips", True) else "off"
+    patch = f"patch {model.config.patch_size}, " if "patch_size" in model.config else ""
     hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
     numbers = "\n".join(
         f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}: {result['num_samples']:,} samples against "
@@ -65,7 +66,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
 A diffusion model whose shortcuts fade from alpha {model.alphas[0]:g} to {model.alphas[-1]:g} over {len(model.alphas)} sub-layers
 (alpha_eff {effective_alpha(model.alphas):.2g}{"; this is the plain network" if set(model.alphas) == {1.0} else ""}).
 
-- Model: {config["backbone"]}-{config["size"]}, patch {model.config.patch_size}, {config["resolution"]} px, long skips {skips},
+- Model: {config["backbone"]}-{config["size"]}, {patch}{config["resolution"]} px, long skips {skips},
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
 - Data, split "{config["dataset_split"]}": {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};

@@ -1,0 +1,134 @@
+"""What every backbone does alike: schedules, ablations, training, sampling, saving."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import Pipeline, create_model, effective_alpha
+from models.registry import BACKBONES, backbone_class, names
+from models.shortcut import PLACEMENTS, SCHEDULES
+from training.objectives import DDPM, FlowMatching
+
+TINY = {
+    "dit": dict(image_size=8, patch_size=4, depth=2, dim=16, num_heads=2),
+    "uvit": dict(image_size=8, patch_size=4, depth=2, dim=16, num_heads=2),
+    "unet": dict(image_size=8, channels=(8, 8), layers_per_block=1, attention_levels=(1,), head_dim=4),
+    "mae": dict(image_size=16, patch_size=4, depth=2, dim=16, num_heads=2, decoder_depth=2, decoder_dim=16, decoder_num_heads=2),
+}
+TRANSFORMERS = ("dit", "uvit", "mae")
+
+
+def tiny(backbone: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    labels = {"num_classes": 3} if BACKBONES[backbone].task == "diffusion" else {}
+    return create_model(backbone, **{**TINY[backbone], **labels, **options})
+
+
+def loss_of(model: nn.Module, backbone: str, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.rand(4, 3, model.config.image_size, model.config.image_size, generator=generator) * 2 - 1
+    if backbone == "mae":
+        return model(images, generator=generator).loss
+    batch = {"images": images, "labels": torch.tensor([0, 1, 2, 0])}
+    return FlowMatching(3)(model, batch, generator)[0]
+
+
+def alpha_min_of(schedule: str) -> float:
+    return 0.6 if SCHEDULES[schedule].takes_alpha_min else 1.0
+
+
+@pytest.mark.parametrize("learnable_alpha", [False, True], ids=["fixed", "learnable"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_schedule_trains(backbone: str, schedule: str, learnable_alpha: bool) -> None:
+    model = tiny(backbone, alpha_min=alpha_min_of(schedule), shortcut_schedule=schedule, learnable_alpha=learnable_alpha)
+    assert model.alphas == pytest.approx(SCHEDULES[schedule].alphas(len(model.shortcuts), alpha_min_of(schedule)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        loss = loss_of(model, backbone, step)
+        optimizer.zero_grad()
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    learned = [isinstance(shortcut.alpha, nn.Parameter) and shortcut.alpha.grad != 0 for shortcut in model.shortcuts]
+    assert all(learned) if learnable_alpha else not any(learned)
+
+
+@pytest.mark.parametrize(("placement", "long_skips", "zero_init"), itertools.product(PLACEMENTS, (True, False), (True, False)))
+@pytest.mark.parametrize("backbone", TRANSFORMERS)
+def test_every_ablation_is_an_option(backbone: str, placement: str, long_skips: bool, zero_init: bool) -> None:
+    model = tiny(backbone, alpha_min=0.5, shortcut_placement=placement, long_skips=long_skips, zero_init=zero_init)
+    for shortcut in model.shortcuts:
+        assert placement in ("both", shortcut.kind) or shortcut.value == 1
+    assert min(model.alphas) == 0.5
+    loss_of(model, backbone, 0).backward()
+    gradients = [p.grad.abs().sum() for name, p in model.named_parameters() if p.grad is not None and "label" not in name]
+    assert (sum(g == 0 for g in gradients) > 0) == zero_init  # behind a zero nothing learns in the first step
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("schedule", "placement"), [("linear", "both"), ("cosine", "both"), ("constant", "both"), ("linear", "attention")])
+def test_a_schedule_can_be_asked_for_by_alpha_eff(backbone: str, schedule: str, placement: str) -> None:
+    model = tiny(backbone, alpha_eff=0.1, shortcut_schedule=schedule, shortcut_placement=placement)
+    assert effective_alpha(model.alphas) == pytest.approx(0.1)
+    assert 0 < model.config.alpha_min < 1
+
+
+@pytest.mark.parametrize("backbone", names("diffusion"))
+@pytest.mark.parametrize("objective", [FlowMatching(3), FlowMatching(3, path="gvp"), DDPM(3)], ids=["flow", "gvp", "ddpm"])
+def test_diffusion_backbones_sample_save_and_load(backbone: str, objective: FlowMatching | DDPM, tmp_path: Path) -> None:
+    model = tiny(backbone, alpha_min=0.6, learnable_alpha=True).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    pipeline = Pipeline(model, objective.scheduler, path=objective.path)
+    images = pipeline(2, 1, guidance_scale=2.0, num_inference_steps=3, output_type="pt").images
+    assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
+    pipeline.save_pretrained(tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path)
+    assert loaded.model.alphas == model.alphas
+    assert torch.equal(loaded(2, 1, guidance_scale=2.0, num_inference_steps=3, output_type="pt").images, images)
+
+
+@pytest.mark.parametrize("backbone", names("diffusion"))
+def test_features_come_with_every_block(backbone: str) -> None:
+    model = tiny(backbone)
+    prediction, features = model(torch.randn(2, 3, 8, 8), torch.rand(2), return_features=True)
+    assert prediction.shape == (2, 3, 8, 8)
+    assert len(features) > 1 and all(feature.ndim == 3 and len(feature) == 2 for feature in features)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("size", ["XS", "S"])
+def test_sizes_exist_without_taking_memory(backbone: str, size: str) -> None:
+    with torch.device("meta"):
+        assert create_model(backbone, size, image_size=32).num_parameters() > 1e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(backbone="resnet"), "dit, uvit, unet, mae"),
+        (dict(backbone="dit", size="XXL"), "XS, S, B, L, XL"),
+        (dict(backbone="unet", patch_size=4), "no patch_size"),
+        (dict(backbone="dit", size="XS", shortcut_schedule="square"), "linear, cosine, constant"),
+        (dict(backbone="dit", size="XS", shortcut_placement="norm"), "both, attention, mlp"),
+        (dict(backbone="dit", size="XS", shortcut_schedule="sqrt-half", alpha_min=0.5), "leave it away"),
+        (dict(backbone="dit", size="XS", shortcut_schedule="sqrt-half", alpha_eff=0.01), "has no alpha_min"),
+        (dict(backbone="dit", size="XS", alpha_min=0.5, alpha_eff=0.01), "not both"),
+        (dict(backbone="dit", size="XS", alpha_eff=1.5), "alpha_eff"),
+        (dict(backbone="dit", size="XS", depth=7), "odd"),
+    ],
+)
+def test_bad_options_are_told(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(**options)
+
+
+def test_classes_are_found_by_name() -> None:
+    for row in BACKBONES.values():
+        assert backbone_class(row.class_name) is row.load()
+    with pytest.raises(ValueError, match="no backbone class"):
+        backbone_class("object")
