@@ -9,9 +9,13 @@ _HOMES = {
     "effective_alpha": "shortcut",
     "alpha_min_for": "shortcut",
     "alpha_window": "shortcut",
+    "decay_shortcuts": "apply",
+    "restore_shortcuts": "apply",
     "create_model": "registry",
     "DiT": "dit",
     "Pipeline": "pipeline",
+    "from_official": "convert",
+    "to_official": "convert",
 }
 __all__ = list(_HOMES)
 
