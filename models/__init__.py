@@ -14,8 +14,8 @@ _HOMES = {
     "create_model": "registry",
     "DiT": "dit",
     "Pipeline": "pipeline",
-    "from_official": "convert",
-    "to_official": "convert",
+    "from_official": "official",
+    "to_official": "official",
 }
 __all__ = list(_HOMES)
 

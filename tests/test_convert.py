@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import DiT, Pipeline, from_official, to_official
-from models.convert import KINDS, UVIT_TIMES, AutoencoderKL, convert, main, pipeline_for, take_our_images
+from models.convert import AutoencoderKL, convert, main, pipeline_for, take_our_images
 from models.layers import sincos_positions
+from models.official import KINDS, UVIT_TIMES
 from tests.conftest import ROOT, script_environment
 
 Shapes = dict[str, tuple[int, ...]]
