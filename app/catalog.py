@@ -72,8 +72,16 @@ def _folders(root: Path, prefix: str) -> dict[str, Path]:
     if not root.is_dir():
         return {}
     inside = root.resolve()
-    folders = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and (folder / INDEX).is_file())
+    folders = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and _samples(folder))
     return {f"{prefix}{folder.name}": folder for folder in folders if folder.resolve().parent == inside}
+
+
+def _samples(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that paints: a masked autoencoder has no scheduler. A damaged one is told later."""
+    try:
+        return (folder / INDEX).is_file() and "scheduler" in read_json(folder / INDEX)
+    except ValueError:
+        return True
 
 
 def find(name: str, runs: Path) -> Path:

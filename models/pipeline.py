@@ -26,9 +26,9 @@ from diffusers import (  # noqa: E402
     UniPCMultistepScheduler,
 )
 
-from models.files import INDEX, read_json, require_memory  # noqa: E402
+from models.files import INDEX, require_memory  # noqa: E402
 from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
-from models.registry import backbone_class  # noqa: E402
+from models.registry import load_backbone, read_index  # noqa: E402
 
 _FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 # For models that predict a velocity ...
@@ -111,20 +111,17 @@ class Pipeline(DiffusionPipeline):
             torch_dtype: of the parameters.
 
         Raises:
-            ValueError: not such a folder, or its weights do not fit its config.
+            ValueError: not such a folder, a network that does not sample (a masked autoencoder), or weights that do not fit its config.
         """
-        path = Path(path)
-        if not (path / INDEX).is_file():
-            hint = "; its first checkpoint is not written yet" if (path / "config.json").is_file() else ""
-            raise ValueError(f"{path} is not a checkpoint: it holds no {INDEX}{hint}; give the folder of a run or of a shipped checkpoint")
-        index = read_json(path / INDEX)
-        folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
+        path, index = Path(path), read_index(path)
+        if "scheduler" not in index:
+            raise ValueError(f"{path} samples no images: its {INDEX} names no scheduler; judge its features with eval/probe.py")
+        model = load_backbone(path, ema, torch_dtype)
         try:
-            model = backbone_class(index["model"][1]).from_pretrained(folder, torch_dtype=torch_dtype)
             scheduler = _STORED[index["scheduler"][1]].from_pretrained(path / "scheduler")
             vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch_dtype).eval() if (path / "vae").is_dir() else None
             options = {name: index[name] for name in ("path", "guidance_channels") if name in index}
-            return cls(model.eval(), scheduler, index.get("class_names", ()), index.get("training"), **options, vae=vae)
+            return cls(model, scheduler, index.get("class_names", ()), index.get("training"), **options, vae=vae)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 

@@ -3,11 +3,13 @@
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from models.files import INDEX, read_json
 from models.shortcut import alpha_min_for
 
 
@@ -138,6 +140,38 @@ def backbone_class(class_name: str) -> type[nn.Module]:
         if backbone.class_name == class_name:
             return backbone.load()
     raise ValueError(f"there is no backbone class {class_name!r}")
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: its network as "model": [module, class], "class_names", "training", ...
+
+    Raises:
+        ValueError: not the folder of a checkpoint.
+    """
+    path = Path(path)
+    if not (path / INDEX).is_file():
+        hint = "; its first checkpoint is not written yet" if (path / "config.json").is_file() else ""
+        raise ValueError(f"{path} is not a checkpoint: it holds no {INDEX}{hint}; give the folder of a run or of a shipped checkpoint")
+    return read_json(path / INDEX)
+
+
+def load_backbone(path: str | Path, ema: bool = True, torch_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network of a run or of a shipped checkpoint, whatever its task, in evaluation mode.
+
+    Args:
+        path: a folder with `model_index.json` beside `model/`, or `ema/` where there are averaged weights.
+        ema: prefer the averaged weights.
+        torch_dtype: of the parameters.
+
+    Raises:
+        ValueError: not such a folder, or its weights do not fit its config.
+    """
+    path, index = Path(path), read_index(path)
+    folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
+    try:
+        return backbone_class(index["model"][1]).from_pretrained(folder, torch_dtype=torch_dtype).eval()
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
 
 def backbone_name(model: nn.Module) -> str:

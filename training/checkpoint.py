@@ -3,6 +3,7 @@
 import copy
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,21 @@ def export_pipeline(run: Path, pipeline: Pipeline, ema: EMA) -> None:
     parts = {"model": pipeline.model, "ema": averaged(pipeline.model, ema), "scheduler": pipeline.scheduler}
     if pipeline.vae is not None and not (run / "vae").is_dir():
         parts["vae"] = pipeline.vae
+    _write(run, parts, dict(pipeline.config))
+
+
+def export_network(run: Path, model: nn.Module, ema: EMA, class_names: Sequence[str], training: dict[str, Any]) -> None:
+    """Write `model/`, `ema/` where weights are averaged, and the index: `models.registry.load_backbone(run)` loads the network."""
+    parts = {"model": model, **({"ema": averaged(model, ema)} if ema.decay else {})}
+    kind = [type(model).__module__, type(model).__name__]
+    _write(run, parts, {"model": kind, "class_names": list(class_names), "training": training})
+
+
+def _write(run: Path, parts: dict[str, Any], index: dict[str, Any]) -> None:
     for name, part in parts.items():
         with written_aside(run / name) as aside:
             part.save_pretrained(aside)
-    write_json(run / INDEX, dict(pipeline.config))
+    write_json(run / INDEX, index)
 
 
 def averaged(model: nn.Module, ema: EMA) -> nn.Module:

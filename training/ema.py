@@ -10,22 +10,26 @@ from torch import Tensor, nn
 class EMA:
     """theta_ema <- d * theta_ema + (1 - d) * theta, with warm-up d = min(decay, (1 + step) / (10 + step)).
 
-    All tensors at once (foreach), in float32, beside the model.
+    All tensors at once (foreach), in float32, beside the model. With a decay of 0 nothing is kept: the average is the parameters.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.averages = [parameter.detach().clone().float() for parameter in parameters]
+        self.averages = [parameter.detach().clone().float() for parameter in parameters] if decay else []
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter], step: int) -> None:
         """Take in the parameters after optimizer step `step` (counted from 1)."""
+        if not self.decay:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, [parameter.detach().float() for parameter in parameters], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Overwrite parameters with the averages."""
+        if not self.decay:
+            return
         for parameter, average in zip(parameters, self.averages, strict=True):
             parameter.copy_(average)
 

@@ -8,7 +8,7 @@ repeat one process with N times the accumulation.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
 from training.data import Order, TrainingData, seed_of
 from training.ema import EMA
-from training.monitor import MetricsFile, block_norms
+from training.monitor import MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
 
@@ -61,7 +61,7 @@ class LoopOptions:
     adam_beta2: float = option(0.999, "AdamW", least=0, most=1)
     adam_weight_decay: float = option(0.0, "AdamW", least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 leaves them", least=0)
-    ema_decay: float = option(0.9999, "of the averaged weights, after min(., (1 + step) / (10 + step))", least=0, most=1)
+    ema_decay: float = option(0.9999, "of the averaged weights, after min(., (1 + step) / (10 + step)); 0: none", least=0, most=1)
     random_flip: bool = option(False, "mirror half of the images")
     checkpointing_steps: int = option(1000, "steps between checkpoints; the last step always gets one", least=1)
     checkpoints_total_limit: int | None = option(2, "older checkpoints are deleted", least=1)
@@ -69,6 +69,10 @@ class LoopOptions:
     logging_steps: int = option(50, "steps between lines of metrics.jsonl", least=1)
     sample_steps: int = option(500, "steps between sample grids; 0 for none", least=0)
     report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
+
+    def settled(self, images_a_step: int) -> "LoopOptions":
+        """With all that depends on how many images make a step, which is known once the processes have found each other."""
+        return self
 
 
 def train(
@@ -79,15 +83,17 @@ def train(
     config: dict[str, Any],
     export: Export,
     callbacks: dict[int, Callback] | None = None,
+    parameters: Iterable[Any] | None = None,
 ) -> int:
     """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
 
     Args:
         model: with fresh weights; resuming overwrites them.
-        objective: see training/objectives.py; its `inputs` gives the model's arguments.
+        objective: see training/objectives.py; its `inputs` gives the model's arguments, its `bottleneck` the block whose rank is told.
         config: everything else that the run is made of; saved in config.json, and compared when resuming.
         export: called with each checkpoint.
         callbacks: called every so many steps (the key) on the main process.
+        parameters: what AdamW gets, such as groups with a weight decay of their own; else the model's.
 
     Returns:
         The step that was reached.
@@ -109,9 +115,10 @@ def train(
     batch_size = options.train_batch_size
     micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
     images_a_step = micro_batches * batch_size
+    options = options.settled(images_a_step)
 
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        model.parameters() if parameters is None else parameters,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
@@ -138,7 +145,7 @@ def train(
 
     def save() -> None:
         mean_loss()
-        if not all(average.isfinite().all() for average in ema.averages):
+        if not all(parameter.isfinite().all() for parameter in bare.parameters()):
             raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         if accelerator.is_main_process:
@@ -182,7 +189,7 @@ def train(
                     "loss": mean_loss(),
                     "lr": learning_rate(options, step - 1),
                     "images_per_s": round(rate, 2),
-                    "block_norms": [round(norm, 4) for norm in block_norms(bare, arguments)],
+                    **feature_statistics(bare, arguments, objective.bottleneck),
                 }
                 metrics.write(line)
                 left = "" if options.max_train_steps else f", {options.max_train_minutes - (time.monotonic() - began) / 60:.1f} min left"

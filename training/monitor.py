@@ -1,6 +1,7 @@
-"""What a training tells while it runs: `metrics.jsonl`, trackers, norms of the blocks, sample grids."""
+"""What a training tells while it runs: `metrics.jsonl`, trackers, norms and rank of the blocks' outputs, sample grids."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.files import written_aside
+from models.rank import effective_rank
 
 METRICS = "metrics.jsonl"
 
@@ -48,10 +50,29 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def block_norms(model: nn.Module, arguments: tuple[Tensor, ...], num_images: int = 16) -> list[float]:
-    """Root mean square of every block's output on a few images: where shortcuts fade too fast it explodes."""
-    _, features = model(*(argument[:num_images] for argument in arguments), return_features=True)
-    return torch.stack([block.float().square().mean().sqrt() for block in features]).tolist()
+def feature_statistics(
+    model: nn.Module, arguments: tuple[Any, ...], bottleneck: Callable[[int], int], num_images: int = 64
+) -> dict[str, list[float] | float | None]:
+    """What a line tells of the blocks' outputs on the first images of a batch.
+
+    Args:
+        arguments: of the model; tensors are cut to `num_images`, or as many as there are.
+        bottleneck: number of blocks -> which one's rank is told.
+
+    Returns:
+        block_norms: root mean square of every block's output: where shortcuts fade too fast it explodes.
+        effective_rank: of the bottleneck's output, averaged over the tokens; at most log(num_images), so to be compared between
+            trainings of equal batches. None where there is none, as the features are 0 or not finite.
+    """
+    few = (argument[:num_images] if isinstance(argument, Tensor) else argument for argument in arguments)
+    _, features = model(*few, return_features=True)
+    norms = torch.stack([block.float().square().mean().sqrt() for block in features]).tolist()
+    pooled = features[bottleneck(len(features))].float().mean(dim=1)  # (N, D)
+    rank = effective_rank(pooled) if pooled.isfinite().all() and pooled.any() else None
+    return {
+        "block_norms": [round(norm, 4) for norm in norms],
+        "effective_rank": rank if rank is None else round(rank, 4),
+    }
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:

@@ -1,7 +1,8 @@
 """Training objectives: `(model, batch, generator) -> loss, logs`.
 
 A batch is a dict of `images`, float in [-1, 1] (N, C, H, W) or latents, and `labels`, int64 (N,) or absent. All randomness comes
-from the generator, so a step can be repeated.
+from the generator, so a step can be repeated. `inputs` draws what the model is given, its positional arguments first; `bottleneck`
+says which of so many blocks is the most abstract.
 """
 
 import inspect
@@ -62,6 +63,11 @@ class Diffusion:
         error = (prediction.float() - target).square()
         loss = error.mean() if weights is None else (weights * error.mean((1, 2, 3))).mean()
         return loss, {"loss": loss.detach()}
+
+    @staticmethod
+    def bottleneck(num_blocks: int) -> int:
+        """The middle block; of an even number the last one of the encoder."""
+        return (num_blocks - 1) // 2
 
 
 class FlowMatching(Diffusion):
@@ -138,6 +144,34 @@ class DDPM(Diffusion):
         alpha_bar = self.noising.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alpha_bar / (1 - alpha_bar)
         return snr.clamp(max=self.snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[self.prediction_type]
+
+
+class MaskedAutoencoding:
+    """The error of hidden patches that are predicted from the visible ones (arXiv 2111.06377); the model computes it.
+
+    Args:
+        num_patches: of an image.
+        mask_ratio: share of the patches that are hidden.
+    """
+
+    def __init__(self, num_patches: int, mask_ratio: float = 0.75) -> None:
+        self.num_patches, self.mask_ratio = num_patches, mask_ratio
+
+    def inputs(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, float]]:
+        """Draw the noise (N, T) that decides the mask; returns the model's arguments (images, noise, mask_ratio)."""
+        images = batch["images"]
+        noise = torch.rand(len(images), self.num_patches, device=images.device, generator=generator)
+        return ((images, noise, self.mask_ratio),)
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        (arguments,) = self.inputs(batch, generator)
+        loss = model(*arguments).loss
+        return loss, {"loss": loss.detach()}
+
+    @staticmethod
+    def bottleneck(num_blocks: int) -> int:
+        """The last block: features are those of the encoder alone."""
+        return num_blocks - 1
 
 
 OBJECTIVES: dict[str, type[Diffusion]] = {"flow": FlowMatching, "ddpm": DDPM}

@@ -39,7 +39,15 @@ def read_options(arguments: argparse.Namespace, group: type[T]) -> T:
         value, least, most = values[field.name], field.metadata["least"], field.metadata["most"]
         low, high = -math.inf if least is None else least, math.inf if most is None else most
         if isinstance(value, int | float) and not low <= value <= high:  # not a number is in no range
-            allowed = f"at least {least}" if most is None else f"at most {most}" if least is None else f"between {least} and {most}"
+            allowed = (
+                "a number"
+                if least is most is None
+                else f"at least {least}"
+                if most is None
+                else f"at most {most}"
+                if least is None
+                else f"between {least} and {most}"
+            )
             raise ValueError(f"--{field.name} is {value}; it must be {allowed}")
     return group(**values)
 

@@ -1,0 +1,115 @@
+"""What the training commands share: their flags for data and shortcuts, presets, weights to begin with, and what they say."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from models.files import Parser
+from models.registry import load_backbone, read_index
+from models.shortcut import PLACEMENTS, SCHEDULES
+from training.data import SPLITS, ImageData, load_images
+from training.options import add_options, option, read_options
+from training.presets import Preset
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data."""
+
+    dataset_name: str | None = option(None, 'the embedded "openmoji", a hub name, or a folder of parquet files')
+    train_data_dir: str | None = option(None, "folder of images, a subfolder for each class or none")
+    dataset_split: str = option("train", "what to train on", choices=SPLITS)
+    image_column: str = option("image", "column of the images")
+    label_column: str | None = option(None, 'column of the labels; "label" is found by itself')
+    resolution: int = option(32, "edge in pixels after centre crop and resize", least=1)
+
+    def source(self) -> str:
+        """Where the images come from, as the user wrote it.
+
+        Raises:
+            ValueError: not exactly one source is given, or a folder that is not there.
+        """
+        name = self.train_data_dir or self.dataset_name
+        if name is None or (self.train_data_dir and self.dataset_name):
+            raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
+        if self.train_data_dir and not Path(self.train_data_dir).is_dir():
+            raise ValueError(f"--train_data_dir {self.train_data_dir} is not a folder")
+        return name
+
+    def load(self) -> ImageData:
+        """The images; ValueError as `load_images`."""
+        return load_images(self.source(), self.resolution, self.dataset_split, self.image_column, self.label_column)
+
+
+@dataclass(frozen=True)
+class ShortcutOptions:
+    """Shortcuts."""
+
+    alpha_min: float = option(1.0, "share of the shortcut kept by the last sub-layer, in (0, 1]; 1 is the plain network")
+    alpha_eff: float | None = option(None, "instead of alpha_min: share of the input that reaches the last layer, such as 3e-3")
+    shortcut_schedule: str = option("linear", "how alpha falls", choices=tuple(SCHEDULES))
+    shortcut_placement: str = option("both", "which sub-layers' shortcuts fade", choices=PLACEMENTS)
+    learnable_alpha: bool = option(False, "train the alphas, from the schedule on")
+    long_skips: bool | None = option(None, "connect encoder blocks to decoder blocks; on where the backbone can do without")
+    zero_init: bool | None = option(None, "start every branch at zero; unless given, as the backbone does it")
+
+
+def parse(
+    about: str, groups: Sequence[type], presets: dict[str, Preset], arguments: list[str] | None, parser: type[Parser] = Parser
+) -> tuple[str | None, list[Any]]:
+    """Read a command line; bad flags end the program in one line.
+
+    Args:
+        about: description, for the help, which lists the presets too.
+        groups: dataclasses of options, one of them `DataOptions`, one with an `output_dir`.
+        arguments: None takes those of the program.
+        parser: one that does something else about bad flags than to end the program.
+
+    Returns:
+        The name of the preset, if one is asked for, and an instance of every group.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    listed = "\n".join(f"  {name:24} {preset.about}" for name, preset in presets.items())
+    flags = parser(description=about, epilog=f"presets:\n{listed}")
+    flags.add_argument("--preset", choices=tuple(presets), metavar="NAME", help="a named run (listed below); other flags win over it")
+    for group in groups:
+        add_options(flags, group)
+    preset = flags.parse_known_args(arguments)[0].preset
+    if preset:
+        flags.set_defaults(output_dir=f"runs/{preset}", **presets[preset].flags)
+    parsed = flags.parse_args(arguments)
+    if preset and parsed.train_data_dir and parsed.dataset_name == presets[preset].flags.get("dataset_name"):
+        parsed.dataset_name = None  # the user's images instead of the preset's
+    return preset, [read_options(parsed, group) for group in groups]
+
+
+def begin_with(model: nn.Module, checkpoint: str) -> int:
+    """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh.
+
+    Returns:
+        How many images the checkpoint has seen.
+
+    Raises:
+        ValueError: not a checkpoint, or its parts are not those of the model.
+    """
+    ours, weights = model.state_dict(), load_backbone(checkpoint).state_dict()
+    differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
+    fresh = [name for name in differ if name.startswith(("label_embed", "unet.class_embedding"))]
+    if len(differ) > len(fresh):
+        names = ", ".join(sorted(set(differ) - set(fresh))[:3])
+        remedy = "give the --backbone, --size, --patch_size and --long_skips that it was trained with"
+        raise ValueError(f"--init_from {checkpoint} does not fit: {names}, ... differ; {remedy}")
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fresh}, strict=not fresh)
+    return read_index(checkpoint).get("training", {}).get("images_seen", 0)
+
+
+def say(text: str) -> None:
+    """Print, on the main process alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)

@@ -1,0 +1,181 @@
+r"""Pre-train a masked autoencoder: plain, with long skips, or with shortcuts that fade in its encoder.
+
+    accelerate launch training/train_mae.py --preset mae-openmoji-decayed
+    accelerate launch training/train_mae.py --preset mae-64px-decayed --train_data_dir my_images
+    accelerate launch training/train_mae.py --train_data_dir my_images --resolution 96 --size S --patch_size 8 --alpha_min 0.6 \
+        --train_batch_size 256 --max_train_steps 100000 --lr_warmup_steps 5000 --lr_scheduler cosine --output_dir runs/mine
+
+The plain MAE is --alpha_min 1 --no-long_skips. Features show what fading shortcuts are good for after on the order of a hundred epochs;
+before that the plain model may be ahead.
+"""
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from models.files import one_line_errors
+from models.layers import unpatchify
+from models.pipeline import to_uint8
+from models.registry import create_model, names, sizes
+from training.augment import with_crops
+from training.checkpoint import averaged, export_network
+from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
+from training.data import TrainingData
+from training.ema import EMA
+from training.loop import LoopOptions, check, describe, train
+from training.monitor import save_grid
+from training.objectives import MaskedAutoencoding
+from training.options import option
+from training.presets import MAE_PRESETS
+from training.processes import spread_over_cpu_processes
+
+PICTURES, PICTURES_A_ROW = 12, 4
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model."""
+
+    backbone: str = option("mae", "architecture", choices=names("mae"))
+    size: str = option("XS", "width and depth of encoder and decoder", choices=sizes("mae"))
+    patch_size: int | None = option(None, "edge of a patch in pixels; divides the resolution", least=1)
+    norm_pixels: bool = option(True, "predict pixels normalised by the mean and the deviation of their patch")
+    init_from: str | None = option(None, "checkpoint whose averaged weights to begin with")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Masks and crops."""
+
+    mask_ratio: float = option(0.75, "share of the patches that are hidden", least=0, most=1)
+    crop_min_scale: float = option(
+        0.2, "least area of a random crop, which is blown up to the whole resolution; 1 for no crops", least=0, most=1
+    )
+
+
+@dataclass(frozen=True)
+class MAELoopOptions(LoopOptions):
+    """Optimisation and run."""
+
+    learning_rate: float | None = option(
+        None, "of AdamW, after the warm-up; base_learning_rate * images of a step / 256 unless given", least=0
+    )
+    base_learning_rate: float = option(1.5e-4, "learning rate for 256 images a step (all processes and accumulation together)", least=0)
+    adam_beta2: float = option(0.95, "AdamW", least=0, most=1)
+    adam_weight_decay: float = option(0.05, "AdamW, on matrices and tokens; never on biases, norms and alphas", least=0)
+    max_grad_norm: float = option(0.0, "gradients are clipped to this norm; 0 leaves them", least=0)
+    ema_decay: float = option(0.0, "of averaged weights, after min(., (1 + step) / (10 + step)); 0: none", least=0, most=1)
+    random_flip: bool = option(True, "mirror half of the images")
+
+    def settled(self, images_a_step: int) -> "MAELoopOptions":
+        scaled = self.base_learning_rate * images_a_step / 256
+        return dataclasses.replace(self, learning_rate=scaled) if self.learning_rate is None else self
+
+
+GROUPS = (DataOptions, ModelOptions, ShortcutOptions, TaskOptions, MAELoopOptions)
+
+
+def build(options: ModelOptions, shortcuts: ShortcutOptions, resolution: int) -> nn.Module:
+    """The model that the options describe, with fresh weights."""
+    return create_model(
+        options.backbone,
+        options.size,
+        **asdict(shortcuts),
+        image_size=resolution,
+        patch_size=options.patch_size,
+        norm_pixels=options.norm_pixels,
+    )
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters; those that are no matrices or tokens (biases, norms, learned alphas) without weight decay, as MAE has it."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def few_images(data: TrainingData) -> Tensor:
+    """Some images (N, C, H, W), whole, from all over the data set."""
+    indices = np.linspace(0, len(data) - 1, min(PICTURES, len(data))).astype(int)
+    return data.samples(indices, torch.device("cpu"), None, None)
+
+
+@torch.no_grad()
+def reconstructions(model: nn.Module, images: Tensor, mask_ratio: float) -> np.ndarray:
+    """uint8 (3 * N, H, W, C): of every image the original, what the encoder sees of it, and what the decoder makes of that.
+
+    The masks are the same each time.
+    """
+    noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(0))
+    images, noise = images.to(model.device), noise.to(model.device)
+    _, prediction, mask = model(images, noise, mask_ratio)
+    hidden = unpatchify(mask.unsqueeze(-1).expand_as(prediction), model.config.patch_size, *images.shape[-2:]) > 0
+    painted = model.reconstruct(images, noise, mask_ratio)
+    return to_uint8(torch.stack([images, images.masked_fill(hidden, 0), painted], dim=1).flatten(0, 1))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    with one_line_errors():
+        preset, options = parse(__doc__, GROUPS, MAE_PRESETS, arguments)
+        run(preset, *options)
+
+
+def run(
+    preset: str | None,
+    data_options: DataOptions,
+    model_options: ModelOptions,
+    shortcut_options: ShortcutOptions,
+    task_options: TaskOptions,
+    loop_options: MAELoopOptions,
+) -> None:
+    """Load the data, build the model, train it.
+
+    Raises:
+        ValueError: options that do not fit together or with the data.
+    """
+    data_options.source()  # before anything is spent
+    check(loop_options)
+    resolution, mask_ratio = data_options.resolution, task_options.mask_ratio
+    with torch.device("meta"):  # sizes that do not fit are told before the data are read
+        build(model_options, shortcut_options, resolution)(torch.empty(1, 3, resolution, resolution), mask_ratio=mask_ratio)
+
+    data = data_options.load()
+    set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
+    model = build(model_options, shortcut_options, resolution)
+    images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
+    say(f"{len(data):,} images of {data.name}")
+    say(describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()))
+
+    groups = (data_options, model_options, shortcut_options, task_options)
+    config = {"preset": preset, "images_before": images_before}
+    shown, every = few_images(data), loop_options.sample_steps
+
+    def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
+        pictures = reconstructions(averaged(network, ema), shown, mask_ratio)
+        save_grid(run / "samples" / f"step-{step}.png", pictures, 3 * PICTURES_A_ROW)
+
+    step = train(
+        loop_options,
+        model,
+        with_crops(data, task_options.crop_min_scale),
+        MaskedAutoencoding(model.num_patches, mask_ratio),
+        {**config, **{name: value for group in groups for name, value in asdict(group).items()}},
+        lambda run, network, ema, training: export_network(run, network, ema, data.class_names, training),
+        {every: show} if every else None,
+        parameter_groups(model),
+    )
+    say(f"{loop_options.output_dir}: step {step} reached")
+
+
+if __name__ == "__main__":
+    spread_over_cpu_processes()
+    main()
