@@ -1,0 +1,512 @@
+"""Trainings that the page starts: processes that outlive it, a queue that two pages share, names and flags that are hostile."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app import jobs as jobs_module
+from app.jobs import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job, Jobs
+from models import Pipeline
+from tests.conftest import ROOT, script_environment
+
+TINY = {
+    "resolution": 8, "patch_size": 4, "alpha_min": 0.6, "train_batch_size": 4, "learning_rate": 1e-3, "mixed_precision": "no",
+    "logging_steps": 2, "sample_steps": 0, "report_to": "none",
+}  # fmt: skip
+FLAGS = {"dataset_name": "openmoji", "max_train_steps": 3}
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Jobs(tmp_path / "runs")
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.Popen]]:
+    """process(program, *arguments): a Python process that has said its first word; it does not outlive the test."""
+    started = []
+
+    def start(program: str = "", *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-c", f"import time; {program}\nprint('ready', flush=True); time.sleep(600)", *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        assert started[-1].stdout.readline() == "ready\n"
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        each.wait()
+        each.stdout.close()
+
+
+def write_job(jobs: Jobs, name: str, process: subprocess.Popen | None = None, **job: Any) -> Path:
+    """A run as the page would have left it, with that process."""
+    run = jobs.runs / name
+    run.mkdir(parents=True)
+    if process is not None:
+        job = {"pid": process.pid, "process_began": psutil.Process(process.pid).create_time(), "started_at": time.time(), **job}
+    (run / JOB).write_text(json.dumps(asdict(Job(**{"options": FLAGS, "queued_at": time.time(), **job}))))
+    return run
+
+
+def write_run(jobs: Jobs, name: str, saved: int = 0, log: str = "", rate: float = 10.0, lines: int = 0, **config: Any) -> Path:
+    """What a training leaves in a run's folder."""
+    run = jobs.runs / name
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps({"backbone": "dit", "size": "XS", "resolution": 32, "patch_size": None, **config}))
+    (run / LOG).write_text(log)
+    told = [{"step": 10 * i, "loss": 1 / i, "images_per_s": rate, "block_norms": [1.0]} for i in range(1, lines + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    if saved:
+        (run / "model_index.json").write_text(json.dumps({"training": {"steps": saved}}))
+    return run
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------ real trainings
+
+
+@pytest.mark.slow
+def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_folder: Path, tmp_path: Path) -> None:
+    options = {**TINY, "train_data_dir": str(image_folder), "max_train_steps": 100_000}
+    page = "import json, os, sys, pathlib; from app.jobs import Jobs; jobs = Jobs(pathlib.Path(sys.argv[1]));"
+    page += "print(jobs.start('first', json.loads(sys.argv[2])).state, flush=True); os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", page, str(jobs.runs), json.dumps(options)]
+    killed = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "running\n"), killed.stderr
+
+    # the next page finds it, and queues behind it
+    assert jobs.status("first").state == RUNNING
+    (tmp_path / "no images").mkdir()
+    waiting = jobs.start("second", {**options, "train_data_dir": str(tmp_path / "no images")})
+    assert (waiting.state, waiting.position) == (QUEUED, 1)
+    assert jobs.start("third", options).position == 2
+    assert [status.name for status in jobs.all()] == ["first", "second", "third"]
+    stopped = jobs.stop("third")
+    assert (stopped.state, stopped.message) == (INTERRUPTED, "stopped; there is no checkpoint yet")
+    wait_for(lambda: len(jobs.progress("first").curve) >= 2)
+    progress = jobs.progress("first")
+    assert 0 < progress.step < progress.of == 100_000 and progress.seconds_left > 0
+    assert any("images/s" in line for line in progress.log)
+
+    # stopping saves; then comes the next one's turn, and it fails
+    assert jobs.stop("first").state == STOPPING
+    wait_for(lambda: not jobs.status("first").active)
+    stopped, step = jobs.status("first"), jobs.progress("first").step
+    assert stopped.state == INTERRUPTED
+    assert (int(re.fullmatch(r"stopped; the last checkpoint is of step (\d+)", stopped.message)[1])) == step >= 4
+    wait_for(lambda: not jobs.status("second").active)
+    failed = jobs.status("second")
+    assert failed.state == FAILED and "no images" in failed.message and "\n" not in failed.message
+    assert failed.message in failed.log[-1] and jobs.progress("second").step == 0
+
+    # it goes on where it was, to an end that was moved
+    with pytest.raises(ValueError, match="only max_train_steps and max_train_minutes can"):
+        jobs.resume("first", {"alpha_min": 1.0})
+    assert jobs.resume("first", {"max_train_steps": step + 4}).state == RUNNING
+    wait_for(lambda: not jobs.status("first").active)
+    finished = jobs.status("first")
+    assert (finished.state, finished.message) == (FINISHED, f"all {step + 4:,} steps are done"), jobs.progress("first").log
+    assert Pipeline.from_pretrained(jobs.runs / "first").config.training["steps"] == step + 4
+    steps = [line["step"] for line in jobs.progress("first").curve]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 4
+    with pytest.raises(ValueError, match="give it more"):
+        jobs.resume("first")
+    assert "resume_from_checkpoint" not in finished.options
+    wait_for(lambda: jobs.all() and not jobs_module._children)  # no zombies stay
+
+
+@pytest.mark.slow
+def test_a_preset_of_the_masked_autoencoders_runs_their_script(jobs: Jobs, image_folder: Path) -> None:
+    options = {**TINY, "preset": "mae-openmoji-plain", "train_data_dir": str(image_folder), "max_train_steps": 2, "lr_warmup_steps": 1}
+    jobs.start("masked", {**options, "long_skips": False, "sample_steps": 2, "alpha_min": None})
+    assert "train_mae.py" in " ".join(psutil.Process(json.loads((jobs.runs / "masked" / JOB).read_text())["pid"]).cmdline())
+    wait_for(lambda: not jobs.status("masked").active)
+    assert jobs.status("masked").state == FINISHED, jobs.progress("masked").log
+    progress = jobs.progress("masked")
+    assert (progress.step, progress.of, progress.sample) == (2, 2, jobs.runs / "masked/samples/step-2.png")
+    config = json.loads((jobs.runs / "masked/config.json").read_text())
+    assert (config["preset"], config["backbone"], config["alpha_min"], config["long_skips"]) == ("mae-openmoji-plain", "mae", 1.0, False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- processes
+
+
+def test_a_number_that_now_belongs_to_another_process_is_not_taken_for_the_training(jobs: Jobs, process: Callable) -> None:
+    stranger = process()
+    write_job(jobs, "mine", stranger, process_began=psutil.Process(stranger.pid).create_time() - 60)
+    status = jobs.status("mine")
+    assert (status.state, status.message) == (INTERRUPTED, "its process ended early; there is no checkpoint yet")
+    with pytest.raises(ValueError, match="does not run"):
+        jobs.stop("mine")
+    jobs.delete("mine")
+    assert stranger.poll() is None
+
+
+def test_a_clock_that_was_set_hides_no_training(jobs: Jobs, process: Callable) -> None:
+    own = process("", "training/train_diffusion.py", f"--output_dir={jobs.runs / 'mine'}")
+    write_job(jobs, "mine", own, process_began=psutil.Process(own.pid).create_time() - 60)
+    assert (jobs.status("mine").state, jobs.status("mine").message) == (RUNNING, "trains")
+    jobs.stop("mine")
+    assert own.wait(10) == -signal.SIGTERM
+
+
+def test_a_process_that_ended_unnoticed_is_not_taken_for_running(jobs: Jobs, process: Callable) -> None:
+    ended = process()
+    write_job(jobs, "mine", ended)
+    assert jobs.status("mine").state == RUNNING
+    ended.kill()
+    wait_for(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE)  # its parent has not asked for its end yet
+    assert jobs.status("mine").state == INTERRUPTED
+
+
+def test_only_a_second_wish_kills_and_a_double_click_is_none(jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import subprocess; print(subprocess.Popen(['sleep', '100']).pid, file=open({!r}, 'w'), flush=True)"
+    deaf = process(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {child.format(str(jobs.runs.parent / 'child'))}")
+    write_job(jobs, "deaf", deaf)
+    child_pid = int((jobs.runs.parent / "child").read_text())
+    assert jobs.stop("deaf").state == jobs.stop("deaf").state == STOPPING
+    time.sleep(0.2)
+    assert deaf.poll() is None
+    monkeypatch.setattr(jobs_module, "KILL_AFTER_S", 0.1)
+    jobs.stop("deaf")
+    assert deaf.wait(10) == -signal.SIGKILL
+    wait_for(lambda: not psutil.pid_exists(child_pid) or psutil.Process(child_pid).status() == psutil.STATUS_ZOMBIE, 10)
+    assert jobs.status("deaf").state == INTERRUPTED
+
+
+def test_what_was_started_in_a_shell_is_seen_and_left_alone(jobs: Jobs, process: Callable) -> None:
+    run = write_run(jobs, "mine", saved=2, max_train_steps=50)
+    assert jobs.status("mine").message == "does not run; the last checkpoint is of step 2"
+    shell = process("", "training/train_diffusion.py", "--preset", "demo-plain", f"--output_dir={run}")
+    assert (jobs.status("mine").state, jobs.status("mine").message) == (RUNNING, "started outside the page")
+    for change in (jobs.stop, jobs.delete, jobs.resume, lambda name: jobs.rename(name, "other")):
+        with pytest.raises(ValueError, match=r"outside the page|is running"):
+            change("mine")
+    job = Job(FLAGS, 1.0, pid=2**22 - 1, process_began=0.0, stop_asked_at=2.0)  # stopped in the page, resumed in the shell
+    (run / JOB).write_text(json.dumps(asdict(job)))
+    with pytest.raises(ValueError, match="outside the page"):
+        jobs.stop("mine")
+    shell.kill()
+    shell.wait()
+    jobs.delete("mine")
+    assert not run.exists()
+
+
+def test_a_training_whose_page_died_at_its_start_is_not_started_twice(jobs: Jobs, process: Callable) -> None:
+    run = write_job(jobs, "mine")
+    orphan = process("", "training/train_diffusion.py", f"--output_dir={run}")
+    assert jobs.status("mine").state == RUNNING
+    assert json.loads((run / JOB).read_text())["pid"] == orphan.pid and not (run / LOG).exists()
+
+
+PAGE = """
+import os, subprocess, sys, time
+from pathlib import Path
+from app import jobs
+
+def launch(run):  # a real process, but one that begins at once
+    time.sleep(0.05)
+    process = subprocess.Popen(["sleep", "100"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    jobs._children[process.pid] = process
+    jobs.write_json(run / jobs.JOB, jobs.asdict(jobs.replace(jobs._read_job(run), pid=process.pid, started_at=time.time(),
+        process_began=jobs.psutil.Process(process.pid).create_time())))
+    print(run.name, process.pid, flush=True)
+
+jobs._launch = launch
+page = jobs.Jobs(Path(sys.argv[1]), at_most=2)
+for _ in range(20):
+    page.all()
+"""
+
+
+def test_pages_that_look_at_once_start_no_more_than_may_run(jobs: Jobs) -> None:
+    for i in range(6):
+        write_job(jobs, f"run-{i}", queued_at=1000.0 - i)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pages = [subprocess.Popen([sys.executable, "-c", PAGE, jobs.runs], cwd=ROOT, env=script_environment(), **pipes) for _ in range(4)]
+    told = [page.communicate(timeout=120) for page in pages]
+    started = dict(line.split() for out, _ in told for line in out.splitlines())
+    try:
+        assert not any(errors for _, errors in told)
+        assert sum(len(out.splitlines()) for out, _ in told) == 2
+        assert started.keys() == {"run-5", "run-4"}, "who came first goes first"
+        waiting = [status for status in Jobs(jobs.runs, at_most=2).all() if status.state == QUEUED]
+        assert [(status.name, status.position) for status in waiting] == [("run-3", 1), ("run-2", 2), ("run-1", 3), ("run-0", 4)]
+    finally:
+        for pid in started.values():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------------------------------- on disk
+
+REACHED = "5 images of here\nstep 2 of 9: loss 1\n/runs/mine: step 7 reached\n"
+TRACEBACK = "Traceback (most recent call last):\n  File 'x', line 1\n    here()\nRuntimeError: shapes differ\nand more\n"
+
+
+@pytest.mark.parametrize(
+    "saved, steps, log, asked, expected",
+    [
+        (9, 9, "", False, (FINISHED, "all 9 steps are done")),
+        (9, 9, "SIGTERM: saving, then leaving\n", True, (FINISHED, "all 9 steps are done")),
+        (7, None, REACHED, False, (FINISHED, "its time is over after 7 steps")),
+        (7, 9, REACHED, False, (FINISHED, "its time is over after 7 steps")),
+        (7, None, "SIGTERM: saving, then leaving\n" + REACHED, False, (INTERRUPTED, "its process ended early; the last checkpoint is of")),
+        (7, None, REACHED, True, (INTERRUPTED, "stopped; the last checkpoint is of step 7")),
+        (0, 9, "5 images of here\n", False, (INTERRUPTED, "its process ended early; there is no checkpoint yet")),
+        (4, 9, "a line\nerror: the loss is not finite before step 6\n", False, (FAILED, "the loss is not finite before step 6")),
+        (0, 9, TRACEBACK, False, (FAILED, "RuntimeError: shapes differ")),
+        (0, 9, "words\n" + "Traceback (most recent call last):\n", False, (FAILED, "it broke down")),
+        (0, 9, "x" * 100_000 + "\n" * 200 + "error: at last\n", False, (FAILED, "at last")),
+    ],
+)
+def test_what_became_of_a_run_is_read_from_its_files(
+    jobs: Jobs, saved: int, steps: int | None, log: str, asked: bool, expected: tuple[str, str]
+) -> None:
+    write_job(jobs, "mine", pid=2**22 - 1, process_began=0.0, stop_asked_at=1.0 if asked else None)
+    write_run(jobs, "mine", saved, log, max_train_steps=steps)
+    if steps is None:
+        (jobs.runs / "mine" / JOB).write_text((jobs.runs / "mine" / JOB).read_text().replace('"max_train_steps": 3', '"seed": 3'))
+    else:
+        (jobs.runs / "mine" / JOB).write_text((jobs.runs / "mine" / JOB).read_text().replace('_steps": 3', f'_steps": {steps}'))
+    status = jobs.status("mine")
+    assert status.state == expected[0] and status.message.startswith(expected[1])
+    assert bool(status.log) == (status.state == FAILED) and len(status.log) <= 40
+    assert jobs.progress("mine").seconds_left is None
+
+
+def test_old_words_do_not_speak_of_a_new_attempt(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_job(jobs, "mine", pid=2**22 - 1, process_began=0.0)
+    write_run(jobs, "mine", log="error: no space left\n", max_train_steps=3)
+    assert jobs.status("mine").state == FAILED
+    full = Jobs(jobs.runs, at_most=0)
+    assert full.resume("mine").state == QUEUED
+    assert full.stop("mine").message == "stopped; there is no checkpoint yet"
+
+
+def test_a_run_of_a_shell_is_resumed_with_what_its_config_tells(jobs: Jobs) -> None:
+    config = {"dataset_name": "openmoji", "preset": "demo-plain", "max_train_steps": 20, "long_skips": False, "vae": None}
+    write_run(jobs, "mine", saved=5, versions={"torch": "2"}, images_a_step=4, train_batch_size=4, output_dir="elsewhere", **config)
+    checkpoint = jobs.runs / "mine/checkpoints/step-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    full = Jobs(jobs.runs, at_most=0)
+    assert full.resume("mine", {"max_train_steps": 30}).state == QUEUED
+    job = Job(**json.loads((jobs.runs / "mine" / JOB).read_text()))
+    assert "versions" not in job.options and "images_a_step" not in job.options
+    words = jobs_module._arguments(job.options, jobs.runs / "mine", job.resume)
+    assert {"--preset=demo-plain", "--no-long_skips", "--max_train_steps=30", "--resume_from_checkpoint=latest"} <= set(words)
+    assert [word for word in words if "output_dir" in word] == [f"--output_dir={jobs.runs / 'mine'}"]
+
+
+def test_the_steps_of_a_cosine_are_not_moved(jobs: Jobs) -> None:
+    write_run(jobs, "mine", saved=5, dataset_name="openmoji", max_train_steps=20, lr_scheduler="cosine")
+    with pytest.raises(ValueError, match="fall to 0 at step 20"):
+        Jobs(jobs.runs, at_most=0).resume("mine", {"max_train_steps": 30})
+
+
+def test_damaged_files_hide_no_run(jobs: Jobs) -> None:
+    for name, content in (("a", "{"), ("b", '{"pid": 1}'), ("c", "[]"), ("d", '{"options": {}, "queued_at": 0, "news": 1}')):
+        write_run(jobs, name, saved=1)
+        (jobs.runs / name / JOB).write_text(content)
+        (jobs.runs / name / "model_index.json").write_text(content)
+        (jobs.runs / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "images_per_s": 1}\n{"step": 2, "lo')
+    (jobs.runs / "a" / "config.json").write_text("\0")
+    assert {status.name: status.state for status in jobs.all()} == dict.fromkeys("abcd", INTERRUPTED)
+    assert [jobs.progress(name).step for name in "abcd"] == [1, 1, 1, 1]
+
+
+def test_progress_of_a_running_one(jobs: Jobs, process: Callable) -> None:
+    options = {**FLAGS, "max_train_steps": 30_000}
+    write_job(jobs, "mine", process(), options=options)
+    run = write_run(jobs, "mine", lines=2000, rate=50.0, images_a_step=5, max_train_steps=30_000, log="one\ntwo\rthree\n")
+    (run / "samples").mkdir()
+    for name in ("step-500.png", "step-1500.png", "step-x.png", ".step-9999.png.partial-1"):
+        (run / "samples" / name).touch()
+    progress = jobs.progress("mine")
+    assert (progress.step, progress.of, progress.images_per_s) == (20_000, 30_000, 50.0)
+    assert progress.seconds_left == pytest.approx(10_000 * 5 / 50)
+    assert len(progress.curve) == MAX_POINTS
+    steps = [line["step"] for line in progress.curve]
+    assert (steps[0], steps[-1]) == (10, 20_000) and steps == sorted(set(steps))
+    assert max(b - a for a, b in pairwise(steps)) <= 50, "evenly thinned"
+    assert progress.sample == run / "samples/step-1500.png" and progress.log == ("one", "two", "three")
+    job = json.loads((run / JOB).read_text())
+    job |= {"options": {**options, "max_train_minutes": 10}, "started_at": time.time() - 590}
+    (run / JOB).write_text(json.dumps(job))
+    assert jobs.progress("mine").seconds_left == pytest.approx(10, abs=5), "whichever ends it first"
+
+
+def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
+    flags = {**FLAGS, "max_train_steps": 600, "train_batch_size": 10}
+    assert jobs.estimate(flags) is None
+    write_run(jobs, "other-size", size="S", lines=3, rate=1.0)
+    write_run(jobs, "other-pixels", resolution=64, lines=3, rate=1.0)
+    write_run(jobs, "no-lines")
+    assert jobs.estimate(flags) is None
+    write_run(jobs, "older", lines=3, rate=20.0)
+    os.utime(jobs.runs / "older/metrics.jsonl", (1, 1))
+    write_run(jobs, "newest", lines=30, rate=10.0)
+    assert jobs.estimate(flags) == pytest.approx(600 * 10 / 10 / 60)
+    assert jobs.estimate({**flags, "max_train_minutes": 3}) == 3
+    assert jobs.estimate({**flags, "gradient_accumulation_steps": 2}) == pytest.approx(20)
+    with pytest.raises(ValueError, match="--size"):
+        jobs.estimate({**flags, "size": "XXL"})
+
+
+# ------------------------------------------------------------------------------------------------------------ names and flags
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/a", "a\0", ".hidden", "a\n", "-x", "ä", "a" * 65, None, 3, ["a"]])
+def test_names_that_are_no_plain_words_are_refused(jobs: Jobs, name: object) -> None:
+    write_run(jobs, "mine", saved=1)
+    for use in (lambda: jobs.start(name, FLAGS), lambda: jobs.check(name, FLAGS), lambda: jobs.rename("mine", name)):
+        with pytest.raises(ValueError, match="the name of a run must be"):
+            use()
+    for use in (jobs.status, jobs.stop, jobs.resume, jobs.delete, jobs.progress, lambda name: jobs.rename(name, "other")):
+        with pytest.raises(ValueError, match="there is no run"):
+            use(name)
+    assert {path.name for path in jobs.runs.iterdir()} <= {"mine", ".jobs.lock"}
+
+
+def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, tmp_path: Path) -> None:
+    outside = write_run(Jobs(tmp_path / "elsewhere"), "secret", saved=1)
+    write_run(jobs, "mine", saved=1)
+    (jobs.runs / "file").touch()
+    (jobs.runs / "link").symlink_to(outside)
+    (jobs.runs / "nowhere").symlink_to(tmp_path / "made by a start")
+    for name in ("mine", "file", "link", "nowhere"):
+        for use in (lambda name=name: jobs.start(name, FLAGS), lambda name=name: jobs.rename("mine", name)):
+            with pytest.raises(ValueError, match="already"):
+                use()
+    for use in (jobs.delete, jobs.progress, jobs.stop, jobs.resume):
+        with pytest.raises(ValueError, match="there is no run"):
+            use("link")
+    assert [status.name for status in jobs.all()] == ["mine"]
+    assert (outside / "config.json").is_file() and not (tmp_path / "made by a start").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (None, "options must be names"),
+        ({1: 2}, "options must be names"),
+        ({}, "--dataset_name"),
+        ({"dataset_name": "openmoji"}, "needs an end"),
+        ({"preset": "nonsense"}, "--preset"),
+        ({**FLAGS, "preset": ["demo-plain"]}, "must be a text"),
+        ({**FLAGS, "nonsense": 1}, "no option 'nonsense'"),
+        ({**FLAGS, "help": True}, "no option 'help'"),
+        ({**FLAGS, "seed=1 --output_dir": "/tmp/x"}, "no option"),
+        ({**FLAGS, "mask_ratio": 0.5}, "no option 'mask_ratio'"),
+        ({**FLAGS, "output_dir": "/tmp/x"}, "the page gives it"),
+        ({**FLAGS, "resume_from_checkpoint": "latest"}, "the page gives it"),
+        ({**FLAGS, "size": "Q"}, "--size"),
+        ({**FLAGS, "patch_size": 5}, "patch"),
+        ({**FLAGS, "alpha_min": 0}, "alpha_min"),
+        ({**FLAGS, "alpha_min": float("nan")}, "alpha_min"),
+        ({**FLAGS, "learning_rate": float("nan")}, "learning_rate"),
+        ({**FLAGS, "alpha_min": 0.5, "alpha_eff": 0.003}, "not both"),
+        ({**FLAGS, "seed": -1}, "--seed"),
+        ({**FLAGS, "seed": 2**70}, "'seed' must be"),
+        ({**FLAGS, "seed": True}, "--seed"),
+        ({**FLAGS, "seed": "1; rm"}, "--seed"),
+        ({**FLAGS, "max_train_steps": 2.5}, "max_train_steps"),
+        ({**FLAGS, "long_skips": 3}, "long_skips"),
+        ({**FLAGS, "objective": "ddpm", "path": "gvp"}, "path"),
+        ({**FLAGS, "resolution": 100_000}, "up to 1024"),
+        ({**FLAGS, "resolution": "1_000_000"}, "up to 1024"),
+        ({**FLAGS, "train_batch_size": 1e9}, "up to 4096"),
+        ({**FLAGS, "train_batch_size": "many"}, "train_batch_size"),
+        ({**FLAGS, "image_column": "x" * 10_000}, "printable text"),
+        ({**FLAGS, "image_column": "a\0b"}, "printable text"),
+        ({**FLAGS, "init_from": "../../etc"}, "no checkpoint"),
+        ({**FLAGS, "init_from": "/etc/passwd"}, "no checkpoint"),
+        ({"train_data_dir": "/no/such", "max_train_steps": 1}, "not a folder"),
+        ({"dataset_name": "../x", "max_train_steps": 1}, "not a folder"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line_and_leave_nothing(jobs: Jobs, options: Any, message: str, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        jobs.start("mine", options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert not jobs.runs.exists() and capfd.readouterr().err == ""
+
+
+def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
+    sly = {**FLAGS, "label_column": "--output_dir=/tmp/elsewhere", "image_column": "--help"}
+    words = jobs_module._arguments(jobs.check("mine", sly), jobs.runs / "mine")
+    assert [word for word in words if word.startswith("--output_dir")] == [f"--output_dir={jobs.runs / 'mine'}"]
+    assert jobs_module._parse(sly, jobs.runs / "mine")["label_column"] == "--output_dir=/tmp/elsewhere"
+
+
+def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:
+    options = jobs.check("mine", {**FLAGS, "seed": "7", "max_train_minutes": 2, "alpha_eff": None, "init_from": "openmoji-plain"})
+    assert options.pop("init_from") == str(ROOT / "models/pretrained/openmoji-plain")
+    assert options == {**FLAGS, "seed": 7, "max_train_minutes": 2.0} and "alpha_eff" not in options
+
+
+def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(image_folder)
+    (tmp_path / "images").mkdir()
+    fenced = Jobs(jobs.runs, data=tmp_path)
+    stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})
+    assert stored["train_data_dir"] == str(tmp_path / "images")
+    for name in ("..", "/etc", str(image_folder), "out", "images/../.."):
+        with pytest.raises(ValueError, match="outside"):
+            fenced.check("mine", {"train_data_dir": name, "max_train_steps": 1})
+        if name != "out":
+            with pytest.raises(ValueError, match="outside"):
+                fenced.check("mine", {"dataset_name": name, "max_train_steps": 1})
+    with pytest.raises(ValueError, match=r"outside|not a folder"):
+        fenced.check("mine", {"dataset_name": "models/pretrained", "max_train_steps": 1})
+    assert fenced.check("mine", {"dataset_name": "images", "max_train_steps": 1})["dataset_name"] == str(tmp_path / "images")
+    assert fenced.check("mine", {"dataset_name": "cifar10", "max_train_steps": 1})["dataset_name"] == "cifar10"
+    assert jobs.check("mine", {"train_data_dir": str(image_folder), "max_train_steps": 1})
+
+
+def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "MAX_QUEUED", 2)
+    full = Jobs(jobs.runs, at_most=0)
+    for name in "ab":
+        assert full.start(name, FLAGS).state == QUEUED
+    with pytest.raises(ValueError, match="2 trainings are queued already"):
+        full.start("c", FLAGS)
+    assert not (jobs.runs / "c").exists()
+    with pytest.raises(ValueError, match="a is queued; stop it first"):
+        full.delete("a")
+    full.stop("a")
+    full.rename("a", "c")
+    full.delete("c")
+    assert [status.name for status in full.all()] == ["b"] and full.start("a", FLAGS).position == 2
+
+
+def test_what_cannot_be_started_fails_and_holds_up_nobody(jobs: Jobs) -> None:
+    write_job(jobs, "mine", options={**FLAGS, "image_column": "a\0b"})
+    (jobs.runs / "yours" / LOG).mkdir(parents=True)
+    (jobs.runs / "yours" / JOB).write_text((jobs.runs / "mine" / JOB).read_text())
+    jobs.all()
+    assert {(status.state, status.message.split(" (")[0]) for status in jobs.all()} == {(FAILED, "it could not be started")}
+
+
+def test_looking_makes_nothing(jobs: Jobs) -> None:
+    assert jobs.all() == [] and not jobs.runs.exists()
