@@ -40,14 +40,30 @@ class Card:
         return self.config["alpha_min"]
 
     @property
+    def is_plain(self) -> bool:
+        """Every shortcut keeps all of its input; told without torch, so another schedule counts as another network."""
+        return self.alpha_min == 1 and self.config.get("shortcut_schedule", "linear") == "linear" and not self.config.get("learnable_alpha")
+
+    @property
+    def shortcuts(self) -> str:
+        """How the shortcuts fade, in words."""
+        from models.shortcut import describe
+
+        return describe(self._network().shortcuts) + ", learned" * bool(self.config.get("learnable_alpha"))
+
+    @property
     def alphas(self) -> tuple[float, ...]:
         """Of the sub-layers, in the order of execution; where they are learned, as they started."""
+        return self._network().alphas
+
+    def _network(self) -> Any:
+        """Without weights."""
         import torch  # later than the page's first answer
 
         from models.registry import backbone_class
 
         with torch.device("meta"):
-            return backbone_class(self.backbone).from_config({**self.config, "learnable_alpha": False}).alphas
+            return backbone_class(self.backbone).from_config({**self.config, "learnable_alpha": False})
 
     @property
     def alpha_eff(self) -> float:
@@ -148,8 +164,8 @@ def cards(runs: Path) -> dict[str, Card]:
 
 def default_pair(known: dict[str, Card]) -> tuple[str, str] | None:
     """A plain and a decayed checkpoint of one family, else the first two, else the only one twice; None if there is none."""
-    for plain in (card for card in known.values() if card.alpha_min == 1):
-        decayed = [card for card in known.values() if card.alpha_min < 1 and card.family == plain.family]
+    for plain in (card for card in known.values() if card.is_plain):
+        decayed = [card for card in known.values() if not card.is_plain and card.family == plain.family]
         if decayed:  # of several, the one that is called most alike
             return plain.name, max(decayed, key=lambda card: SequenceMatcher(None, card.name, plain.name).ratio()).name
     names = list(known)[:2]

@@ -64,7 +64,7 @@ def _gallery(side: str, card: Card, images: np.ndarray, frame: Frame) -> str:
         f' alt="{name}, image {i + 1} of {len(images)}, seed {seed + i}{state}">'
         for i, image in enumerate(images)
     )
-    kind = "plain" if card.alpha_min == 1 else f"α<sub>min</sub> {card.alpha_min:g}"
+    kind = "plain" if card.is_plain else f"α<sub>min</sub> {card.alpha_min:g}" if card.alpha_min < 1 else _text(card.shortcuts)
     return (
         f'<figure class="side" data-side="{side}" style="{style}">'
         f'<figcaption><span class="letter">{side}</span><span class="name">{name}</span><span class="kind">{kind}</span></figcaption>'
@@ -110,19 +110,35 @@ def table(cards: Sequence[Card]) -> str:
     return f'<table class="cards"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-FACTS = ("α<sub>min</sub>", "α<sub>eff</sub>", "Backbone", "Parameters", "Images", "Labels", "Trained on", "Images seen", "Weights")
+FACTS = (
+    "α<sub>min</sub>",
+    "Shortcuts",
+    "α<sub>eff</sub>",
+    "Backbone",
+    "Parameters",
+    "Images",
+    "Labels",
+    "Trained on",
+    "Images seen",
+    "Weights",
+)
 
 
 def _facts(card: Card) -> tuple[str, ...]:
     config, training = card.config, card.training
-    skips = "long skips" if config["long_skips"] else "no long skips"
-    seen = f"{training['images_seen']:,} in {training['steps']:,} steps" if {"images_seen", "steps"} <= training.keys() else "unknown"
+    depth = (
+        f"{config['depth']} blocks of width {config['dim']}" if "depth" in config else f"widths {', '.join(map(str, config['channels']))}"
+    )
+    patch = f", patch {config['patch_size']}" if "patch_size" in config else ""
+    skips = "long skips" if config.get("long_skips", True) else "no long skips"
+    seen = f"{training['images_seen']:,}" if "images_seen" in training else "unknown"
     return (
-        f"{card.alpha_min:g}" + (" (plain)" if card.alpha_min == 1 else ""),
+        "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
+        _text(card.shortcuts),
         f"{card.alpha_eff:.2g}",
-        _text(f"{card.backbone}, {config['depth']} blocks of width {config['dim']}, patch {config['patch_size']}, {skips}"),
+        _text(f"{card.backbone}, {depth}{patch}, {skips}"),
         f"{card.num_parameters / 1e6:.2f} M",
-        _text(f"{config['image_size']} × {config['image_size']} px"),
+        _text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
         f'<span title="{_text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
         _text(training.get("data", "unknown")),
         _text(seen),

@@ -22,6 +22,7 @@ MAX_IMAGES = 64
 MAX_STEPS = 250
 MAX_PIPELINES = 4
 RANDOM_SEED = -1
+OWN_SAMPLER = "own"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def compare(
     num_images: int = 8,
     steps: int = 20,
     guidance_scale: float = 2.0,
-    sampler: str = "euler",
+    sampler: str = OWN_SAMPLER,
     cache: PipelineCache = _cache,
 ) -> Iterator[Frame]:
     """Sample checkpoints side by side; image i of each comes from noise seeded seed + i.
@@ -118,7 +119,7 @@ def compare(
         num_images: of each checkpoint, at most `MAX_IMAGES`.
         steps: of the sampler, at most `MAX_STEPS`.
         guidance_scale: classifier-free guidance; 1 is none.
-        sampler: a key of `models.pipeline.SAMPLERS`.
+        sampler: one that suits them all (see `Pipeline.samplers`); `OWN_SAMPLER` is each one's own, Euler for a flow.
         cache: where loaded pipelines are kept.
 
     Yields:
@@ -133,16 +134,26 @@ def compare(
     guidance_scale = _number("guidance", guidance_scale)
     chosen = [card(name, runs) for name in names]
     labels = [label_index(each, label) for each in chosen]
-    call = dict(num_images=num_images, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=str(sampler))
+    call = dict(num_images=num_images, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale)
 
     pipelines = [cache.get(find(name, runs)) for name in names]
-    recipe = {"label": label, **call, **_environment(pipelines), "checkpoints": [*map(_provenance, chosen, labels)]}
-    streams = [_steps(pipeline, class_labels=number, **call) for pipeline, number in zip(pipelines, labels, strict=True)]
+    samplers = [pipeline.samplers[0] if sampler == OWN_SAMPLER else str(sampler) for pipeline in pipelines]
+    recipe = {
+        "label": label,
+        **call,
+        "sampler": " and ".join(dict.fromkeys(samplers)),
+        **_environment(pipelines),
+        "checkpoints": [*map(_provenance, chosen, labels)],
+    }
+    streams = [
+        _steps(pipeline, class_labels=number, sampler=own, **call)
+        for pipeline, number, own in zip(pipelines, labels, samplers, strict=True)
+    ]
     started = time.perf_counter()
     for states in zip(*streams, strict=True):
         step, num_steps = states[0].step, states[0].num_steps
         done = step == num_steps
-        shown = (pipeline.decode(state.x if done else state.preview) for pipeline, state in zip(pipelines, states, strict=True))
+        shown = (pipeline.decode(state.x) if done else _preview(pipeline, state) for pipeline, state in zip(pipelines, states, strict=True))
         images = tuple(map(_to_uint8, shown))
         wall_s = time.perf_counter() - started
         yield Frame(images, step, num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
@@ -165,6 +176,11 @@ def _steps(pipeline: "Pipeline", **call: Any) -> "Iterator[Step]":
         if state is None:
             return
         yield state
+
+
+def _preview(pipeline: "Pipeline", state: "Step") -> Any:
+    """Images, or three channels of latents: decoding them in every step would take longer than sampling."""
+    return state.preview if pipeline.vae is None else state.preview[:, :3]
 
 
 def _to_uint8(images: Any) -> np.ndarray:

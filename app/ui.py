@@ -10,13 +10,21 @@ import gradio as gr
 
 from app import render
 from app.catalog import Card, card, cards, default_pair, shared_classes
-from app.sampler import MAX_IMAGES, MAX_STEPS, RANDOM_SEED, compare
+from app.sampler import MAX_IMAGES, MAX_STEPS, OWN_SAMPLER, RANDOM_SEED, compare
 
 TITLE = "Fading Shortcuts"
 CSS = Path(__file__).with_name("page.css")
 NO_LABEL = "no label"
 # what the page calls the samplers of models.pipeline, which is not imported here: it takes seconds
-SAMPLERS = {"Euler": "euler", "Heun (two evaluations a step)": "heun", "DPM-Solver++": "dpm++", "UniPC": "unipc"}
+SAMPLERS = {
+    "Its own": OWN_SAMPLER,
+    "Euler": "euler",
+    "Heun (two evaluations a step)": "heun",
+    "DPM-Solver++": "dpm++",
+    "UniPC": "unipc",
+    "DDIM (for DDPMs)": "ddim",
+    "DDPM (for DDPMs)": "ddpm",
+}
 VIEWS = [("Side by side", "sides"), ("Slider", "slider")]
 PREVIEW_INTERVAL_S = 0.2
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
@@ -71,14 +79,21 @@ def build(runs: Path) -> gr.Blocks:
     ) -> Iterator[tuple[str, str, Any]]:
         """Stage, status and recipe, while sampling and at the end."""
         with page_errors():
-            chosen = [card(name, runs) for name in (a, b)]
-            shown_s = 0.0
-            label_or_none = None if label == NO_LABEL else label
-            with contextlib.closing(compare([a, b], runs, label_or_none, seed, num_images, steps, guidance, sampler)) as frames:
-                for frame in frames:
-                    if frame.done or time.monotonic() - shown_s > PREVIEW_INTERVAL_S:
-                        shown_s = time.monotonic()
-                        yield render.stage(chosen, frame), render.status(frame), frame.recipe if frame.done else gr.skip()
+            try:
+                yield from frames_on_page([a, b], label, seed, num_images, steps, guidance, sampler)
+            except (ValueError, OSError):
+                # told here and not when the event fails: a sampling that was stopped counts as failed too
+                yield gr.skip(), render.message("Nothing was sampled."), gr.skip()
+                raise
+
+    def frames_on_page(names: list[str], label: str, *settings: Any) -> Iterator[tuple[str, str, Any]]:
+        chosen = [card(name, runs) for name in names]
+        shown_s = 0.0
+        with contextlib.closing(compare(names, runs, None if label == NO_LABEL else label, *settings)) as frames:
+            for frame in frames:
+                if frame.done or time.monotonic() - shown_s > PREVIEW_INTERVAL_S:
+                    shown_s = time.monotonic()
+                    yield render.stage(chosen, frame), render.status(frame), frame.recipe if frame.done else gr.skip()
 
     def compare_for_programs(
         checkpoint_a: str,
@@ -88,7 +103,7 @@ def build(runs: Path) -> gr.Blocks:
         num_images: int = 8,
         steps: int = 20,
         guidance_scale: float = 2.0,
-        sampler: str = "euler",
+        sampler: str = OWN_SAMPLER,
     ) -> tuple[list[str], list[str], dict]:
         """Sample two checkpoints from the same noise; image i comes from seed + i.
 
@@ -100,7 +115,7 @@ def build(runs: Path) -> gr.Blocks:
             num_images: of each checkpoint, 1 to 64.
             steps: of the sampler, 1 to 250.
             guidance_scale: classifier-free guidance; 1 is none.
-            sampler: euler, heun, dpm++ or unipc.
+            sampler: euler, heun, dpm++ or unipc; ddim, ddpm, dpm++ or unipc for DDPMs; "own" for each model's own.
 
         Returns:
             The images of A and of B as PNG data URLs (data:image/png;base64,...), and the recipe with the resolved seed.
@@ -132,7 +147,7 @@ def build(runs: Path) -> gr.Blocks:
         with gr.Row():
             choices = label_choices([known[name] for name in pair or ()])
             label = gr.Dropdown(choices, value=choices[min(1, len(choices) - 1)], label="Label", min_width=200, scale=3, elem_id="label")
-            sampler = gr.Dropdown(list(SAMPLERS.items()), value="euler", label="Sampler", min_width=130, scale=2, elem_id="sampler")
+            sampler = gr.Dropdown(list(SAMPLERS.items()), value=OWN_SAMPLER, label="Sampler", min_width=130, scale=2, elem_id="sampler")
             seed = gr.Number(0, label="Seed (−1: random)", precision=0, min_width=130, scale=2, elem_id="seed")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", min_width=130, scale=2, buttons=[], elem_id="num-images")
             steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", min_width=130, scale=2, buttons=[], elem_id="steps")
@@ -152,7 +167,7 @@ def build(runs: Path) -> gr.Blocks:
         busy = start.click(_busy, None, [start, stop, status], **QUIET, queue=False)
         sampling = busy.then(compare_on_page, settings, [stage, status, recipe], **QUIET, **SAMPLING)
         sampling.success(_idle, None, [start, stop], **QUIET, queue=False)
-        sampling.failure(_failed, None, [start, stop, status], **QUIET, queue=False)
+        sampling.failure(_idle, None, [start, stop], **QUIET, queue=False)
         stop.click(_stopped, None, [start, stop, status], cancels=[sampling], **QUIET, queue=False)
         view.change(None, view, js=SHOW_VIEW)
         for dropdown in (a, b):
@@ -168,10 +183,6 @@ def _busy() -> tuple[Any, Any, str]:
 
 def _idle() -> tuple[Any, Any]:
     return gr.update(interactive=True), gr.update(interactive=False)
-
-
-def _failed() -> tuple[Any, Any, str]:
-    return *_idle(), render.message("Nothing was sampled.")
 
 
 def _stopped() -> tuple[Any, Any, str]:

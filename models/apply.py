@@ -65,7 +65,7 @@ def decay_shortcuts(
         block.shortcuts = nn.ModuleList(islice(shortcuts, len(own_kinds))).to(weight.device, weight.dtype)
         # Without decay a block keeps its own code, so that no bit changes: with its operands swapped a sum may have another memory layout,
         # by which the next convolution rounds.
-        if not all(_is_plain(shortcut) for shortcut in block.shortcuts):
+        if not all(shortcut.is_plain for shortcut in block.shortcuts):
             block.__class__ = _decayed(type(block))
     if hasattr(network, "register_to_config"):
         network.__class__ = _decayed(_plain(network))

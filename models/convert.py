@@ -23,6 +23,7 @@ from models.files import INDEX, Parser, one_line_errors, write_json, written_asi
 from models.official import KINDS, UVIT_TIMES, find_kind, from_official
 from models.paths import PATHS
 from models.pipeline import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, Pipeline
+from models.shortcut import describe
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # by which published MAEs want images in [0, 1] normalised
 
@@ -211,7 +212,7 @@ def main() -> None:
         print(
             f"{parsed.target}: {type(model).__name__}, {model.num_parameters():,} parameters, depth {config.depth}, width {config.dim}, "
             f"{config.num_heads} heads, {config.in_channels} x {config.image_size} x {config.image_size}, patch {config.patch_size}"
-            f"{classes}, alpha from {model.alphas[0]:g} to {model.alphas[-1]:g}"
+            f"{classes}, {describe(model.shortcuts)}"
         )
         if KINDS[parsed.kind].fresh:
             print("there was no decoder in it: the one written is untrained, so use the features and not the predictions")

@@ -125,11 +125,11 @@ class DiT(ModelMixin, ConfigMixin):
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, return_features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Predict the velocity (models/paths.py) of noisy images.
+        """Predict what was trained (velocity, noise, ..) from noisy images.
 
         Args:
             x: (N, C, H, W).
-            t: (N,), 0 = noise, 1 = data.
+            t: (N,), flow times from 0 = noise to 1 = data, or a DDPM's timesteps from 0 = data to 999 = noise.
             labels: int64 (N,) in [0, num_classes]; num_classes, as None, means "no label".
             return_features: also return the output of every block, a list of (N, T, D).
 

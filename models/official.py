@@ -9,6 +9,7 @@ Not everything crosses exactly as it is:
 - A label table without a row for "no label" (U-ViT at 64 px) gets one, the mean of the others; no guidance with it.
 - The authors' MAE makes skip layers that it never uses (ViT-L, ViT-H); they are dropped, and zeros on the way back.
 - timm-mae has no decoder: ours stays as freshly initialised. It predicts nothing until it is trained; the features are exact.
+- U-ViT's guidance scale s is ours less 1: their 0.4 is our 1.4.
 - Published MAEs want images normalised by ImageNet's statistics, and still do so here (see models/convert.py).
 """
 

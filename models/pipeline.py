@@ -40,14 +40,14 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
 }
 # ... and for DDPMs, made from the config that they were trained with
 DDPM_SAMPLERS: dict[str, Callable[[Any], Any]] = {
-    # always goes 1000 // n timesteps down, which the spacing "linspace" does not
+    # goes 1000 // n timesteps down each time, whatever the spacing
     "ddim": lambda config: DDIMScheduler.from_config(config, timestep_spacing="trailing"),
     "ddpm": DDPMScheduler.from_config,
     "dpm++": lambda config: DPMSolverMultistepScheduler.from_config(config, variance_type=None),
     "unipc": UniPCMultistepScheduler.from_config,
 }
 SAMPLER_NAMES = tuple(dict.fromkeys([*SAMPLERS, *DDPM_SAMPLERS]))
-_STORED = {each.__name__: each for each in (FlowMatchEulerDiscreteScheduler, DDPMScheduler, DDIMScheduler)}
+_STORED = {each.__name__: each for each in (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, DDPMScheduler, DDIMScheduler)}
 MAX_SEED = 2**63 - 1
 
 
@@ -148,8 +148,9 @@ class Pipeline(DiffusionPipeline):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """What `sampler` may be; the first is a good default."""
-        return tuple(SAMPLERS if self.is_flow else DDPM_SAMPLERS)
+        """What `sampler` may be; the first is the pipeline's own."""
+        own = {DDPMScheduler: "ddpm", FlowMatchHeunDiscreteScheduler: "heun"}.get(type(self.scheduler))
+        return tuple(sorted(SAMPLERS if self.is_flow else DDPM_SAMPLERS, key=lambda name: name != own))
 
     @property
     def num_classes(self) -> int:
@@ -171,8 +172,8 @@ class Pipeline(DiffusionPipeline):
         """What was sampled (N, C, H, W) -> images, float (N, C, H, W) in [-1, 1] but for overshoot; without a VAE they are the same."""
         if self.vae is None:
             return x
-        latents = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
-        one_by_one = (self.vae.decode(latent[None].to(self.vae.dtype)).sample for latent in latents)  # at full size memory is short
+        latents = (x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)).to(self.vae.device, self.vae.dtype)
+        one_by_one = (self.vae.decode(latent[None]).sample for latent in latents)  # at full size memory is short
         return torch.cat([image.float() for image in one_by_one])
 
     def __call__(
@@ -199,6 +200,8 @@ class Pipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"there is no output_type {output_type!r}; choose pil, np or pt")
+        if output_type != "pt" and self.image_shape[0] not in (1, 3):
+            raise ValueError(f"{self.image_shape[0]} channels are no picture but latents; give the pipeline a VAE, or take output_type pt")
         with self.progress_bar(total=num_inference_steps) as bar:
             for state in self.steps(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler):
                 bar.total = state.num_steps
@@ -303,6 +306,9 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}; choose 0 to 100, 1 for none")
         if sampler is not None and sampler not in self.samplers:
             raise ValueError(f"there is no sampler {sampler!r} for this checkpoint; choose from {', '.join(self.samplers)}")
+        ddim = sampler == "ddim" or (sampler is None and isinstance(self.scheduler, DDIMScheduler))
+        if ddim and steps > 100 and 1000 % steps:  # its steps are whole timesteps, and many rounded ones end far from the data
+            raise ValueError(f"num_inference_steps is {steps}; with ddim choose at most 100, 125, 200, 250, 500 or 1000, or take dpm++")
         if self.device.type == "cpu":  # which would swap where a GPU answers at once; twice for guidance, 4 bytes a number
             require_memory(num_images * 2 * 4 * self.model.numbers_held, f"{num_images} images at once")
         if class_labels is None:

@@ -58,6 +58,11 @@ class Shortcut(nn.Module):
         """alpha as a number; as learned, where it is."""
         return float(self.alpha.detach()) if isinstance(self.alpha, Tensor) else self.alpha
 
+    @property
+    def is_plain(self) -> bool:
+        """x + f(x), and it stays so."""
+        return not isinstance(self.alpha, Tensor) and self.alpha == 1 and self.branch_scale == 1
+
     def extra_repr(self) -> str:
         return f"alpha={self.value:.4g}" + (f", branch_scale={self.branch_scale:.4g}" if self.branch_scale != 1 else "")
 
@@ -153,6 +158,21 @@ def find_schedule(name: str) -> Schedule:
     if name not in SCHEDULES:
         raise ValueError(f"there is no shortcut schedule {name!r}; choose from {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
+
+
+def describe(shortcuts: Sequence[Shortcut]) -> str:
+    """In words: "plain shortcuts", or how alpha runs, where, and what else is scaled or learned."""
+    fading = [shortcut for shortcut in shortcuts if not shortcut.is_plain]
+    if not fading:
+        return "plain shortcuts"
+    kinds = {shortcut.kind for shortcut in fading}
+    chosen = [shortcut.value for shortcut in shortcuts if shortcut.kind in kinds]  # the first of a fall has alpha 1
+    first, last = chosen[0], chosen[-1]
+    parts = [f"alpha {first:.3g}" if first == last else f"alpha {first:.3g} -> {last:.3g}"]
+    parts += [f"{kind} only" for kind in kinds if len(kinds) < len({shortcut.kind for shortcut in shortcuts})]
+    parts += [f"branches x {fading[0].branch_scale:.3g}"] if fading[0].branch_scale != 1 else []
+    parts += ["learned"] if isinstance(fading[0].alpha, Tensor) else []
+    return ", ".join(parts)
 
 
 def effective_alpha(alphas: Sequence[float]) -> float:

@@ -155,7 +155,8 @@ class UViT(ModelMixin, ConfigMixin):
         if self.label_embed is not None:
             labels = labels if labels is not None else t.new_full(t.shape, config.num_classes).long()
             tokens.insert(0, self.label_embed(labels).unsqueeze(1))
-        x = torch.cat(tokens, dim=1) + self.positions  # (N, T, D)
+        x = torch.cat(tokens, dim=1)  # (N, T, D)
+        x = x + self.positions.to(x.dtype)
 
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):

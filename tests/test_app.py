@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from app import catalog, render
-from app.sampler import MAX_IMAGES, PipelineCache, compare
-from models import DiT, Pipeline
-from models.pipeline import INDEX, SAMPLERS
+from app.sampler import MAX_IMAGES, OWN_SAMPLER, PipelineCache, compare
+from models import DiT, Pipeline, create_model
+from models.pipeline import INDEX, SAMPLER_NAMES, SAMPLERS
+from training.objectives import DDPM, Diffusion, FlowMatching
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -48,6 +49,26 @@ def last_images(runs: Path, *names: str, **options: object) -> tuple[np.ndarray,
     *_, frame = compare(names or PAIR, runs, **{"seed": 5, "num_images": 3, "steps": 4, "label": "circles", **options})
     assert frame.done
     return frame.images
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "objective"),
+    [
+        ("unet", dict(channels=(8, 8), layers_per_block=1, attention_levels=(1,), head_dim=4, shortcut_placement="attention"), DDPM(3)),
+        ("uvit", dict(patch_size=4, depth=2, dim=16, num_heads=2, learnable_alpha=True), FlowMatching(3, path="gvp")),
+    ],
+)
+def test_every_kind_of_checkpoint_is_shown_and_sampled(
+    runs: Path, backbone: str, options: dict, objective: Diffusion, tmp_path: Path
+) -> None:
+    model = create_model(backbone, image_size=16, num_classes=3, alpha_min=0.6, **options)
+    Pipeline(model, objective.scheduler, CLASSES, path=objective.path).save_pretrained(tmp_path / "other")
+    shutil.copytree(runs / "tiny-plain", tmp_path / "tiny-plain")
+    images = last_images(tmp_path, "runs/other", "runs/tiny-plain")
+    assert images[0].shape == images[1].shape == (3, 16, 16, 3)
+    page = render.table([catalog.card("runs/other", tmp_path), catalog.card("runs/tiny-plain", tmp_path)])
+    assert ("attention only" if backbone == "unet" else "learned") in page and "1 (plain)" in page
+    assert catalog.card("runs/other", tmp_path).alpha_eff == pytest.approx(float(np.prod(model.alphas)))
 
 
 # -------------------------------------------------------------------------------------------------------------- catalogue
@@ -210,7 +231,7 @@ def test_the_page_samples_and_compares(server: str) -> None:
         for side, name in zip("AB", PAIR, strict=True):  # the shipped pair comes first where there is one
             choose(page, f"Checkpoint {side}", name)
             expect(page.locator("table.cards thead")).to_contain_text(name)
-        expect(page.locator("table.cards")).to_contain_text("1,234 in 7 steps")
+        expect(page.locator("table.cards")).to_contain_text("1,234")
         choose(page, "Label", "squares")
 
         page.get_by_role("button", name="Compare").click()
@@ -287,4 +308,4 @@ def test_a_port_in_use_is_one_line(server: str) -> None:
 def test_the_page_names_every_sampler() -> None:
     from app.ui import SAMPLERS as named
 
-    assert list(named.values()) == list(SAMPLERS)
+    assert list(named.values()) == [OWN_SAMPLER, *SAMPLER_NAMES]

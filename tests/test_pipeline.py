@@ -290,3 +290,26 @@ def test_folders_that_are_no_checkpoints_are_refused(pipeline: Pipeline, tmp_pat
     (broken / "model_index.json").write_text(json.dumps({**index, "model": ["os", "system"]}))
     with pytest.raises(ValueError, match="no backbone class 'system'"):
         Pipeline.from_pretrained(broken)
+
+
+def test_ddim_refuses_numbers_of_steps_that_it_would_round(pipeline: Pipeline) -> None:
+    ddpm = Pipeline(pipeline.model, DDPM().scheduler)
+    assert ddpm.samplers[0] == "ddim"
+    for sampler in (None, "ddim"):
+        with pytest.raises(ValueError, match="125, 200, 250"):
+            ddpm(1, num_inference_steps=300, sampler=sampler)
+
+
+def test_latents_are_no_pictures(tiny_dit: Make) -> None:
+    pipeline = Pipeline(tiny_dit(in_channels=4), FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="give the pipeline a VAE"):
+        pipeline(1, num_inference_steps=1)
+    assert pipeline(1, num_inference_steps=1, output_type="pt").images.shape == (1, 4, 16, 16)
+
+
+@pytest.mark.parametrize("sampler", DDPM_SAMPLERS)
+def test_a_ddpms_image_i_depends_on_seed_plus_i_alone(pipeline: Pipeline, sampler: str) -> None:
+    ddpm = Pipeline(pipeline.model, DDPM().scheduler)
+    options = dict(num_inference_steps=3, sampler=sampler, output_type="pt")
+    together = ddpm(3, 1, seed=4, **options).images
+    torch.testing.assert_close(ddpm(1, 1, seed=6, **options).images[0], together[2], atol=1e-3, rtol=1e-3)

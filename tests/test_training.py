@@ -1,6 +1,7 @@
 """The loop: exact resumption, processes, signals, files, bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +13,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from models import Pipeline, effective_alpha, linear_schedule
+from models import Pipeline, create_model, effective_alpha
+from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment
 from training.checkpoint import checkpoints, find_checkpoint
+from training.command import parse
 from training.data import Order
 from training.ema import EMA
 from training.loop import LoopOptions, describe, learning_rate
 from training.monitor import read_metrics
-from training.objectives import FlowMatching
-from training.train_diffusion import main
+from training.objectives import DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
+from training.presets import PRESETS
+from training.train_diffusion import GROUPS, main
 
 SCRIPT = "training/train_diffusion.py"
 TINY = [
@@ -237,7 +242,7 @@ def test_a_signal_during_the_last_save_does_not_spoil_it(image_folder: Path, tmp
     program = f"""
 import os, signal
 from training import checkpoint, loop
-from training.train_diffusion import main
+from training.train_diffusion import GROUPS, main
 save = checkpoint.save_checkpoint
 def interrupted(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -258,10 +263,10 @@ def test_a_preset_can_be_used_on_other_images(image_folder: Path, tmp_path: Path
 
 
 def test_values_that_the_paper_advises_against_are_told() -> None:
-    assert "keeps it in [0.001, 0.01)" in describe("dit-XS", linear_schedule(16, 0.8), 1)
-    assert "unstable" in describe("dit-XS", linear_schedule(16, 0.39), 1)
+    assert "keeps it in [0.001, 0.01)" in describe("dit-XS", create_model("dit", "XS", alpha_min=0.8))
+    assert "unstable" in describe("dit-XS", create_model("dit", "XS", alpha_min=0.39))
     for alpha_min in (1.0, 0.5):
-        assert "\n" not in describe("dit-XS", linear_schedule(16, alpha_min), 1)
+        assert "\n" not in describe("dit-XS", create_model("dit", "XS", alpha_min=alpha_min))
 
 
 def test_help_names_defaults_and_presets(run_script: Callable) -> None:
@@ -367,6 +372,7 @@ def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folde
         ("--backbone unet --size XS --no-long_skips", "has no long_skips"),
         ("--alpha_min 0.5 --alpha_eff 0.01", "not both"),
         ("--shortcut_schedule sqrt-half --alpha_min 0.5", "leave it away"),
+        ("--objective ddpm --snr_gamma 0", "above 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_told(
@@ -378,6 +384,66 @@ def test_options_that_contradict_each_other_are_told(
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_other_weights_resumes_without_them(train: Callable, whole_run: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(whole_run, tmp_path / "source")
+    flags = ("--init_from", source, "--checkpointing_steps", 1)
+    train(tmp_path / "run", *flags, "--max_train_steps", 1)
+    seen = Pipeline.from_pretrained(tmp_path / "run").config.training["images_seen"]
+    shutil.rmtree(source)
+    train(tmp_path / "run", *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert Pipeline.from_pretrained(tmp_path / "run").config.training["images_seen"] == seen + 4
+
+
+def test_another_time_is_no_beginning(whole_run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 1, "--init_from", whole_run]
+    for flags, told in ((["--objective", "ddpm"], "would train a DDPM"), (["--path", "gvp"], "a flow on the gvp path")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*map(str, command), *flags])
+        assert told in capsys.readouterr().err
+
+
+def test_a_flag_that_says_it_otherwise_wins_over_the_preset() -> None:
+    flags = ["--preset", "demo-decayed", "--output_dir", "x"]
+    for more, alpha_min in (([], 0.5), (["--alpha_eff", "3e-3"], 1.0), (["--shortcut_schedule=sqrt-half"], 1.0)):
+        _, (_, model, shortcuts, *_) = parse("", GROUPS, PRESETS, [*flags, *more])
+        assert (shortcuts.alpha_min, model.patch_size) == (alpha_min, 4)
+    _, (_, model, *_) = parse("", GROUPS, PRESETS, [*flags, "--backbone", "unet"])
+    assert model.patch_size is None
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_weighs_as_it_would_weigh_the_data(prediction_type: str) -> None:
+    """The same network, asked for anything, has the loss min(SNR, gamma) * ||data - its data||^2."""
+    objective = DDPM(prediction_type=prediction_type, snr_gamma=5)
+    data = torch.randn(16, 3, 4, 4)
+    x, timesteps, target, weights = objective.draw(data, torch.Generator().manual_seed(0))
+    alpha_bar = objective.noising.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    prediction = target + 0.01 * torch.randn_like(target)
+    off = data_from_prediction(x, prediction, alpha_bar, prediction_type) - data_from_prediction(x, target, alpha_bar, prediction_type)
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    expected = snr.clamp(max=5) * off.square().mean((1, 2, 3))
+    torch.testing.assert_close(weights * (prediction - target).square().mean((1, 2, 3)), expected, rtol=1e-2, atol=1e-7)
+
+
+def test_logit_normal_times() -> None:
+    t = TIME_DISTRIBUTIONS["logit-normal"](10_000, generator=torch.Generator().manual_seed(0))
+    assert abs(t.logit().mean()) < 0.03 and abs(t.logit().std() - 1) < 0.03
+
+
+def test_latents_train_sample_and_are_published(train: Callable, run_script: Callable, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        latent_channels=4, norm_num_groups=2)  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    train(tmp_path / "run", "--vae", tmp_path / "vae", "--resolution", 16, "--random_flip", "--sample_steps", 2, "--max_train_steps", 2)
+    done = run_script("-m", "training.publish", tmp_path / "run", tmp_path / "published")
+    assert done.returncode == 0, done.stderr
+    for folder in ("run", "published"):
+        pipeline = Pipeline.from_pretrained(tmp_path / folder)
+        assert pipeline.latent_shape == (4, 8, 8)
+        assert pipeline(2, 0, num_inference_steps=2, output_type="np").images.shape == (2, 16, 16, 3)
 
 
 def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:

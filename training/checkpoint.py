@@ -16,6 +16,7 @@ from models.files import INDEX, read_json, remove, sha256, write_json, written_a
 from models.pipeline import Pipeline
 from training.ema import EMA
 
+CONFIG = "config.json"
 MANIFEST = "manifest.json"
 
 

@@ -1,6 +1,7 @@
 """What the training commands share: their flags for data and shortcuts, presets, weights to begin with, and what they say."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from models.files import Parser
+from models.files import Parser, read_json
 from models.registry import load_backbone, read_index
 from models.shortcut import PLACEMENTS, SCHEDULES
+from training.checkpoint import CONFIG
 from training.data import SPLITS, ImageData, load_images
 from training.options import add_options, option, read_options
 from training.presets import Preset
+
+# What a preset says no more once a flag is given that says the same in another way, or that needs other values.
+EXCLUDES = {"alpha_eff": ("alpha_min",), "shortcut_schedule": ("alpha_min",), "backbone": ("patch_size",)}
 
 
 @dataclass(frozen=True)
@@ -82,29 +87,39 @@ def parse(
         add_options(flags, group)
     preset = flags.parse_known_args(arguments)[0].preset
     if preset:
-        flags.set_defaults(output_dir=f"runs/{preset}", **presets[preset].flags)
+        words = sys.argv[1:] if arguments is None else arguments
+        given = {word.partition("=")[0].removeprefix("--") for word in words}
+        excluded = {name for flag in given for name in EXCLUDES.get(flag, ())}
+        values = {name: value for name, value in presets[preset].flags.items() if name not in excluded}
+        flags.set_defaults(output_dir=f"runs/{preset}", **values)
     parsed = flags.parse_args(arguments)
     if preset and parsed.train_data_dir and parsed.dataset_name == presets[preset].flags.get("dataset_name"):
         parsed.dataset_name = None  # the user's images instead of the preset's
     return preset, [read_options(parsed, group) for group in groups]
 
 
-def begin_with(model: nn.Module, checkpoint: str) -> int:
+def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> int:
     """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh.
 
+    Args:
+        run: the run that begins.
+        resuming: it began before, and its own checkpoint has the weights.
+
     Returns:
-        How many images the checkpoint has seen.
+        How many images the checkpoint had seen.
 
     Raises:
         ValueError: not a checkpoint, or its parts are not those of the model.
     """
+    if resuming:
+        return read_json(run / CONFIG).get("images_before", 0) if (run / CONFIG).is_file() else 0
     ours, weights = model.state_dict(), load_backbone(checkpoint).state_dict()
     differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
     fresh = [name for name in differ if name.startswith(("label_embed", "unet.class_embedding"))]
     if len(differ) > len(fresh):
         names = ", ".join(sorted(set(differ) - set(fresh))[:3])
-        remedy = "give the --backbone, --size, --patch_size and --long_skips that it was trained with"
-        raise ValueError(f"--init_from {checkpoint} does not fit: {names}, ... differ; {remedy}")
+        remedy = "the options of the model must be those that it was trained with"
+        raise ValueError(f"--init_from {checkpoint} does not fit: {names}{', ...' * (len(differ) > 3)} differ; {remedy}")
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fresh}, strict=not fresh)
     return read_index(checkpoint).get("training", {}).get("images_seen", 0)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from models.files import read_json, write_json
 from models.precision import precision
+from models.shortcut import describe as describe_shortcuts
 from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
 from training.data import Order, TrainingData, seed_of
@@ -28,7 +29,6 @@ from training.monitor import MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
 
-CONFIG = "config.json"
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps".split()
@@ -259,21 +259,21 @@ def check(options: LoopOptions) -> Path:
         raise ValueError("neither --max_train_steps nor --max_train_minutes is given; a training needs an end")
     if options.lr_scheduler == "cosine" and options.max_train_steps is None:
         raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
-    return Path(options.output_dir)
+    run = Path(options.output_dir)
+    if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
+        raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
+    return run
 
 
 def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if options.resume_from_checkpoint is None:
-        if checkpoint_files.checkpoints(run):
-            remedy = "add --resume_from_checkpoint latest to go on with it, or choose another --output_dir"
-            raise ValueError(f"{run} already holds a run; {remedy}")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(run / CONFIG, {**config, **checkpoint_files.run_metadata()})
+            write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
-    before = read_json(run / CONFIG)
+    before = read_json(run / checkpoint_files.CONFIG)
     free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
     changed = [key for key in config if key not in free and key in before and before[key] != config[key]]
     if changed:
@@ -286,11 +286,10 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     return checkpoint_files.step_of(checkpoint)
 
 
-def describe(name: str, alphas: tuple[float, ...], num_parameters: int) -> str:
+def describe(name: str, model: nn.Module) -> str:
     """What is about to be trained, and a warning where the paper saw instability or advises another alpha."""
-    first = f"{name} with {num_parameters / 1e6:.1f} M parameters, "
-    if set(alphas) == {1.0}:
-        return first + f"plain shortcuts in {len(alphas)} sub-layers"
-    first += f"alpha {alphas[0]:.3g} -> {alphas[-1]:.3g} over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
+    alphas = model.alphas
+    first = f"{name} with {model.num_parameters() / 1e6:.1f} M parameters, {describe_shortcuts(model.shortcuts)} "
+    first += f"over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
     told = [f"warning: {line}" for line in warnings_for(alphas)]
     return "\n".join([first, *told, *["python -m models.shortcut --depth BLOCKS shows what it advises"] * bool(told)])

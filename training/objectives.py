@@ -114,6 +114,8 @@ class DDPM(Diffusion):
         clip: bool = True,
     ) -> None:
         super().__init__(num_classes, class_dropout)
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"snr_gamma is {snr_gamma}; it must be above 0, such as 5")
         first, last = (0.00085, 0.012) if beta_schedule == "scaled_linear" else (1e-4, 0.02)
         self.noising = DDPMScheduler(
             DDPM_TIMESTEPS,

@@ -11,9 +11,9 @@ import torch
 
 from models.files import INDEX, Parser, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
-from models.shortcut import effective_alpha
+from models.shortcut import describe, effective_alpha
+from training.checkpoint import CONFIG
 from training.data import EMBEDDED
-from training.loop import CONFIG
 from training.monitor import read_metrics
 
 CARD = "README.md"
@@ -36,6 +36,8 @@ def publish(run: Path, target: Path) -> None:
     with written_aside(target) as aside:
         pipeline.model.save_pretrained(aside / "ema")
         pipeline.scheduler.save_pretrained(aside / "scheduler")
+        if (run / "vae").is_dir():
+            shutil.copytree(run / "vae", aside / "vae")
         write_json(aside / INDEX, dict(pipeline.config))
         for path in evaluations:
             (aside / "eval").mkdir(exist_ok=True)
@@ -50,7 +52,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
     revision = config.get("git_revision") or "unknown"
     before = config.get("images_before", 0)
-    begun = f" with the weights of `{config['init_from']}` to begin with ({before:,} of these images)" if before else ""
+    begun = f", begun with the weights of `{config['init_from']}` ({before:,} of these images)" if config.get("init_from") else ""
     skips = "on" if model.config.get("long_skips", True) else "off"
     patch = f"patch {model.config.patch_size}, " if "patch_size" in model.config else ""
     hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
@@ -63,8 +65,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     )
     return f"""# {name}
 
-A diffusion model whose shortcuts fade from alpha {model.alphas[0]:g} to {model.alphas[-1]:g} over {len(model.alphas)} sub-layers
-(alpha_eff {effective_alpha(model.alphas):.2g}{"; this is the plain network" if set(model.alphas) == {1.0} else ""}).
+A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-layers, alpha_eff {effective_alpha(model.alphas):.2g}.
 
 - Model: {config["backbone"]}-{config["size"]}, {patch}{config["resolution"]} px, long skips {skips},
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.

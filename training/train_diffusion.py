@@ -17,14 +17,14 @@ from torch import nn
 from models.files import one_line_errors
 from models.paths import PATHS
 from models.pipeline import AutoencoderKL, Pipeline
-from models.registry import create_model, names, sizes, takes
+from models.registry import create_model, names, read_index, sizes, takes
 from training.checkpoint import averaged, export_pipeline
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
 from training.ema import EMA
 from training.latents import encode, latent_shape, load_vae
 from training.loop import LoopOptions, check, describe, train
 from training.monitor import save_grid
-from training.objectives import BETA_SCHEDULES, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
+from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option
 from training.presets import PRESETS
 from training.processes import spread_over_cpu_processes
@@ -125,10 +125,13 @@ def run(
     classes = f" in {num_classes} classes ({', '.join(data.class_names[:5])}{', ...' * (num_classes > 5)})" if num_classes else ""
     set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
     model = build(model_options, shortcut_options, objective_options.objective, shape, num_classes)
-    images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
+    resuming = loop_options.resume_from_checkpoint is not None
+    images_before = begin_with(model, model_options.init_from, Path(loop_options.output_dir), resuming) if model_options.init_from else 0
     objective = create_objective_from(objective_options, num_classes, vae)
+    if model_options.init_from and not resuming:
+        check_time(model_options.init_from, objective)
     say(f"{len(data):,} images of {data.name}{classes}")
-    say(describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()))
+    say(describe(f"{model_options.backbone}-{model_options.size}", model))
 
     def pipeline(network: nn.Module, training: dict[str, Any] | None = None) -> Pipeline:
         class_names = data.class_names if num_classes else ()
@@ -154,6 +157,15 @@ def run(
         {loop_options.sample_steps: show} if loop_options.sample_steps else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")
+
+
+def check_time(checkpoint: str, objective: Diffusion) -> None:
+    """Raise ValueError if a checkpoint to begin with counts its time otherwise than the objective does."""
+    index = read_index(checkpoint)
+    theirs = "a DDPM" if "Flow" not in index.get("scheduler", ["", ""])[1] else f"a flow on the {index.get('path', 'linear')} path"
+    ours = "a DDPM" if isinstance(objective, DDPM) else f"a flow on the {objective.path} path"
+    if theirs != ours:
+        raise ValueError(f"--init_from {checkpoint} is {theirs}, and this would train {ours}; give its --objective and --path")
 
 
 def create_objective_from(options: ObjectiveOptions, num_classes: int, vae: AutoencoderKL | None) -> Diffusion:

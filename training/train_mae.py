@@ -151,9 +151,10 @@ def run(
     data = data_options.load()
     set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
     model = build(model_options, shortcut_options, resolution)
-    images_before = begin_with(model, model_options.init_from) if model_options.init_from else 0
+    resuming = loop_options.resume_from_checkpoint is not None
+    images_before = begin_with(model, model_options.init_from, Path(loop_options.output_dir), resuming) if model_options.init_from else 0
     say(f"{len(data):,} images of {data.name}")
-    say(describe(f"{model_options.backbone}-{model_options.size}", model.alphas, model.num_parameters()))
+    say(describe(f"{model_options.backbone}-{model_options.size}", model))
 
     groups = (data_options, model_options, shortcut_options, task_options)
     config = {"preset": preset, "images_before": images_before}
