@@ -1,5 +1,7 @@
-"""What torch-fidelity looks through: Inception for FID, and EfficientNet-Lite0, whose weights come with a package, for offline use."""
+"""What torch-fidelity looks through: Inception for FID, DINOv2, CLIP, VGG; and EfficientNet-Lite0, whose weights come with a package."""
 
+import hashlib
+import http.client
 import io
 import pickle
 import re
@@ -26,7 +28,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # noqa: E402
 from torch_fidelity.utils import create_feature_extractor  # noqa: E402
 
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
-EXTRACTORS = (INCEPTION, LITE0)
+EXTRACTORS = tuple(dict.fromkeys([INCEPTION, LITE0, *FEATURE_EXTRACTORS_REGISTRY]))
+CLASSIFIERS = (INCEPTION, LITE0)  # those that have class scores
 INCEPTION_SHA256 = re.search(r"-([0-9a-f]{8})\.pth", URL_INCEPTION_V3)[1]  # first digits; torch.hub checks them after a download
 
 
@@ -120,40 +123,63 @@ def packaged_weights() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("models/*.pth"))
 
 
-def weights_hash(name: str, weights_path: str | None) -> str:
-    """First 8 hexadecimal digits of the SHA-256 of an extractor's weights."""
+def weights_hash(extractor: FeatureExtractorBase, weights_path: str | None = None) -> str:
+    """First 8 hexadecimal digits of the SHA-256 of an extractor's weights: of the file, or where it was not given, of the tensors.
+
+    Inception's own, whose download was checked, are known by the digits in the name of their file.
+    """
+    name = extractor.get_name()
     if name == INCEPTION and weights_path is None:
         return INCEPTION_SHA256
-    return sha256(Path(weights_path or packaged_weights()))[:8]
+    if weights_path or name == LITE0:
+        return sha256(Path(weights_path or packaged_weights()))[:8]
+    digest = hashlib.sha256()
+    for key, tensor in extractor.state_dict().items():
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
-def create_extractor(name: str, weights_path: str | None = None) -> FeatureExtractorBase:
+def create_extractor(name: str, weights_path: str | None = None, scores: bool = False) -> FeatureExtractorBase:
     """torch-fidelity's extractor with the layer that its distances use, on a GPU where there is one.
 
     Args:
         name: one of `EXTRACTORS`.
-        weights_path: a .pth with its weights; None takes the package's, or downloads Inception's.
+        weights_path: a .pth with its weights; None takes the package's, or downloads them.
+        scores: also the class scores that the Inception score is of, as the second layer.
 
     Raises:
         ValueError: weights that cannot be had or do not fit, with the remedy.
     """
     register()
+    if scores and name not in CLASSIFIERS:
+        raise ValueError(f"{name} tells no classes apart, which --isc is about; choose {' or '.join(CLASSIFIERS)}, or leave --isc away")
     if weights_path is not None:
-        _check_weights(weights_path)
-    layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
+        _check_weights(name, weights_path)
+    kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    layers = [kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")[: 1 + scores]]
     try:
-        if name == INCEPTION and weights_path is None:
-            with redirect_stdout(io.StringIO()):  # torch.hub speaks before it connects; its progress bar, on stderr, stays
+        with redirect_stdout(io.StringIO()):  # torch.hub speaks before it connects; its progress bar, on stderr, stays
+            if name == INCEPTION and weights_path is None:
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True)
-        cuda = torch.cuda.is_available()
-        return create_feature_extractor(name, [layer], cuda=cuda, feature_extractor_weights_path=weights_path, verbose=False)
-    except OSError as error:
-        raise ValueError(
-            f"the Inception weights could not be downloaded ({error}); give --feature_extractor_weights_path FILE "
-            f"(from {URL_INCEPTION_V3}), or judge offline with --feature_extractor {LITE0}"
-        ) from error
+            cuda = torch.cuda.is_available()
+            return create_feature_extractor(name, layers, cuda=cuda, feature_extractor_weights_path=weights_path, verbose=False)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(_no_download(name, error)) from error
     except RuntimeError as error:  # torch lists every name that does not fit; the first lines say enough
+        if weights_path is None and "internet connection" in str(error):
+            raise ValueError(_no_download(name, error)) from error
         raise ValueError(f"the weights of {name} do not fit it: {' '.join(str(error).split())[:200]} ...") from error
+
+
+def _no_download(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120]
+    if name.startswith("dinov2"):
+        return f"{name} could not be downloaded ({reason}); fill torch.hub's cache where there is a network, or judge with {LITE0}"
+    source = f" (from {URL_INCEPTION_V3})" if name == INCEPTION else ""
+    return (
+        f"the weights of {name} could not be downloaded ({reason}); give --feature_extractor_weights_path FILE{source}, "
+        f"or judge offline with --feature_extractor {LITE0}"
+    )
 
 
 def register() -> None:
@@ -162,10 +188,14 @@ def register() -> None:
         register_feature_extractor(LITE0, EfficientNetLite0)
 
 
-def _check_weights(path: str) -> None:
-    """torch-fidelity unpickles Inception's weights without `weights_only`; refuse here what is more than tensors."""
+def _check_weights(name: str, path: str) -> None:
+    """torch-fidelity unpickles weights without `weights_only`; refuse here what is more than tensors."""
     if not Path(path).is_file():
         raise ValueError(f"--feature_extractor_weights_path {path} is not a file; give a .pth, or leave it away")
+    if name.startswith("dinov2"):
+        raise ValueError(f"torch-fidelity takes {name} from torch.hub alone; leave --feature_extractor_weights_path away")
+    if name.startswith("clip"):
+        return  # a TorchScript archive, which is not unpickled
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from eval.extractors import FeatureExtractorBase
+from eval.spread import gathered, is_main, own_batches
 from models.files import require_memory, written_aside
 from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
 
@@ -34,16 +35,19 @@ class FolderImages(Dataset):
     Args:
         folder: where they are.
         resolution: crop the centre square and resize it to this edge; None leaves the pixels as they are.
+        skip_broken: leave out images that cannot be read, and name them in `broken`.
 
     Raises:
         ValueError: no folder, no images, an image that cannot be read, or different sizes without a `resolution`.
     """
 
-    def __init__(self, folder: str, resolution: int | None = None) -> None:
+    def __init__(self, folder: str, resolution: int | None = None, skip_broken: bool = False) -> None:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder} is not a folder; give one with images")
         self.resolution = resolution
         self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        self.broken = [path for path in self.paths if skip_broken and not self._readable(path)]
+        self.paths = [path for path in self.paths if path not in set(self.broken)]
         if len(self.paths) < 2:
             raise ValueError(f"{folder} holds {len(self.paths)} images; a distance needs at least 2 ({' '.join(sorted(IMAGE_SUFFIXES))})")
         sizes = [self._open(path).size for path in self.paths]
@@ -64,6 +68,14 @@ class FolderImages(Dataset):
         pixels = centre_square(image, self.resolution) if self.resolution else np.array(to_rgb(image))
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
+    @classmethod
+    def _readable(cls, path: Path) -> bool:
+        try:
+            cls._open(path, decode=True)
+        except ValueError:
+            return False
+        return True
+
     @staticmethod
     def _open(path: Path, decode: bool = False) -> Image.Image:
         try:
@@ -72,31 +84,41 @@ class FolderImages(Dataset):
                     image.load()
                 return image
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}); mend or remove it") from None
+            raise ValueError(
+                f"{path} cannot be read as an image ({type(error).__name__}); mend or remove it, or give --skip_broken"
+            ) from None
 
 
 @torch.inference_mode()
-def extract_features(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> np.ndarray:
-    """Features (N, D) float32 of uint8 images, in their order; one batch of images is held at a time.
+def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> tuple[np.ndarray, ...]:
+    """Features (N, D) float32 of uint8 images for each layer of the extractor, in their order; one batch of images is held at a time.
+
+    Several processes take turns at the batches, which stay the same, and all get everything.
 
     Args:
         images: yields uint8 (3, H, W), all of one size.
-        extractor: with one feature layer; see eval/extractors.py.
+        extractor: see eval/extractors.py.
         about: for the progress bar.
     """
     device = next(extractor.parameters()).device
-    features: np.ndarray | None = None
-    done = 0
+    layers: tuple[np.ndarray, ...] = ()
+    batches = own_batches(len(images), batch_size)
+    loader = DataLoader(images, batch_sampler=[list(range(*batch)) for batch in batches])
     with tqdm(total=len(images), desc=f"features of {about}", unit=" images", leave=False, disable=None) as bar:
-        for batch in DataLoader(images, batch_size):
-            (found,) = extractor(batch.to(device))  # (B, D)
-            if features is None:
-                require_memory(4 * len(images) * found.shape[1], f"features of {len(images):,} images")
-                features = np.empty((len(images), found.shape[1]), np.float32)
-            features[done : done + len(batch)] = found.cpu().numpy()
-            done += len(batch)
-            bar.update(len(batch))
-    return features
+        for (start, stop), batch in zip(batches, loader, strict=True):
+            found = extractor(batch.to(device))  # a (B, D) for each layer
+            if not layers:
+                require_memory(4 * len(images) * sum(layer.shape[1] for layer in found), f"features of {len(images):,} images")
+                layers = tuple(np.empty((len(images), layer.shape[1]), np.float32) for layer in found)
+            for layer, part in zip(layers, found, strict=True):
+                layer[start:stop] = part.cpu().numpy()
+            bar.update(stop - start)
+    return tuple(gathered(layers, len(images), batch_size))
+
+
+def extract_features(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> np.ndarray:
+    """As `extract_layers`, of the first layer."""
+    return extract_layers(images, extractor, batch_size, about)[0]
 
 
 def reference_features(data: ImageData, extractor: FeatureExtractorBase, weights: str, batch_size: int) -> np.ndarray:
@@ -111,6 +133,7 @@ def reference_features(data: ImageData, extractor: FeatureExtractorBase, weights
     if path.is_file():
         return np.load(path)
     features = extract_features(ArrayImages(data.images), extractor, batch_size, data.name)
-    with written_aside(path) as aside, aside.open("wb") as file:
-        np.save(file, features)
+    if is_main():
+        with written_aside(path) as aside, aside.open("wb") as file:
+            np.save(file, features)
     return features

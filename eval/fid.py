@@ -1,205 +1,202 @@
-"""Judge a checkpoint, or a folder of images, by the Fréchet distance of its images' features to those of real ones.
+"""Judge images by the Fréchet distance of their features to those of real ones, and by what else is asked for.
 
     python eval/fid.py --checkpoint runs/x --reference openmoji --num_samples 2048 --json runs/x/eval/fid.json
-    python eval/fid.py --input1 generated/ --input2 real/ --feature_extractor efficientnet-lite0
+    python eval/fid.py --input1 generated/ --input2 real/ --kid --isc --prc --feature_extractor efficientnet-lite0
+    accelerate launch eval/fid.py --checkpoint runs/x --input2 VIRTUAL_imagenet256_labeled.npz --num_samples 50000
 
 It is called FID only where the features are Inception's, and FD with the extractor's name elsewhere. The features come from
-torch-fidelity's extractors, and the numbers equal those of its own call.
+torch-fidelity's extractors, and the numbers equal those of its own call. An interval says where the number of other generated
+images, as many, would be (95 %); the reference is taken as it is.
 """
 
 import argparse
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from eval.extractors import EXTRACTORS, INCEPTION, INCEPTION_SHA256, create_extractor, weights_hash
-from eval.features import ArrayImages, FolderImages, extract_features, reference_features
-from eval.frechet import frechet_distance, mean_and_covariance
-from eval.generate import SamplingOptions, check_sampling, generate, labels_rule
-from models.files import Parser, one_line_errors, write_json
-from models.pipeline import Pipeline
-from models.registry import backbone_name
-from models.shortcut import effective_alpha
-from training.data import SPLITS, load_images
+from eval.features import ArrayImages, reference_features
+from eval.generate import SamplingOptions, all_images, check_sampling, generate, label_counts, save_images, save_npz
+from eval.intervals import of_repeats
+from eval.judge import (
+    UNKNOWN,
+    Judge,
+    Measured,
+    MetricOptions,
+    checkpoint_protocol,
+    extractor_words,
+    reference_words,
+    training_notes,
+)
+from eval.memorisation import memorisation, save_neighbours
+from eval.sources import Source, coloured, export_reference, open_source
+from eval.spread import is_main, processes
+from models.files import INDEX, Parser, one_line_errors, write_json
+from models.pipeline import MAX_SEED, Pipeline
+from training.data import SPLITS, ImageData, load_images
 from training.options import add_options, option, read_options
-
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
+from training.processes import spread_over_cpu_processes
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """Images: a checkpoint and a reference, or two folders."""
+    """Images: what to judge (--checkpoint or --input1), and real ones (--reference or --input2)."""
 
     checkpoint: str | None = option(None, "folder of a run or of a shipped checkpoint, to generate from")
     ema: bool = option(True, "generate from the averaged weights, where there are any")
-    reference: str | None = option(None, 'real images: "openmoji", a folder of images or of parquet files, or a hub name')
-    reference_split: str = option("train", "split of the reference", choices=SPLITS)
-    input1: str | None = option(None, "folder of images to judge")
-    input2: str | None = option(None, "folder of images to compare them with")
-    resolution: int | None = option(None, "crop and resize the images of the two folders to this edge in pixels", least=1)
+    input1: str | None = option(
+        None, "instead: a folder of images as they are, an .npz with arr_0, or a data set; a checkpoint will do too"
+    )
+    reference: str | None = option(None, 'real images: "openmoji", a folder of images or of parquet files, a hub name, or an .npz')
+    reference_split: str = option("train", "split of the reference, if it is a data set", choices=SPLITS)
+    input2: str | None = option(None, "instead: a folder of images as they are, or as --reference")
+    resolution: int | None = option(None, "crop and resize the images of folders and data sets to this edge in pixels", least=1)
+    skip_broken: bool = option(False, "leave out images of folders that cannot be read")
 
 
 @dataclass(frozen=True)
-class MetricOptions:
-    """Metric."""
+class OutputOptions:
+    """Results."""
 
-    feature_extractor: str = option(INCEPTION, "what to look through; efficientnet-lite0 needs no download", choices=EXTRACTORS)
-    feature_extractor_weights_path: str | None = option(None, "its weights as a .pth; otherwise the package's, or Inception's downloaded")
-    kid: bool = option(False, "also the kernel distance (KID), which is unbiased for few images")
-    json: str | None = option(None, "write the number with its protocol to this file")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Features of both sides (N, D) and (R, D), and how they came about."""
-
-    features: np.ndarray
-    reference: np.ndarray
-    protocol: dict[str, Any]
-    notes: list[str]
+    repeats: int = option(1, "samplings from seeds seed, seed + N, ...; the numbers are their means", least=1)
+    json: str | None = option(None, "write the numbers with their protocol to this file")
+    save_images: str | None = option(None, "write the generated images as PNG files to this folder")
+    save_npz: str | None = option(None, "write the generated images as ADM's evaluator reads them to this .npz")
+    export_reference: str | None = option(None, "write the reference's statistics to this .npz, which --reference and ADM's evaluator read")
+    memorisation: str | None = option(None, "compare with the training images too, and draw the nearest ones to this PNG")
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command line."""
     flags = Parser(description=__doc__)
-    for group in (InputOptions, SamplingOptions, MetricOptions):
+    for group in (InputOptions, SamplingOptions, MetricOptions, OutputOptions):
         add_options(flags, group)
     return flags
 
 
-def judge_checkpoint(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions) -> Judged:
+def judge_checkpoint(
+    checkpoint: str, inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions, output: OutputOptions
+) -> dict[str, Any]:
     """Generate, and look at the images and at the reference; what is cheap to check comes first."""
-    pipeline = Pipeline.from_pretrained(inputs.checkpoint, ema=inputs.ema)
+    pipeline = Pipeline.from_pretrained(checkpoint, ema=inputs.ema)
     sampling = replace(sampling, sampler=sampling.sampler or pipeline.samplers[0])
     channels, resolution, _ = pipeline.image_shape
-    if channels != 3:
-        raise ValueError(f"{inputs.checkpoint} draws images of {channels} channels; the extractors look at 3")
+    if channels not in (1, 3):
+        raise ValueError(f"{checkpoint} draws images of {channels} channels; the extractors look at 3, or at 1 as grey")
     check_sampling(pipeline, sampling)
-    extractor = create_extractor(metric.feature_extractor, metric.feature_extractor_weights_path)
-    data = load_images(inputs.reference, resolution, inputs.reference_split)
-    pipeline.to(next(extractor.parameters()).device)
-    images = generate(pipeline, sampling)
-    features = extract_features(ArrayImages(images), extractor, sampling.batch_size, "generated images")
-    weights = weights_hash(metric.feature_extractor, metric.feature_extractor_weights_path)
-    reference = reference_features(data, extractor, weights, sampling.batch_size)
+    if sampling.seed > MAX_SEED - output.repeats * sampling.num_samples:
+        raise ValueError(f"--seed {sampling.seed} leaves no seeds for --repeats {output.repeats}; choose a smaller one")
+    source = open_reference(inputs, resolution)
+    trained_on = training_data(pipeline, resolution) if output.memorisation else None
+    judge = Judge(source, metric, sampling.batch_size)
+    counts = label_counts(tuple(pipeline.config.class_names), sampling, source.data)
+    pipeline.to(judge.device)
+
+    found, images = [], np.empty(0)
+    for repeat in range(output.repeats):
+        each = replace(sampling, seed=sampling.seed + repeat * sampling.num_samples)
+        images = coloured(generate(pipeline, each, counts))
+        if output.save_images:
+            save_images(output.save_images, images, each)
+        found.append(judge(ArrayImages(images), "generated images"))
+    if output.save_npz or trained_on:
+        images = all_images(images, sampling)
+        if output.save_npz and is_main():
+            save_npz(output.save_npz, images)
+    extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)} if trained_on else {}
+    grey = ["the checkpoint draws grey images; all three channels are the same"] if channels == 1 else []
+    protocol = checkpoint_protocol(checkpoint, pipeline, sampling, inputs.ema, counts)
+    return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey], output)
+
+
+def judge_images(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions, output: OutputOptions) -> dict[str, Any]:
+    """Look at images that are there already; the fields of a checkpoint stay None."""
+    images = open_source(inputs.input1, inputs.resolution, None, inputs.reference_split, inputs.skip_broken)
+    if images.images is None:
+        raise ValueError(f"{inputs.input1} holds statistics alone; give it as --input2, and images as --input1")
+    edge = images.size[0] if images.size[0] == images.size[1] else None
+    source = open_reference(inputs, inputs.resolution or edge)
+    judge = Judge(source, metric, sampling.batch_size)
+    found = judge(images.images, images.name)
+    notes = list(images.notes)
+    if None not in (images.size, source.size) and images.size != source.size:
+        sizes = " and ".join(f"{width} x {height}" for width, height in (images.size, source.size))
+        notes.append(f"the two sides have images of {sizes} pixels; part of the distance is their sharpness")
+    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": inputs.resolution}, notes, output)
+
+
+def open_reference(inputs: InputOptions, resolution: int | None) -> Source:
+    """The real side."""
+    name = inputs.reference or inputs.input2
+    if (Path(name) / INDEX).is_file():
+        raise ValueError(f"{name} is a checkpoint; generate its images first (--save_images), and judge against those")
+    as_data = inputs.reference is not None and resolution is not None
+    return open_source(name, inputs.resolution, resolution, inputs.reference_split, inputs.skip_broken, as_data)
+
+
+def training_data(pipeline: Pipeline, resolution: int) -> tuple[ImageData, ImageData | None]:
+    """What a checkpoint was trained on, and what of the same data it was not."""
     training = pipeline.config.training
-    notes = []
-    if training.get("data") != data.name:
-        notes.append(f"the checkpoint was trained on {training.get('data')}, and the reference is {data.name}")
-    elif training.get("data_split") == "all" and data.split == "validation":
-        notes.append("the reference was part of the training data")
-    protocol = {
-        "checkpoint": inputs.checkpoint,
-        "reference": data.name,
-        "reference_split": data.split,
-        "reference_fingerprint": data.fingerprint,
-        "sampler": sampling.sampler,
-        "steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "seed": sampling.seed,
-        "labels": labels_rule(pipeline.num_classes, sampling),
-        "precision": sampling.precision,
-        "batch_size": sampling.batch_size,
-        "ema": inputs.ema and (Path(inputs.checkpoint) / "ema").is_dir(),
-        "images_seen": training.get("images_seen"),
-        "training_data": training.get("data"),
-        "alpha_min": min(pipeline.model.alphas),
-        "alpha_eff": effective_alpha(pipeline.model.alphas),
-        "backbone": backbone_name(pipeline.model),
-        "params": pipeline.model.num_parameters(),
-        "resolution": resolution,
-    }
-    return Judged(features, reference, protocol, notes)
+    name, split = training.get("data"), training.get("data_split", "train")
+    try:
+        train = load_images(str(name), resolution, split)
+    except ValueError as error:
+        raise ValueError(f"--memorisation needs the training data, {name}: {error}") from None
+    try:
+        return train, load_images(name, resolution, "validation") if split == "train" else None
+    except ValueError:
+        return train, None
 
 
-def judge_folders(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions) -> Judged:
-    """Look at two folders; the fields of a checkpoint stay None."""
-    folders = [FolderImages(folder, inputs.resolution) for folder in (inputs.input1, inputs.input2)]
-    extractor = create_extractor(metric.feature_extractor, metric.feature_extractor_weights_path)
-    features, reference = (extract_features(folder, extractor, sampling.batch_size, "images") for folder in folders)
-    notes = []
-    if folders[0].size != folders[1].size:
-        sizes = " and ".join(f"{width} x {height}" for width, height in (folder.size for folder in folders))
-        notes.append(f"the two folders hold images of {sizes} pixels; part of the distance is their sharpness")
-    unknown = (
-        "checkpoint sampler steps guidance_scale seed labels precision ema images_seen training_data alpha_min alpha_eff backbone params"
+def copying(judge: Judge, features: np.ndarray, images: np.ndarray, data: tuple[ImageData, ImageData | None], path: str) -> dict[str, Any]:
+    """How much is copied; the nearest training images are drawn to `path`."""
+    train, held_out = (
+        None if each is None else reference_features(each, judge.extractor, judge.weights, judge.batch_size) for each in data
     )
-    protocol = {
-        **dict.fromkeys(unknown.split()),
-        "input1": inputs.input1,
-        "reference": inputs.input2,
-        "batch_size": sampling.batch_size,
-        "resolution": inputs.resolution,
+    if is_main():
+        save_neighbours(path, images, features, data[0].images, train)
+    return memorisation(features, train, held_out)
+
+
+def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], notes: list[str], output: OutputOptions) -> dict[str, Any]:
+    """The numbers with their protocol, as the JSON holds them."""
+    metrics = found[0].as_json()
+    if len(found) > 1:
+        metrics = {name: of_repeats([each.estimates[name].value for each in found]) for name in metrics}
+    name = judge.names["frechet"]
+    result = {
+        "metric": name,
+        **{key: metrics[name][key] for key in ("value", "low", "high", "level", "interval")},
+        "metrics": metrics,
+        "repeats": len(found),
+        **judge.protocol(found[0]),
+        **protocol,
+        "notes": [*notes, *judge.notes(found[0])],
     }
-    return Judged(features, reference, protocol, notes)
-
-
-def kernel_distance(features: np.ndarray, reference: np.ndarray, inception: bool) -> dict[str, Any]:
-    """torch-fidelity's KID (arXiv 1801.01401): mean and standard deviation over random subsets. Named as the Fréchet distance is."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    size = min(KID_SUBSET_SIZE, len(features), len(reference))
-    both = (torch.from_numpy(side) for side in (features, reference))
-    found = kid_features_to_metric(*both, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    return {
-        "metric": "KID" if inception else "KD",
-        "mean": found[KEY_METRIC_KID_MEAN],
-        "std": found[KEY_METRIC_KID_STD],
-        "subsets": KID_SUBSETS,
-        "subset_size": size,
-    }
-
-
-def evaluate(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions) -> dict[str, Any]:
-    """The number and its protocol, as the JSON holds them."""
-    began = time.monotonic()
-    judged = (judge_checkpoint if inputs.checkpoint else judge_folders)(inputs, sampling, metric)
-    inception = metric.feature_extractor == INCEPTION
-    weights = weights_hash(metric.feature_extractor, metric.feature_extractor_weights_path)
-    value = frechet_distance(*mean_and_covariance(judged.features), *mean_and_covariance(judged.reference))
-    num_samples, dim = judged.features.shape
-    notes = list(judged.notes)
-    if min(num_samples, len(judged.reference)) < dim:
-        few = f"{num_samples:,} and {len(judged.reference):,} images are judged by {dim:,} features"
-        notes.append(f"{few}: the distance is strongly biased, and comparable only at the same numbers")
-    if inception and weights != INCEPTION_SHA256:
-        notes.append(
-            f"the Inception weights (sha256 {weights}...) are not torch-fidelity's ({INCEPTION_SHA256}...): not comparable with other FIDs"
-        )
-    extra = {"kernel_distance": kernel_distance(judged.features, judged.reference, inception)} if metric.kid else {}
-    return {
-        "metric": "FID" if inception else "FD",
-        "value": value,
-        **extra,
-        "num_samples": num_samples,
-        "feature_extractor": metric.feature_extractor,
-        "feature_extractor_weights": weights,
-        "feature_dim": dim,
-        "reference_num": len(judged.reference),
-        **judged.protocol,
-        "notes": notes,
-        "wall_s": round(time.monotonic() - began, 2),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "diffusers", "timm", "numpy")},
-    }
+    if output.export_reference and is_main():
+        arrays = {"mu": judge.reference.mu, "sigma": judge.reference.sigma}
+        if judge.options.kid or judge.options.prc:
+            arrays["features"] = judge.reference.features
+        about = {key: value for key, value in result.items() if key.startswith(("reference", "feature_extractor"))}
+        export_reference(output.export_reference, arrays, about)
+    return result
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line: the number and its protocol."""
-    extractor = "" if result["metric"] == "FID" else f" ({result['feature_extractor']})"
-    split = f" ({result['reference_split']})" if "reference_split" in result else ""
-    line = f"{result['metric']}{extractor} {result['value']:.4g} | {result['num_samples']:,} samples against "
-    line += f"{result['reference_num']:,} of {result['reference']}{split}"
-    if "kernel_distance" in result:
-        kernel = result["kernel_distance"]
-        line += (
-            f" | {kernel['metric']}{extractor} {kernel['mean']:.4g} ± {kernel['std']:.2g}, {kernel['subsets']} x {kernel['subset_size']}"
-        )
+    """One line: the numbers and their protocol."""
+    numbers = [
+        f"{name}{extractor_words(result, name)} {found['value']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
+        for name, found in result["metrics"].items()
+    ]
+    line = f"{', '.join(numbers)} | {result['num_samples']:,} samples against {reference_words(result)}"
+    if result["repeats"] > 1:
+        line += f", mean of {result['repeats']} samplings"
+    if "memorisation" in result:
+        copies = result["memorisation"]
+        line += f" | nearer to a training image than {copies['closer']['value']:.0%} of {copies['against']}"
+        line += f", {copies['copied']['value']:.1%} nearer than all but {copies['copied']['expected']:.0%}"
     if result["sampler"]:
         line += f" | {result['sampler']}, {result['steps']} steps, guidance {result['guidance_scale']:g}, seed {result['seed']}"
         line += f", {result['precision']}{', EMA' if result['ema'] else ''}"
@@ -207,29 +204,48 @@ def describe(result: dict[str, Any]) -> str:
     return f"{line} | {result['wall_s']:.0f} s on {result['device']}"
 
 
-def check(inputs: InputOptions, metric: MetricOptions) -> None:
-    """Raise ValueError for flags that do not go together."""
-    of_checkpoint, of_folders = (inputs.checkpoint, inputs.reference), (inputs.input1, inputs.input2)
-    if (all(of_checkpoint), any(of_folders)) != (True, False) and (any(of_checkpoint), all(of_folders)) != (False, True):
-        raise ValueError("give either --checkpoint and --reference, or --input1 and --input2")
-    if inputs.checkpoint and inputs.resolution:
-        raise ValueError("--resolution is for two folders; a checkpoint is judged at its own")
-    if metric.json and Path(metric.json).is_dir():
-        raise ValueError(f"--json {metric.json} is a folder; give a file")
+def check(inputs: InputOptions, output: OutputOptions) -> str | None:
+    """Raise ValueError for flags that do not go together; returns the checkpoint, if it is one that is judged."""
+    if bool(inputs.checkpoint) == bool(inputs.input1) or bool(inputs.reference) == bool(inputs.input2):
+        raise ValueError("give either --checkpoint or --input1, and either --reference or --input2")
+    checkpoint = inputs.checkpoint or (inputs.input1 if (Path(inputs.input1) / INDEX).is_file() else None)
+    if checkpoint and inputs.resolution:
+        raise ValueError("--resolution is for folders and data sets; a checkpoint is judged at its own")
+    if not checkpoint and (output.save_images or output.save_npz or output.memorisation or output.repeats > 1):
+        raise ValueError("--save_images, --save_npz, --memorisation and --repeats are for a checkpoint, which generates images")
+    if output.repeats > 1 and output.save_npz:
+        raise ValueError("--save_npz holds one sampling; leave --repeats away")
+    for flag in ("json", "save_npz", "export_reference", "memorisation"):
+        target = getattr(output, flag)
+        if target and Path(target).is_dir():
+            raise ValueError(f"--{flag} {target} is a folder; give a file")
+    if output.save_images and Path(output.save_images).exists() and any(Path(output.save_images).iterdir()):
+        raise ValueError(f"--save_images {output.save_images} is not empty; give a new folder")
+    return checkpoint
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parsed = parser().parse_args(arguments)
     with one_line_errors():
-        inputs, sampling, metric = (read_options(parsed, group) for group in (InputOptions, SamplingOptions, MetricOptions))
-        check(inputs, metric)
-        result = evaluate(inputs, sampling, metric)
+        groups = (InputOptions, SamplingOptions, MetricOptions, OutputOptions)
+        inputs, sampling, metric, output = (read_options(parsed, group) for group in groups)
+        spread_over_cpu_processes()
+        processes()
+        checkpoint = check(inputs, output)
+        began = time.monotonic()
+        if checkpoint:
+            result = judge_checkpoint(checkpoint, inputs, sampling, metric, output)
+        else:
+            result = judge_images(inputs, sampling, metric, output)
+        result["wall_s"] = round(time.monotonic() - began, 2)
+        if not is_main():
+            return
         print(describe(result), flush=True)
         for note in result["notes"]:
             print(f"note: {note}", flush=True)
-        if metric.json:
-            write_json(metric.json, result)
+        if output.json:
+            write_json(output.json, result)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
 """Seeds -> images, in batches."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from models.files import require_memory
+from eval.spread import gathered, own_batches
+from models.files import require_memory, written_aside
 from models.pipeline import MAX_SEED, SAMPLER_NAMES, Pipeline
 from models.precision import autocast, precision
+from models.registry import load_backbone
+from training.data import TrainingData
 from training.options import option
+
+LABELS = ("reference", "balanced")
 
 
 @dataclass(frozen=True)
@@ -20,10 +28,16 @@ class SamplingOptions:
     batch_size: int = option(64, "images at once", least=1)
     sampler: str | None = option(None, "solver; euler for flows and ddim for DDPMs unless given", choices=SAMPLER_NAMES)
     num_inference_steps: int = option(20, "steps of the sampler", least=1, most=1000)
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 is none", least=0, most=100)
-    class_label: int | None = option(
-        None, "draw this class only; otherwise image i is of class (seed + i) mod the number of classes", least=0
+    guidance_scale: float = option(1.0, "classifier-free guidance, or by --guide; 1 is none", least=0, most=100)
+    guidance_from: float = option(0.0, "time from which guidance acts, 0 noise and 1 data (arXiv 2404.07724)", least=0, most=1)
+    guidance_to: float = option(1.0, "time up to which guidance acts", least=0, most=1)
+    guide: str | None = option(None, "weaker checkpoint to guide by, instead of by the missing label (autoguidance, arXiv 2406.02507)")
+    labels: str | None = option(
+        None,
+        "classes as frequent as in the reference (the default where it has the checkpoint's classes), or balanced",
+        choices=LABELS,
     )
+    class_label: int | None = option(None, "draw this class only", least=0)
     mixed_precision: str = option(
         "no", "no is fp32; auto is bf16 where the hardware has it; noted in the protocol", choices=("no", "auto", "bf16")
     )
@@ -34,26 +48,52 @@ class SamplingOptions:
         return "fp32" if precision(self.mixed_precision) == "no" else "bf16"
 
 
-def class_labels(num_classes: int, options: SamplingOptions) -> list[int] | None:
-    """The label of every image: balanced over the classes, and dependent on seed + i alone; None if there are no classes.
+def label_counts(class_names: tuple[str, ...], options: SamplingOptions, data: TrainingData | None) -> np.ndarray | None:
+    """How often the reference has each of the checkpoint's classes (K,); None where labels shall be balanced.
+
+    Raises:
+        ValueError: --labels reference, and the reference has other classes or none.
+    """
+    if options.labels == "balanced" or options.class_label is not None or not class_names:
+        return None
+    if data is not None and data.labels is not None and tuple(data.class_names) == tuple(class_names):
+        return np.bincount(data.labels, minlength=len(class_names))
+    if options.labels == "reference":
+        raise ValueError("--labels reference needs a reference with the checkpoint's classes; leave it away to balance them")
+    return None
+
+
+def class_labels(num_classes: int, options: SamplingOptions, counts: np.ndarray | None = None) -> list[int] | None:
+    """The label of every image, dependent on seed + i alone; None if there are no classes.
+
+    Balanced, it is (seed + i) mod K. After `counts` (K,), it is the class at the share u of the list of classes, with
+    u = the fraction of (seed + i) times the golden ratio: of any images in a row each class has its part, to within a few.
 
     Raises:
         ValueError: --class_label is not a class.
     """
-    if options.class_label is None:
-        return [(options.seed + i) % num_classes for i in range(options.num_samples)] if num_classes else None
+    if options.class_label is not None:
+        if not num_classes:
+            raise ValueError("this checkpoint is unconditional; leave --class_label away")
+        if options.class_label >= num_classes:
+            raise ValueError(f"--class_label is {options.class_label}; this checkpoint knows 0 to {num_classes - 1}")
+        return [options.class_label] * options.num_samples
     if not num_classes:
-        raise ValueError("this checkpoint is unconditional; leave --class_label away")
-    if options.class_label >= num_classes:
-        raise ValueError(f"--class_label is {options.class_label}; this checkpoint knows 0 to {num_classes - 1}")
-    return [options.class_label] * options.num_samples
+        return None
+    seeds = range(options.seed, options.seed + options.num_samples)
+    if counts is None:
+        return [seed % num_classes for seed in seeds]
+    shares = np.array([(seed * 0x9E3779B97F4A7C15 % 2**64) / 2**64 for seed in seeds])  # 2^64 / golden ratio: whole numbers stay exact
+    return np.searchsorted(counts.cumsum() / counts.sum(), shares, side="right").clip(max=num_classes - 1).tolist()
 
 
-def labels_rule(num_classes: int, options: SamplingOptions) -> str | None:
+def labels_rule(num_classes: int, options: SamplingOptions, counts: np.ndarray | None = None) -> str | None:
     """In words, for the protocol, which class image i is of."""
     if not num_classes:
         return None
-    return f"(seed + i) mod {num_classes}" if options.class_label is None else str(options.class_label)
+    if options.class_label is not None:
+        return str(options.class_label)
+    return f"(seed + i) mod {num_classes}" if counts is None else "as frequent as in the reference, by (seed + i) * golden ratio mod 1"
 
 
 def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
@@ -67,21 +107,26 @@ def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     class_labels(pipeline.num_classes, options)
 
 
-def generate(pipeline: Pipeline, options: SamplingOptions) -> np.ndarray:
+def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | None = None) -> np.ndarray:
     """Sample uint8 images (N, H, W, C); image i depends on seed + i, not on the batch that it is in.
+
+    Of several processes each fills its own batches (eval/spread.py) and leaves the others empty.
+
+    Args:
+        counts: how frequent the classes shall be; see `label_counts`.
 
     Raises:
         ValueError: a label or seed out of range, more images than memory.
     """
     check_sampling(pipeline, options)
-    labels = class_labels(pipeline.num_classes, options)
+    labels = class_labels(pipeline.num_classes, options, counts)
     channels, height, width = pipeline.image_shape
     images = np.empty((options.num_samples, height, width, channels), np.uint8)
     pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
+    guide = load_guide(pipeline, options.guide) if options.guide else None
     context = autocast(pipeline.device, options.precision)
     with tqdm(total=options.num_samples, desc="generating", unit=" images", leave=False, disable=None) as bar, context:
-        for start in range(0, options.num_samples, options.batch_size):
-            stop = min(start + options.batch_size, options.num_samples)
+        for start, stop in own_batches(options.num_samples, options.batch_size):
             images[start:stop] = pipeline(
                 stop - start,
                 labels and labels[start:stop],
@@ -89,7 +134,43 @@ def generate(pipeline: Pipeline, options: SamplingOptions) -> np.ndarray:
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
                 sampler=options.sampler,
+                guidance_interval=(options.guidance_from, options.guidance_to),
+                guide=guide,
                 output_type="np",
             ).images
             bar.update(stop - start)
     return images
+
+
+def load_guide(pipeline: Pipeline, checkpoint: str) -> nn.Module:
+    """The network of a checkpoint, where the pipeline's is.
+
+    Raises:
+        ValueError: it takes other inputs than the pipeline's.
+    """
+    guide = load_backbone(checkpoint)
+    for name in ("in_channels", "image_size", "num_classes"):
+        theirs, ours = guide.config.get(name), pipeline.model.config[name]
+        if theirs != ours:
+            raise ValueError(f"--guide {checkpoint} has {name} {theirs}, and the checkpoint that it shall guide {ours}")
+    return guide.to(pipeline.device)
+
+
+def save_images(folder: str, images: np.ndarray, options: SamplingOptions) -> None:
+    """Those of this process as PNG files, named by their seeds."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for start, stop in own_batches(len(images), options.batch_size):
+        for i in range(start, stop):
+            with written_aside(Path(folder) / f"{options.seed + i:06}.png") as aside:
+                Image.fromarray(images[i].squeeze()).save(aside, format="png")
+
+
+def save_npz(path: str, images: np.ndarray) -> None:
+    """As ADM's evaluator (openai/guided-diffusion, evaluations/) reads them: uint8 (N, H, W, 3) as `arr_0`."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.savez(file, images)
+
+
+def all_images(images: np.ndarray, options: SamplingOptions) -> np.ndarray:
+    """The images of all processes."""
+    return gathered([images], len(images), options.batch_size)[0]

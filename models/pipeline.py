@@ -27,6 +27,7 @@ from diffusers import (  # noqa: E402
 )
 
 from models.files import INDEX, require_memory  # noqa: E402
+from models.guidance import Guidance  # noqa: E402
 from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
 from models.registry import load_backbone, read_index  # noqa: E402
 
@@ -184,11 +185,13 @@ class Pipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guide: nn.Module | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["Pipeline", Step], None] | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Sample images. The first six arguments are those of `steps`.
+        """Sample images. The first eight arguments are those of `steps`.
 
         Args:
             output_type: "pil", "np" (uint8 (N, H, W, C)) or "pt" (float (N, C, H, W), in [-1, 1] but for overshoot).
@@ -203,7 +206,7 @@ class Pipeline(DiffusionPipeline):
         if output_type != "pt" and self.image_shape[0] not in (1, 3):
             raise ValueError(f"{self.image_shape[0]} channels are no picture but latents; give the pipeline a VAE, or take output_type pt")
         with self.progress_bar(total=num_inference_steps) as bar:
-            for state in self.steps(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler):
+            for state in self.steps(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler, guidance_interval, guide):
                 bar.total = state.num_steps
                 bar.update()
                 if callback_on_step_end is not None:
@@ -223,6 +226,8 @@ class Pipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guide: nn.Module | None = None,
     ) -> Iterator[Step]:
         """Sample step by step: whoever iterates may watch, take turns between models, or leave.
 
@@ -233,21 +238,19 @@ class Pipeline(DiffusionPipeline):
             num_inference_steps: steps of the sampler (Heun evaluates the network twice a step).
             guidance_scale: classifier-free guidance v = v_0 + scale * (v_label - v_0); 1 is none.
             sampler: one of `samplers`, or None for the pipeline's own scheduler.
+            guidance_interval, guide: the times at which guidance acts, and a weaker network to guide by; see `models.guidance`.
         """
-        labels = self._check(num_images, class_labels, seed, num_inference_steps, guidance_scale, sampler)
+        labels = self._check(num_images, class_labels, seed, num_inference_steps, sampler)
+        guidance = Guidance(guidance_scale, guidance_interval, guide, self.config.guidance_channels)
         scheduler = self._scheduler(sampler)  # it has state: each sampling gets its own
         _set_steps(scheduler, num_inference_steps)
         predict = self._predict_flow if self.is_flow else self._predict_ddpm
-        guidance_scale = guidance_scale if labels is not None else 1.0
-        if labels is not None:
-            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guidance_scale != 1 else labels
-            labels = labels.to(self.device)
-
+        labels = labels if labels is None else labels.to(self.device)
         generators = self._generators(num_images, seed)
         options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}  # solvers that add noise
         x = self._draw(generators).to(self.device)
         for i, timestep in enumerate(scheduler.timesteps):
-            output, preview = predict(x, i, scheduler, labels, guidance_scale)
+            output, preview = predict(x, i, scheduler, labels, guidance)
             x = scheduler.step(output, timestep, x, **options, return_dict=False)[0]
             yield Step(i + 1, len(scheduler.timesteps), x, preview)
 
@@ -256,19 +259,24 @@ class Pipeline(DiffusionPipeline):
             return type(self.scheduler).from_config(self.scheduler.config)
         return SAMPLERS[sampler]() if self.is_flow else DDPM_SAMPLERS[sampler](self.scheduler.config)
 
-    def _predict_flow(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
+    def _predict_flow(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance: Guidance) -> tuple[Tensor, Tensor]:
         """What the scheduler wants in step i, noise - data = d x / d sigma, and the preview."""
         path = self.config.path
         # all four schedulers evaluate step i at sigmas[i]; some round `timesteps` to integers
-        x_t, t = from_sigma(x, scheduler.sigmas[i].to(x.device), path)
+        sigma = scheduler.sigmas[i]  # on the host, where the time is asked for without waiting
+        time = from_sigma(sigma, sigma, path)[1].item()
+        x_t, t = from_sigma(x, sigma.to(x.device), path)
         t = t.expand(len(x))
-        data, noise = split(x_t, self._guided(x_t, t, labels, guidance_scale)[:, : x.shape[1]], t, path)
+        output = guidance(self.model, x_t.to(self.model.dtype), t, labels, time, self.num_classes)
+        data, noise = split(x_t, output[:, : x.shape[1]], t, path)
         return noise - data, data
 
-    def _predict_ddpm(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor]:
+    def _predict_ddpm(self, x: Tensor, i: int, scheduler: Any, labels: Tensor | None, guidance: Guidance) -> tuple[Tensor, Tensor]:
         """What the scheduler wants in step i, the network's own output, and the preview."""
         timestep = scheduler.timesteps[i]
-        output = self._guided(x, timestep.to(x.device).expand(len(x)), labels, guidance_scale)
+        time = 1 - timestep.item() / scheduler.config.num_train_timesteps
+        t = timestep.to(x.device).expand(len(x))
+        output = guidance(self.model, x.to(self.model.dtype), t, labels, time, self.num_classes)
         prediction = output[:, : x.shape[1]]
         # the others keep the word in their config, and take no variance
         learned = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
@@ -276,23 +284,12 @@ class Pipeline(DiffusionPipeline):
         preview = data_from_prediction(x, prediction, alpha_bar, scheduler.config.prediction_type)
         return output if learned else prediction, preview
 
-    def _guided(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """The network's output with classifier-free guidance (arXiv 2207.12598), both passes in one batch."""
-        x = x.to(self.model.dtype)
-        if guidance_scale == 1:
-            return self.model(x, t, labels).float()
-        with_label, without = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), labels).float().chunk(2)
-        moved = self.config.guidance_channels or x.shape[1]
-        guided = without[:, :moved] + guidance_scale * (with_label[:, :moved] - without[:, :moved])
-        return torch.cat([guided, with_label[:, moved:]], dim=1)  # a learned variance follows the label
-
     def _check(
         self,
         num_images: int,
         class_labels: int | Sequence[int] | None,
         seed: int,
         steps: int,
-        guidance_scale: float,
         sampler: str | None,
     ) -> Tensor | None:
         """Validate a call; returns the labels (N,) or None."""
@@ -302,8 +299,6 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {steps}; choose 1 to 1000")
         if not 0 <= seed <= MAX_SEED - num_images:
             raise ValueError(f"seed is {seed}; choose 0 to {MAX_SEED - num_images}")
-        if not 0 <= guidance_scale <= 100:
-            raise ValueError(f"guidance_scale is {guidance_scale}; choose 0 to 100, 1 for none")
         if sampler is not None and sampler not in self.samplers:
             raise ValueError(f"there is no sampler {sampler!r} for this checkpoint; choose from {', '.join(self.samplers)}")
         ddim = sampler == "ddim" or (sampler is None and isinstance(self.scheduler, DDIMScheduler))

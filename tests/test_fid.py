@@ -1,11 +1,14 @@
 """The FID script, against torch-fidelity's own call; its extractors, its generator, and what it refuses."""
 
+import io
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import nn
 
 from eval.extractors import INCEPTION, LITE0, create_extractor, packaged_weights, register, timm_names
 from eval.features import ArrayImages, FolderImages, extract_features, reference_features
-from eval.generate import SamplingOptions, class_labels, generate
+from eval.generate import SamplingOptions, class_labels, generate, label_counts
 from models.compat import import_torchvision
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
@@ -100,30 +103,48 @@ def their_call(one: Path, two: Path, extractor: str, **options: object) -> dict[
 # ------------------------------------------------------------------------------------------------------------- two folders
 
 
+THEIR_NAMES = {
+    "FD": "frechet_inception_distance", "FID": "frechet_inception_distance", "KD": "kernel_inception_distance_mean",
+    "KID": "kernel_inception_distance_mean", "IS": "inception_score_mean", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+
+
+def assert_theirs(result: dict, one: Path, two: Path, extractor: str, num: int, **options: object) -> None:
+    """Every number of a result equals torch-fidelity's, called with all metrics at once."""
+    theirs = their_call(one, two, extractor, kid=True, isc=True, prc=True, kid_subset_size=num, samples_find_deep=True, **options)
+    for name, found in result["metrics"].items():
+        assert found["value"] == pytest.approx(theirs[THEIR_NAMES[name]], rel=1e-4, abs=1e-6), name
+        assert found["low"] <= found["value"] <= found["high"], name
+
+
+@pytest.fixture(scope="module")
+def more_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("more")
+    return write_images(root / "one", 20, seed=1), write_images(root / "two", 22, seed=2)
+
+
 @pytest.mark.slow
-def test_two_folders_equal_torch_fidelity(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    one, two = folders
+def test_all_metrics_equal_torch_fidelity(more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = more_images
     target = tmp_path / "deep" / "fd.json"
-    done = subprocess_script(
-        "--input1", one, "--input2", two, "--feature_extractor", LITE0, "--kid", "--batch_size", 4, "--json", target
-    )  # fmt: skip
+    flags = ["--kid", "--isc", "--prc", "--batch_size", 8, "--json", target]
+    done = subprocess_script("--input1", one, "--input2", two, "--feature_extractor", LITE0, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(target.read_text())
-    theirs = their_call(one, two, LITE0, kid=True, kid_subset_size=7)
-    assert result["value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert result["value"] > 1
-    assert result["kernel_distance"]["mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-    assert result["metric"] == "FD"
-    assert result["kernel_distance"]["metric"] == "KD"
-    assert done.stdout.startswith(f"FD (efficientnet-lite0) {result['value']:.4g} | 7 samples against 9 of {two}")
+    assert list(result["metrics"]) == ["FD", "KD", "IS", "precision", "recall"]
+    assert_theirs(result, one, two, LITE0, num=20)
+    assert result["value"] == result["metrics"]["FD"]["value"] > 1
+    assert (result["low"], result["high"]) == (result["metrics"]["FD"]["low"], result["metrics"]["FD"]["high"])
+    assert done.stdout.startswith(f"FD (efficientnet-lite0) {result['value']:.4g} [")
+    assert f"| 20 samples against 22 of {two}" in done.stdout
     assert "FID" not in done.stdout
     assert "biased" in result["notes"][0] and result["notes"][0] in done.stdout
     assert set(PROTOCOL) <= set(result)
-    assert (result["num_samples"], result["reference_num"], result["alpha_min"]) == (7, 9, None)
+    assert (result["metric"], result["num_samples"], result["reference_num"], result["alpha_min"]) == ("FD", 20, 22, None)
 
 
 @pytest.mark.slow
-def test_inception_from_a_weights_path(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
+def test_inception_from_a_weights_path(more_images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
     """The right architecture with random weights: the file is what counts, and nothing is downloaded."""
     hub = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
     with monkeypatch.context() as patch:
@@ -137,16 +158,27 @@ def test_inception_from_a_weights_path(folders: tuple[Path, Path], tmp_path: Pat
     weights = tmp_path / "inception.pth"
     torch.save(network.state_dict(), weights)
 
-    one, two = (write_images(tmp_path / name, 4, seed) for name, seed in (("one", 3), ("two", 4)))
+    one, two = more_images
     target = tmp_path / "fid.json"
-    code, out, err = script("--input1", one, "--input2", two, "--feature_extractor_weights_path", weights, "--json", target)
+    flags = ["--kid", "--isc", "--prc", "--feature_extractor_weights_path", weights, "--json", target]
+    code, out, err = script("--input1", one, "--input2", two, *flags)
     assert code == 0, err
     result = json.loads(target.read_text())
-    theirs = their_call(one, two, INCEPTION, feature_extractor_weights_path=str(weights))
-    assert result["value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert result["metric"] == "FID"
+    assert list(result["metrics"]) == ["FID", "KID", "IS", "precision", "recall"]
+    assert_theirs(result, one, two, INCEPTION, num=20, feature_extractor_weights_path=str(weights))
     assert out.startswith("FID ")
     assert "not torch-fidelity's" in out  # honest about weights that are not the known ones
+
+
+@pytest.mark.parametrize("extractor", ["vgg16", "clip-vit-b-32", "dinov2-vit-s-14", INCEPTION])
+def test_no_network_is_one_line(extractor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing downloaded before
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    with pytest.raises(ValueError, match=f"{extractor} could not be downloaded.*{LITE0}"):
+        create_extractor(extractor)
 
 
 def test_inception_without_network_names_both_ways_out(
@@ -206,6 +238,29 @@ def test_labels_are_balanced_and_follow_the_seed() -> None:
     assert class_labels(3, SamplingOptions(num_samples=7, seed=4)) == [1, 2, 0, 1, 2, 0, 1]
     assert class_labels(3, SamplingOptions(num_samples=3, class_label=2)) == [2, 2, 2]
     assert class_labels(0, SamplingOptions(num_samples=3)) is None
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**62])
+def test_labels_as_frequent_as_in_the_reference(seed: int) -> None:
+    """Any images in a row have the shares to within two images, and image i's label depends on seed + i alone."""
+    counts = np.array([57, 0, 1, 42])
+    labels = class_labels(4, SamplingOptions(num_samples=1000, seed=seed), counts)
+    for start, stop in ((0, 1000), (100, 300), (500, 600)):
+        found = np.bincount(labels[start:stop], minlength=4)
+        assert np.abs(found - counts / 100 * (stop - start)).max() <= 3
+    assert class_labels(4, SamplingOptions(num_samples=10, seed=seed + 90), counts) == labels[90:100]
+    assert 1 not in labels
+
+
+def test_label_counts_follow_the_flag(image_folder: Path) -> None:
+    data = load_images(str(image_folder), 8)
+    assert label_counts(("cold", "warm"), SamplingOptions(), data).tolist() == [12, 12]
+    assert label_counts(("cold", "warm"), SamplingOptions(labels="balanced"), data) is None
+    assert label_counts(("cold", "warm"), SamplingOptions(class_label=1), data) is None
+    assert label_counts(("warm", "cold"), SamplingOptions(), data) is None  # other classes
+    assert label_counts((), SamplingOptions(), data) is None
+    with pytest.raises(ValueError, match="--labels reference"):
+        label_counts(("a", "b"), SamplingOptions(labels="reference"), data)
 
 
 # -------------------------------------------------------------------------------------------------------------- extractors
@@ -268,6 +323,177 @@ def test_features_keep_order_and_a_reference_is_computed_once(
     assert extractor.seen == 36
 
 
+# ----------------------------------------------------------------------------------------------------------------- sources
+
+
+class ColourExtractor(nn.Module):
+    """Features that need no network: mean colours, 4 x 4 of them; stands in for EfficientNet."""
+
+    def __init__(self, scores: bool) -> None:
+        super().__init__()
+        self.weight, self.scores = nn.Parameter(torch.ones(())), scores
+
+    def get_name(self) -> str:
+        return LITE0
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) / 255  # (N, 12)
+        return (features, 4 * features[:, :5]) if self.scores else (features,)
+
+
+@pytest.fixture
+def quick(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`script` with the quick extractor: returns the JSON's content, or the one line of the error."""
+    monkeypatch.setattr("eval.judge.create_extractor", lambda name, path=None, scores=False: ColourExtractor(scores))
+
+    def run(*arguments: object) -> dict | str:
+        target = tmp_path / "result.json"
+        code, _, err = script("--feature_extractor", LITE0, "--json", target, *arguments)
+        assert (code == 0) == (err == "") or "it/s" in err, err
+        return json.loads(target.read_text()) if code == 0 else err
+
+    return run
+
+
+def test_images_reach_the_metrics_by_every_way(quick, checkpoint: Path, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    """A checkpoint, its saved PNGs, and its ADM .npz, against a folder, its .npz and its exported statistics: one number."""
+    real, small = more_images[1], tmp_path / "real"
+    sampling = ["--num_samples", 30, "--num_inference_steps", 2, "--kid", "--prc", "--isc", "--batch_size", 8]
+    paths = {"--save_images": tmp_path / "png", "--save_npz": tmp_path / "x.npz", "--export_reference": tmp_path / "real.npz"}
+    whole = quick("--checkpoint", checkpoint, "--reference", real, *sampling, *(word for pair in paths.items() for word in pair))
+    assert set(whole["metrics"]) == {"FD", "FD_infinity", "KD", "IS", "precision", "recall"}
+
+    with np.load(tmp_path / "x.npz") as saved:
+        assert saved.files == ["arr_0"] and saved["arr_0"].shape == (30, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
+        images = saved["arr_0"]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir())[::29] == ["000000.png", "000029.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000007.png")), images[7])
+
+    small.mkdir()
+    data = load_images(str(real), 8)
+    for i, image in enumerate(data.images):
+        Image.fromarray(image).save(small / f"{i:03}.png")
+    np.savez(tmp_path / "both.npz", data.images)
+    asked = ["--kid", "--prc", "--isc", "--batch_size", 8]
+    for one in (tmp_path / "png", tmp_path / "x.npz"):
+        for two in (small, tmp_path / "both.npz", tmp_path / "real.npz"):
+            again = quick("--input1", one, "--input2", two, *asked)
+            for name, found in whole["metrics"].items():
+                assert again["metrics"][name]["value"] == pytest.approx(found["value"], rel=1e-5, abs=1e-7), (one, two, name)
+    assert again["reference"] == str(real) and again["reference_fingerprint"] == whole["reference_fingerprint"]
+    by_name = quick("--input1", tmp_path / "png", "--reference", real, *asked)  # a data set takes the size of the images
+    assert by_name["value"] == pytest.approx(whole["value"], rel=1e-5)
+    as_input = quick("--input1", checkpoint, "--input2", small, *sampling)
+    assert as_input["value"] == pytest.approx(whole["value"], rel=1e-5)
+
+
+def test_repeats_are_samplings_of_their_own(quick, checkpoint: Path, more_images: tuple[Path, Path]) -> None:
+    flags = ["--checkpoint", checkpoint, "--reference", more_images[0], "--num_samples", 20, "--num_inference_steps", 2]
+    repeated = quick(*flags, "--repeats", 3, "--seed", 7)
+    single = [quick(*flags, "--seed", seed)["value"] for seed in (7, 27, 47)]
+    found = repeated["metrics"]["FD"]
+    assert found["repeats"] == pytest.approx(single)
+    assert repeated["value"] == pytest.approx(np.mean(single))
+    assert found["low"] < min(single) and found["high"] > max(single)  # t with two degrees of freedom reaches far
+    assert "3 sampling seeds" in found["interval"]
+
+
+def test_memorisation_is_drawn_and_told(quick, checkpoint: Path, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    copier = tmp_path / "copier"
+    pipeline = Pipeline.from_pretrained(checkpoint)
+    Pipeline(pipeline.model, pipeline.scheduler, ["a", "b", "c"], {"data": str(more_images[0]), "data_split": "train"}).save_pretrained(
+        copier
+    )
+    picture = tmp_path / "deep" / "near.png"
+    result = quick("--checkpoint", copier, "--reference", more_images[0], "--num_samples", 20, "--memorisation", picture)
+    assert result["memorisation"]["train_num"] == 20
+    assert 0 <= result["memorisation"]["closer"]["low"] <= result["memorisation"]["closer"]["value"] <= 1
+    assert result["memorisation"]["against"] == "each training image among the others"
+    assert Image.open(picture).size == (16 * 8, 2 * 3 * 8 + 4)
+
+
+def test_grey_images_and_broken_ones(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    grey = random.integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "grey.npz", grey)
+    np.savez(tmp_path / "grey1.npz", grey[..., None])
+    np.savez(tmp_path / "colour.npz", np.stack([grey] * 3, -1))
+    values = [quick("--input1", tmp_path / name, "--input2", more_images[0]) for name in ("grey.npz", "grey1.npz", "colour.npz")]
+    assert values[0]["value"] == values[1]["value"] == values[2]["value"]
+    assert "grey" in values[0]["notes"][0] and "grey" not in " ".join(values[2]["notes"])
+
+    broken = write_images(tmp_path / "broken", 6, seed=0)
+    (broken / "03.png").write_bytes(b"nothing")
+    assert "03.png cannot be read" in quick("--input1", broken, "--input2", more_images[0])
+    result = quick("--input1", broken, "--input2", more_images[0], "--skip_broken")
+    assert result["num_samples"] == 5
+    assert "03.png" in result["notes"][0]
+
+
+def test_npz_that_are_hostile_or_of_something_else(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "exploded",)
+
+    np.savez(tmp_path / "bomb.npz", np.array([Bomb()], dtype=object))
+    np.savez(tmp_path / "floats.npz", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(12))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
+    np.savez(tmp_path / "nothing.npz", x=np.zeros(3))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(12), sigma=np.eye(12))
+    (tmp_path / "text.npz").write_text("no zip")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue())
+    expected = {
+        "bomb": "pickled objects", "floats": "uint8", "half": "only one of mu and sigma", "other": "same extractor", 
+        "nothing": "neither images",
+        "text": "cannot be read as .npz", "huge": "cut short", "none": "there is no file",
+    }  # fmt: skip
+    for name, message in expected.items():
+        answer = quick("--input1", more_images[0], "--input2", tmp_path / f"{name}.npz")
+        assert isinstance(answer, str) and message in answer and answer.count("\n") == 1, answer
+    assert not (tmp_path / "exploded").exists()
+    assert "leave --kid and --prc away" in quick("--input1", more_images[0], "--input2", tmp_path / "statistics.npz", "--kid")
+    assert "holds statistics alone" in quick("--input1", tmp_path / "statistics.npz", "--input2", more_images[0])
+    result = quick("--input1", more_images[0], "--input2", tmp_path / "statistics.npz")
+    assert result["reference_num"] is None
+
+
+def test_too_few_images(quick, tmp_path: Path) -> None:
+    few, more = write_images(tmp_path / "few", 2, seed=0), write_images(tmp_path / "more", 9, seed=1)
+    assert "at least 3 images" in quick("--input1", few, "--input2", more, "--kid")
+    assert "at least 8 images" in quick("--input1", few, "--input2", more, "--prc")
+    assert "at least 20 images" in quick("--input1", few, "--input2", more, "--isc")
+
+
+@pytest.mark.slow
+def test_the_same_images_whatever_the_number_of_processes(checkpoint: Path, folders: tuple[Path, Path], tmp_path: Path, script) -> None:
+    flags = ["--checkpoint", checkpoint, "--reference", folders[0], "--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 2]
+    flags += ["--feature_extractor", LITE0]
+    outputs = {num: ["--json", tmp_path / f"{num}.json", "--save_npz", tmp_path / f"{num}.npz"] for num in (1, 2)}
+    assert script(*flags, *outputs[1])[0] == 0
+
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", free_port(), "eval/fid.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, [*launch, *flags, *outputs[2]])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("samples against") == 1
+    with np.load(tmp_path / "1.npz") as alone, np.load(tmp_path / "2.npz") as together:
+        assert np.array_equal(alone["arr_0"], together["arr_0"])
+    values = [json.loads((tmp_path / f"{num}.json").read_text())["value"] for num in (1, 2)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 # --------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -283,7 +509,15 @@ def test_a_bad_call_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_
     ("arguments", "message"),
     [
         ("", "give either"),
-        ("--input1 {one} --reference openmoji", "give either"),
+        ("--input1 {one}", "give either"),
+        ("--input1 {one} --input2 {two} --reference openmoji", "give either"),
+        ("--input1 {one} --input2 {run}", "is a checkpoint"),
+        ("--input1 openmoji --input2 {one}", "give --resolution"),
+        ("--input1 {one} --input2 {two} --repeats 2", "for a checkpoint"),
+        ("--input1 {one} --input2 {two} --feature_extractor vgg16 --isc", "tells no classes apart"),
+        ("--checkpoint {run} --reference {one} --labels reference", "--labels reference"),
+        ("--checkpoint {run} --reference {one} --save_images {one}", "not empty"),
+        ("--checkpoint {run} --reference {one} --memorisation {tmp}/x.png", "needs the training data"),
         ("--checkpoint {run} --reference openmoji --input1 {one}", "give either"),
         ("--checkpoint {run} --reference {tmp}/none", "no folder"),
         ("--checkpoint {run} --reference {one} --class_label 3", "0 to 2"),
@@ -292,7 +526,7 @@ def test_a_bad_call_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_
         ("--checkpoint {run} --reference {one} --seed 9223372036854775807", "--seed"),
         ("--checkpoint {run} --reference {one} --num_inference_steps 0", "--num_inference_steps"),
         ("--checkpoint {run} --reference {one} --resolution 8", "--resolution"),
-        ("--input1 {one} --input2 {tmp}/none", "not a folder"),
+        ("--input1 {one} --input2 {tmp}/none", "no folder"),
         ("--input1 {one} --input2 {tmp}/empty", "0 images"),
         ("--input1 {one} --input2 {tmp}/corrupt", "cannot be read"),
         ("--input1 {one} --input2 {tmp}/mixed", "--resolution"),

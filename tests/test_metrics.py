@@ -5,16 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from eval.frechet import frechet_distance, mean_and_covariance
+from eval.frechet import frechet_distance, frechet_infinity, frechet_influence, mean_and_covariance
+from eval.intervals import Estimate, difference, of_repeats, share, verdict
 from eval.knn import knn_accuracy
+from eval.memorisation import memorisation, nearest
+from eval.metrics import Reference, extrapolated, frechet, inception_score, kernel_distance, kernel_influence, precision_recall
 from eval.rank import effective_rank
 from models.compat import import_torchvision
 
 import_torchvision()
 
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric  # noqa: E402
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric  # noqa: E402
+from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
 
 
 def features(seed: int, num: int, dim: int) -> np.ndarray:
@@ -69,6 +74,45 @@ def test_frechet_is_symmetric_and_sees_a_shift() -> None:
     assert distance(x, x + np.float32(0.5)) == pytest.approx(32 * 0.25, rel=1e-4)
 
 
+@pytest.mark.parametrize("num", [400, 30])  # full covariances, and singular ones
+def test_influence_is_the_derivative(num: int) -> None:
+    """Weighing one sample a little more moves the distance by its influence."""
+    x, y = features(8, num, 40).astype(np.float64), features(9, 300, 40)
+    mu, sigma = mean_and_covariance(y)
+    value, influence = frechet_influence(x, mu, sigma)
+    assert value == pytest.approx(frechet_distance(*mean_and_covariance(x), mu, sigma), rel=1e-12)
+    assert influence.mean() == pytest.approx(0, abs=1e-9)
+    step = 1e-5 / num
+
+    def weighted(i: int, step: float) -> float:
+        weights = np.full(num, (1 - step) / num)
+        weights[i] += step
+        centre = weights @ x
+        return frechet_distance(centre, (weights[:, None] * (x - centre)).T @ (x - centre) * num / (num - 1), mu, sigma)
+
+    for i in (0, 7, 29):
+        derivative = (weighted(i, step) - weighted(i, -step)) / (2 * step)
+        assert influence[i] == pytest.approx(derivative, rel=0.05, abs=0.05 * influence.std())
+
+
+def test_extrapolation_takes_away_the_bias() -> None:
+    """Samples of the reference's own Gaussian: the distance is 0, finitely many say more, the line over 1 / N finds it."""
+    dim, mu, sigma = 12, np.zeros(12), np.eye(12)
+    draws = np.random.default_rng(0).normal(size=(40, 300, dim))
+    at_n = [frechet_influence(x, mu, sigma)[0] for x in draws]
+    infinite = [frechet_infinity(x, mu, sigma)[0] for x in draws]
+    expected = dim / 300 + dim * (dim + 1) / 4 / 300  # of the mean; of the covariance, to first order
+    assert np.mean(at_n) == pytest.approx(expected, rel=0.1)
+    assert abs(np.mean(infinite)) < 0.1 * expected
+
+
+def test_two_halves_of_one_set_give_the_small_number_of_theory() -> None:
+    dim = 10
+    sets = np.random.default_rng(1).normal(size=(20, 1000, dim))
+    expected = 2 * (dim / 500 + dim * (dim + 1) / 4 / 500)
+    assert np.mean([distance(x[:500], x[500:]) for x in sets]) == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +139,121 @@ def test_covariance_keeps_float64_precision_of_float32_features() -> None:
     mean, covariance = mean_and_covariance(torch.from_numpy(x))
     wide = x.astype(np.float64)
     np.testing.assert_allclose(covariance, (wide - mean).T @ (wide - mean) / 299, rtol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------- intervals
+
+DIM, NUM = 6, 200
+REFERENCE = np.full(DIM, 0.2), np.eye(DIM)  # mean and covariance
+SCALES = np.linspace(0.6, 1.8, DIM)  # of the generated Gaussian, around 0
+TRUE_DISTANCE = float((REFERENCE[0] ** 2).sum() + ((SCALES - 1) ** 2).sum())
+
+
+@pytest.fixture(scope="module")
+def trials() -> dict[str, np.ndarray]:
+    """For each number (trials, 3): value, and both ends of its interval, of fresh samples."""
+    random = np.random.default_rng(3)
+    real = (random.normal(size=(250, DIM)) + REFERENCE[0]).astype(np.float32)
+    reference = Reference(*REFERENCE)
+    rows: dict[str, list] = {}
+    for _ in range(150):
+        x = (random.normal(size=(NUM, DIM)) * SCALES).astype(np.float32)
+        found = {"frechet": frechet(x, reference), "infinity": extrapolated(x, reference), "scores": inception_score(2 * x)}
+        found["precision"], found["recall"] = precision_recall(x, real)
+        found["kernel"] = Estimate(kernel_mmd(x.astype(float), real[:NUM].astype(float)), kernel_influence(x, real[:NUM]))
+        for name, estimate in found.items():
+            rows.setdefault(name, []).append((estimate.value, *estimate.interval()))
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("name", ["frechet", "infinity", "kernel", "scores", "precision", "recall"])
+def test_intervals_cover_as_often_as_they_say(trials: dict[str, np.ndarray], name: str) -> None:
+    """95 %, of the number's mean over samplings; of the extrapolation, of the distance that the Gaussians have."""
+    value, low, high = trials[name].T
+    truth = TRUE_DISTANCE if name == "infinity" else value.mean()
+    assert 0.89 <= ((low <= truth) & (truth <= high)).mean() <= 0.99
+    assert np.mean(high - low) == pytest.approx(2 * 1.96 * value.std(ddof=1), rel=0.2)
+
+
+def test_where_samples_are_few_the_interval_is_too_wide_rather_than_too_narrow() -> None:
+    random, reference = np.random.default_rng(4), Reference(np.zeros(60), np.eye(60))
+    found = [frechet(1.2 * random.normal(size=(80, 60)) + 0.1, reference) for _ in range(60)]
+    ratio = np.mean([each.standard_error for each in found]) / np.std([each.value for each in found], ddof=1)
+    assert 0.9 < ratio < 2
+
+
+def test_pairs_see_what_single_numbers_cannot() -> None:
+    """A model that adds a little to each of another's images: told apart by the pairs, not by two intervals."""
+    random, reference = np.random.default_rng(5), Reference(np.zeros(5), np.eye(5))
+    x = random.normal(size=(500, 5)) + 0.3
+    one, other = frechet(x, reference), frechet(x - 0.03, reference)
+    paired = difference(other, one)
+    assert paired.value == pytest.approx(other.value - one.value)
+    assert verdict(*paired.interval(), lower_is_better=True) == "better"
+    assert other.interval()[1] > one.interval()[0]
+    assert paired.standard_error < 0.2 * one.standard_error
+    assert difference(one, one).interval() == (0, 0)
+    with pytest.raises(ValueError, match="paired"):
+        difference(one, frechet(x[:100], reference))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "lower_is_better", "word"),
+    [(-2, -1, True, "better"), (-2, -1, False, "worse"), (1, 2, True, "worse"), (1, 2, False, "better"), (-1, 1, True, "undecided")],
+)
+def test_verdict(low: float, high: float, lower_is_better: bool, word: str) -> None:
+    assert verdict(low, high, lower_is_better) == word
+
+
+def test_a_share_of_nothing_has_an_interval() -> None:
+    """Wilson: no hit of 16 leaves room up to z^2 / (n + z^2)."""
+    low, high = share(np.zeros(16, bool)).interval()
+    assert low == 0 and high == pytest.approx(3.8415 / (16 + 3.8415), rel=1e-3)
+
+
+def test_repeats_give_students_interval() -> None:
+    found = of_repeats([1.0, 2.0, 3.0])
+    assert (found["value"], found["std"]) == (2, 1)
+    assert found["high"] - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+
+
+def test_metrics_equal_torch_fidelity_with_more_images_than_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.metrics.KID_SUBSET_SIZE", 50)
+    x, y = features(12, 120, 16), features(13, 90, 16)
+    both = torch.from_numpy(x), torch.from_numpy(y)
+    estimate, how = kernel_distance(x, y)
+    theirs = kid_features_to_metric(*both, kid_subset_size=50, kid_subsets=100, verbose=False)
+    assert (estimate.value, how["std"]) == (theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"])
+    theirs = prc_features_to_metric(*both, save_cpu_ram=True, verbose=False)
+    assert [each.value for each in precision_recall(x, y)] == pytest.approx([theirs["precision"], theirs["recall"]])
+
+
+# ------------------------------------------------------------------------------------------------------------ memorisation
+
+
+def test_nearest_neighbours_are_those_of_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.memorisation.CHUNK", 7)
+    x, y = features(14, 30, 8), features(15, 40, 8)
+    indices, distances = nearest(x, y, k=3)
+    theirs = NearestNeighbors(n_neighbors=3).fit(y).kneighbors(x)
+    assert np.array_equal(indices, theirs[1])
+    np.testing.assert_allclose(distances, theirs[0], rtol=1e-3)
+    alone, _ = nearest(y, y, skip_self=True)
+    assert not (alone[:, 0] == np.arange(40)).any()
+
+
+@pytest.mark.parametrize("with_held_out", [True, False])
+def test_memorisation_tells_copying_from_sampling(with_held_out: bool) -> None:
+    random = np.random.default_rng(6)
+    train, held_out, fresh = (random.normal(size=(num, 8)) for num in (500, 400, 300))
+    held = held_out if with_held_out else None
+    honest = memorisation(fresh, train, held)
+    assert honest["closer"]["low"] < 0.5 < honest["closer"]["high"]
+    assert honest["copied"]["low"] < 0.02 and honest["copied"]["value"] < 0.05
+    copies = memorisation(train[:300] + 0.01 * random.normal(size=(300, 8)), train, held)
+    assert copies["closer"]["value"] > 0.99 and copies["copied"]["value"] > 0.99
+    half = memorisation(np.concatenate([train[:150] + 0.01, fresh[:150]]), train, held)
+    assert half["copied"]["value"] == pytest.approx(0.5, abs=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------- effective rank

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from models import Pipeline
+from models.guidance import Guidance
 from models.paths import PATHS, data_from_prediction, from_sigma, interpolate, split, velocity
 from models.pipeline import DDPM_SAMPLERS, SAMPLERS, Step, to_uint8
 from training.objectives import DDPM, PREDICTION_TYPES
@@ -187,7 +188,7 @@ def test_noise_is_the_same_for_every_model(tiny_dit: Make, pipeline: Pipeline) -
 def test_guidance_is_the_formula(pipeline: Pipeline) -> None:
     x, t, labels = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 2])
     with_label, without = pipeline.model(x, t, labels), pipeline.model(x, t)
-    guided = pipeline._guided(x, t, torch.cat([labels, torch.tensor([3, 3])]), 2.5)
+    guided = Guidance(2.5)(pipeline.model, x, t, labels, 0.5, num_classes=3)
     torch.testing.assert_close(guided, without + 2.5 * (with_label - without), atol=1e-4, rtol=1e-4)
 
 
@@ -195,7 +196,7 @@ def test_guidance_of_some_channels_leaves_the_others_to_the_label(tiny_dit: Make
     pipeline = Pipeline(tiny_dit(learn_sigma=True), FlowMatchEulerDiscreteScheduler(), guidance_channels=2)
     x, t, labels = torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([1])
     with_label, without = pipeline.model(x, t, labels), pipeline.model(x, t)
-    guided = pipeline._guided(x, t, torch.tensor([1, 3]), 2.5)
+    guided = Guidance(2.5, channels=2)(pipeline.model, x, t, labels, 0.5, num_classes=3)
     torch.testing.assert_close(guided[:, :2], (without + 2.5 * (with_label - without))[:, :2], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(guided[:, 2:], with_label[:, 2:], atol=1e-4, rtol=1e-4)
 

@@ -1,0 +1,106 @@
+"""How far a number would move with other samples: estimates with intervals, their differences, and a verdict.
+
+The reference is taken as known, as every published distance takes it; what varies are the generated images. Nothing is resampled
+with replacement: a bootstrap repeats images, which for a Fréchet distance adds its bias (about 1 / N) a second time, and for
+neighbours makes balls of radius 0. Instead the spread comes from the influence of every image on the number (the infinitesimal
+jackknife, which is the bootstrap's limit and leaves the number where it is), or, where there is no derivative, from random halves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+LEVEL = 0.95
+HALVES = 50
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and what its spread is made of.
+
+    Attributes:
+        value: of all N samples.
+        influence: (N,) of mean 0, what every sample does to the value: it varies as their mean does; or
+        halves: (HALVES,) the number of random halves of the samples, which varies around its mean as the value does around its own
+            (the delete-half jackknife, Shao and Wu 1989). The same halves for all estimates of one N, so that differences are paired.
+        extra_se: spread from elsewhere, such as the random subsets of a KID.
+        how: in words.
+        limits: that the number cannot leave.
+    """
+
+    value: float
+    influence: np.ndarray | None = field(default=None, repr=False)
+    halves: np.ndarray | None = field(default=None, repr=False)
+    extra_se: float = 0.0
+    how: str = ""
+    limits: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def standard_error(self) -> float:
+        of_samples = self.influence.std(ddof=1) / len(self.influence) ** 0.5 if self.influence is not None else self.halves.std(ddof=1)
+        return float(np.hypot(of_samples, self.extra_se))
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Both ends."""
+        reach = NormalDist().inv_cdf((1 + level) / 2) * self.standard_error
+        return max(self.limits[0], self.value - reach), min(self.limits[1], self.value + reach)
+
+    def as_json(self) -> dict[str, Any]:
+        low, high = self.interval()
+        return {"value": self.value, "low": low, "high": high, "level": LEVEL, "interval": self.how}
+
+
+@dataclass(frozen=True)
+class Share(Estimate):
+    """A share of the samples, such as a precision: Wilson's interval, which does not shrink to nothing at 0 and 1."""
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Both ends, within [0, 1]."""
+        z, num = NormalDist().inv_cdf((1 + level) / 2), len(self.influence)
+        middle = (self.value + z**2 / (2 * num)) / (1 + z**2 / num)
+        reach = z / (1 + z**2 / num) * math.sqrt(self.value * (1 - self.value) / num + z**2 / (4 * num**2))
+        return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def share(hits: np.ndarray, how: str = "") -> Share:
+    """Of bool (N,)."""
+    return Share(float(hits.mean()), hits - hits.mean(), how=how)
+
+
+def halves_of(num: int, seed: int = 0) -> list[np.ndarray]:
+    """`HALVES` random halves of range(num), as sorted indices."""
+    random = np.random.default_rng(seed)
+    return [np.sort(random.permutation(num)[: num // 2]) for _ in range(HALVES)]
+
+
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """`one` - `other`, sample i of both from the same noise: what they share takes no part in its spread.
+
+    Raises:
+        ValueError: not as many samples, or not the same kind of number.
+    """
+    parts = (one.influence, other.influence) if one.influence is not None else (one.halves, other.halves)
+    if any(part is None for part in parts) or len(parts[0]) != len(parts[1]):
+        raise ValueError("only numbers of one kind, over as many samples, can be paired")
+    spread = {"influence" if one.influence is not None else "halves": parts[0] - parts[1]}
+    return Estimate(one.value - other.value, **spread, extra_se=float(np.hypot(one.extra_se, other.extra_se)), how=f"paired, {one.how}")
+
+
+def verdict(low: float, high: float, lower_is_better: bool) -> str:
+    """ "better", "worse" or "undecided", of a difference's interval: the first against the second."""
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (high < 0) == lower_is_better else "worse"
+
+
+def of_repeats(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]:
+    """Mean of the numbers of several sampling seeds, and the interval of that mean (Student's t)."""
+    mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+    reach = float(student.ppf((1 + level) / 2, len(values) - 1)) * std / len(values) ** 0.5
+    how = f"Student's t over {len(values)} sampling seeds"
+    return {"value": mean, "low": mean - reach, "high": mean + reach, "level": level, "interval": how, "std": std, "repeats": list(values)}

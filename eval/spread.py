@@ -1,0 +1,34 @@
+"""Work spread over the processes of `accelerate launch`: whole batches, so that every image has the same company however many there are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+
+def processes() -> PartialState:
+    """The processes of this launch; the first call finds them, and gives each its GPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+
+
+def own_batches(num: int, batch_size: int) -> list[tuple[int, int]]:
+    """Begin and end of the batches of range(num) that this process takes; it may be none."""
+    state = processes()
+    starts = range(state.process_index * batch_size, num, state.num_processes * batch_size)
+    return [(start, min(start + batch_size, num)) for start in starts]
+
+
+def gathered(arrays: Sequence[np.ndarray], num: int, batch_size: int) -> list[np.ndarray]:
+    """Arrays (N, ...) of which each process filled its own batches -> filled wholly, in every process."""
+    if processes().num_processes == 1:
+        return list(arrays)
+    parts = [(start, [array[start:stop] for array in arrays]) for start, stop in own_batches(num, batch_size)]
+    parts = sorted(gather_object(parts), key=lambda part: part[0])
+    return [np.concatenate(pieces) for pieces in zip(*(pieces for _, pieces in parts), strict=True)]
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes."""
+    return processes().is_main_process
