@@ -188,7 +188,7 @@ def checkpoint_protocol(
         "sampler": sampling.sampler or pipeline.samplers[0],
         "steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
-        "guidance_interval": [sampling.guidance_from, sampling.guidance_to],
+        "guidance_interval": f"{sampling.guidance_from:g} to {sampling.guidance_to:g}",
         "guide": sampling.guide,
         "seed": sampling.seed,
         "labels": labels_rule(pipeline.num_classes, sampling, counts),
