@@ -13,7 +13,7 @@ app: $(VENV)/ready  ## the page on http://127.0.0.1:7860
 test: $(VENV)/ready-dev  ## everything; a browser must be there (Debian: apt-get install chromium)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/ready-dev  ## without what takes more than a few seconds
 	$(BIN)/python -m pytest -m "not slow"
