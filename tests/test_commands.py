@@ -7,7 +7,7 @@ import pytest
 
 from models.files import read_json
 
-SCRIPTS = ["training/train_diffusion.py", "training/train_mae.py", "eval/fid.py", "eval/compare.py"]
+SCRIPTS = ["training/train_diffusion.py", "training/train_mae.py", "eval/fid.py", "eval/compare.py", "eval/probe.py"]
 MODULES = ["app", "eval.demo", "training.publish", "tests.benchmarks", "tests.screenshot"]
 
 

@@ -62,6 +62,7 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
         f"{result['steps']} steps, guidance {result['guidance_scale']:g}, seeds from {result['seed']}, labels {result['labels']}, "
         f"{result['precision']}, one training seed, no interval. {' '.join(result['notes'])}"
         for result in evaluations
+        if "feature_extractor" in result  # probes have no line here
     )
     return f"""# {name}
 
