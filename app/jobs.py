@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace, replace
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -676,7 +676,7 @@ def _parse(options: dict[str, Any], run: Path) -> dict[str, Any]:
         if isinstance(group, DataOptions):
             group.source()
         if isinstance(group, LoopOptions):
-            check(group)
+            check(replace(group, resume_from_checkpoint="latest"))  # whether a run is there already was asked before
         if isinstance(group, ShortcutOptions) and values.get("vae") is None:  # of latents the size is not known here
             with torch.device("meta"):
                 sizes = dict(image_size=values["resolution"], patch_size=values["patch_size"])

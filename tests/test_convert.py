@@ -457,7 +457,7 @@ def test_a_training_checkpoint_becomes_a_folder_that_samples(
     )
     torch.save(checkpoint, tmp_path / "0400000.pt")
     command(monkeypatch, "decayed-sit", tmp_path / "0400000.pt", tmp_path / "run", "--num_heads", 2, "--vae", tmp_path / "vae")
-    assert "alpha from 1 to 0.6" in capsys.readouterr().out
+    assert "alpha 1 -> 0.6" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"ema", "scheduler", "vae", "model_index.json"}
 
     pipeline = Pipeline.from_pretrained(tmp_path / "run")
