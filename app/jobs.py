@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
