@@ -39,7 +39,19 @@ from eval.looking import (
     read_features,
     reference_of,
 )
-from eval.measure import CKNNA_K, FEW_SHOT_DRAWS, accuracy, baseline, best_row, few_shot, measure, similarities, spread_over
+from eval.measure import (
+    CKNNA_K,
+    FEW_SHOT_DRAWS,
+    RANK_IMAGES,
+    SIMILARITY_IMAGES,
+    accuracy,
+    baseline,
+    best_row,
+    few_shot,
+    measure,
+    similarities,
+    spread_over,
+)
 from models.files import Parser, one_line_errors, write_json
 from models.layers import unpatchify
 from models.pipeline import to_uint8
@@ -127,6 +139,8 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         "neighbours": "cosine, weighted, exact",
         "linear_probe": f"softmax regression on standardised features, {STEPS} steps over all images, weight decay chosen on held-out "
         "parts of the training set (10 % each, of every class), then fitted to all of it",
+        "rank_images": min(RANK_IMAGES, len(looked.labelled.train_y)),  # of the training set, for rank, spectrum and norm
+        "similarity_images": min(SIMILARITY_IMAGES, len(looked.labelled.test_y)),  # of the test set, for CKA and CKNNA
         "reference_network": probes.reference_network,
         "cknna_k": CKNNA_K if probes.reference_network else None,
         "seed": options.seed,
