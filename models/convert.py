@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from models.files import INDEX, Parser, one_line_errors, write_json, written_aside
 from models.official import KINDS, UVIT_TIMES, find_kind, from_official
 from models.paths import PATHS
-from models.pipeline import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, Pipeline
+from models.pipeline import DDPMScheduler, FlowMatchEulerDiscreteScheduler, Pipeline
 from models.shortcut import describe
+from models.vae import AutoencoderKL, load_vae
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # by which published MAEs want images in [0, 1] normalised
 
@@ -166,7 +167,7 @@ def convert(
     told_path = told.pop("path", "linear")
     if times is not None:
         sizes |= dict(zip(("time_scale", "time_offset"), UVIT_TIMES[times][0], strict=True))
-    decoder = AutoencoderKL.from_pretrained(vae) if vae else None
+    decoder = load_vae(vae) if vae else None
     model = from_official(kind, weights, **{**told, **{name: value for name, value in sizes.items() if value is not None}})
     if decoder is not None and decoder.config.latent_channels != model.config.in_channels:
         raise ValueError(

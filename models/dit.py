@@ -2,12 +2,22 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.layers import MLP, Attention, LabelEmbedding, TimestepEmbedding, patchify, sincos_positions, unpatchify
+from models.layers import (
+    MLP,
+    Attention,
+    DecayedModel,
+    LabelEmbedding,
+    TimestepEmbedding,
+    check_patches,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 from models.shortcut import Shortcut, make_shortcuts
 
 
@@ -37,7 +47,7 @@ class DiTBlock(nn.Module):
         return x
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(DecayedModel):
     """Diffusion transformer whose residual shortcuts fade with depth; alpha_min = 1 is the plain network, exactly.
 
     The first half of the blocks is the encoder, the second the decoder. With `long_skips`, encoder block i hands its output to
@@ -80,8 +90,7 @@ class DiT(ModelMixin, ConfigMixin):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"resolution {image_size} is not divisible by patch_size {patch_size}; choose a patch that divides it")
+        check_patches(image_size, patch_size)
         if long_skips and depth % 2:
             raise ValueError(f"depth {depth} is odd, and long skips need equal halves; use an even depth or switch long skips off")
         if dim % num_heads:
@@ -103,14 +112,19 @@ class DiT(ModelMixin, ConfigMixin):
         self._initialize()
 
     @property
-    def alphas(self) -> tuple[float, ...]:
-        """Of the sub-layers, in the order of execution; as learned, where they are."""
-        return tuple(shortcut.value for shortcut in self.shortcuts)
-
-    @property
     def numbers_held(self) -> int:
         """About how many numbers are in memory for one image: a block's activations, and what the long skips keep."""
         return len(self.positions) * self.config.dim * (16 + self.config.depth)
+
+    @torch.no_grad()
+    def drop_variance(self) -> None:
+        """Predict no variance from now on: `forward` gives the first C of the 2C channels that it gave with `learn_sigma`."""
+        rows, kept = self.head, nn.Linear(self.config.dim, self.head.out_features // 2)
+        for name, parameter in kept.named_parameters():
+            pixels = rows.get_parameter(name).unflatten(0, (self.config.patch_size**2, 2, -1))  # the channels come last
+            parameter.copy_(pixels[:, 0].flatten(0, 1))
+        self.head = kept.to(rows.weight)
+        self.register_to_config(learn_sigma=False)
 
     def _initialize(self) -> None:
         """Xavier in every matrix outside the embeddings; zero gates and a zero head (adaLN-Zero), so the network starts at 0."""

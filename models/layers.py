@@ -1,13 +1,26 @@
-"""Parts that transformers share: attention, MLP, and the embeddings of patches' positions, time and labels."""
+"""Parts that backbones share: attention, MLP, the embeddings of patches' positions, time and labels, and what all backbones are."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from models.shortcut import Shortcut
+
+
+class DecayedModel(ModelMixin, ConfigMixin):
+    """A backbone whose `shortcuts` fade, in the order of execution; saved and loaded as diffusers' models are."""
+
+    shortcuts: list[Shortcut]
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Of the sub-layers (of an MAE: the encoder's), in the order of execution; as learned, where they are."""
+        return tuple(shortcut.value for shortcut in self.shortcuts)
 
 
 class Attention(nn.Module):
@@ -91,6 +104,12 @@ class LabelEmbedding(nn.Embedding):
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__(num_classes + 1, dim)
         nn.init.normal_(self.weight, std=0.02)
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raise ValueError where patches do not cover an image."""
+    if image_size % patch_size:
+        raise ValueError(f"resolution {image_size} is not divisible by patch_size {patch_size}; choose a patch that divides it")
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

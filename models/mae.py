@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.layers import Block, patchify, sincos_positions, unpatchify
+from models.layers import Block, DecayedModel, check_patches, patchify, sincos_positions, unpatchify
 from models.shortcut import Shortcut, make_shortcuts
 
 
@@ -46,7 +45,7 @@ class SkipLayer(nn.Module):
         return x + self.fc(torch.cat([skip, x], dim=-1))  # (N, 1 + T, D_dec)
 
 
-class MAE(ModelMixin, ConfigMixin):
+class MAE(DecayedModel):
     """Masked autoencoder: the encoder sees a few patches, the decoder predicts the pixels of the others.
 
     Two forms, between which `long_skips` chooses; in both, alpha may fade over the encoder's sub-layers, never in the decoder.
@@ -101,8 +100,7 @@ class MAE(ModelMixin, ConfigMixin):
         norm_pixels: bool = True,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"resolution {image_size} is not divisible by patch_size {patch_size}; choose a patch that divides it")
+        check_patches(image_size, patch_size)
         if long_skips and depth % 2:
             raise ValueError(f"depth {depth} is odd, and every second block must hand on; use an even depth or switch long skips off")
         if min(depth, decoder_depth) < 1:
@@ -135,11 +133,6 @@ class MAE(ModelMixin, ConfigMixin):
         for name, width in (("positions", dim), ("decoder_positions", decoder_dim)):  # (1 + T, D), zero for the class token
             self.register_buffer(name, F.pad(sincos_positions(width, grid, grid), (0, 0, 1, 0)), persistent=False)
         self._initialize()
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """Of the encoder's sub-layers, in the order of execution; as learned, where they are."""
-        return tuple(shortcut.value for shortcut in self.shortcuts)
 
     def _initialize(self) -> None:
         """Xavier in every matrix, small random tokens, and zeros as `zero_init` says."""

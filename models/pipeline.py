@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +16,6 @@ from models.compat import import_torchvision
 import_torchvision()
 
 from diffusers import (  # noqa: E402
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -30,6 +30,7 @@ from models.files import INDEX, require_memory  # noqa: E402
 from models.guidance import Guidance  # noqa: E402
 from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
 from models.registry import load_backbone, read_index  # noqa: E402
+from models.vae import AutoencoderKL, colours, factor, load_vae, to_images, to_small_images  # noqa: E402
 
 _FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 # For models that predict a velocity ...
@@ -120,7 +121,7 @@ class Pipeline(DiffusionPipeline):
         model = load_backbone(path, ema, torch_dtype)
         try:
             scheduler = _STORED[index["scheduler"][1]].from_pretrained(path / "scheduler")
-            vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch_dtype).eval() if (path / "vae").is_dir() else None
+            vae = load_vae(path / "vae", torch_dtype) if (path / "vae").is_dir() else None
             options = {name: index[name] for name in ("path", "guidance_channels") if name in index}
             return cls(model, scheduler, index.get("class_names", ()), index.get("training"), **options, vae=vae)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -137,7 +138,7 @@ class Pipeline(DiffusionPipeline):
         """(C, H, W) of one image."""
         if self.vae is None:
             return self.latent_shape
-        edge = self.model.config.image_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        edge = self.model.config.image_size * factor(self.vae)
         return self.vae.config.out_channels, edge, edge
 
     @property
@@ -168,14 +169,17 @@ class Pipeline(DiffusionPipeline):
     def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
 
-    @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
         """What was sampled (N, C, H, W) -> images, float (N, C, H, W) in [-1, 1] but for overshoot; without a VAE they are the same."""
-        if self.vae is None:
-            return x
-        latents = (x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)).to(self.vae.device, self.vae.dtype)
-        one_by_one = (self.vae.decode(latent[None]).sample for latent in latents)  # at full size memory is short
-        return torch.cat([image.float() for image in one_by_one])
+        return x if self.vae is None else to_images(self.vae, x)
+
+    def glance(self, x: Tensor) -> Tensor:
+        """As `decode`, but at once: latents become small images, one pixel a cell, in about the right colours."""
+        return x if self.vae is None else to_small_images(x, self._colours)
+
+    @cached_property
+    def _colours(self) -> Tensor:
+        return colours(self.vae)
 
     def __call__(
         self,

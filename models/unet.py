@@ -10,16 +10,16 @@ from models.compat import import_torchvision
 import_torchvision()
 
 from diffusers import UNet2DModel  # noqa: E402
-from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
 from diffusers.models.attention_processor import Attention  # noqa: E402
-from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 
 from models.apply import decay_shortcuts, shortcuts_of  # noqa: E402
+from models.layers import DecayedModel  # noqa: E402
 from models.shortcut import Shortcut  # noqa: E402
 
 
-class UNet(ModelMixin, ConfigMixin):
+class UNet(DecayedModel):
     """Convolutional U-Net whose residual shortcuts fade from its first to its last sub-layer; alpha_min = 1 is the plain network.
 
     A level is a "down" stage of `layers_per_block` residual blocks and an "up" stage of one more; between the lowest two there is
@@ -96,11 +96,6 @@ class UNet(ModelMixin, ConfigMixin):
     def shortcuts(self) -> list[Shortcut]:
         """Of the sub-layers, in the order of execution: down, middle, up."""
         return shortcuts_of(self.unet)
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """Of the sub-layers, in the order of execution; as learned, where they are."""
-        return tuple(shortcut.value for shortcut in self.shortcuts)
 
     @property
     def stages(self) -> list[nn.Module]:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.layers import Block, LabelEmbedding, patchify, sinusoids, unpatchify
+from models.layers import Block, DecayedModel, LabelEmbedding, check_patches, patchify, sinusoids, unpatchify
 from models.shortcut import Shortcut, make_shortcuts
 
 
@@ -24,7 +23,7 @@ class UViTBlock(Block):
         return super().forward(x)
 
 
-class UViT(ModelMixin, ConfigMixin):
+class UViT(DecayedModel):
     """U-ViT whose residual shortcuts fade with depth; alpha_min = 1 is the plain network, exactly.
 
     The tokens are [label,] time and patches; a label or a time is told apart from a patch by its learned position alone. Of the
@@ -78,8 +77,7 @@ class UViT(ModelMixin, ConfigMixin):
         time_offset: float = 0.0,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"resolution {image_size} is not divisible by patch_size {patch_size}; choose a patch that divides it")
+        check_patches(image_size, patch_size)
         if depth % 2:
             raise ValueError(f"depth {depth} is odd, and U-ViT has depth // 2 blocks on each side of its middle one; use an even depth")
         if dim % num_heads or dim % 2:
@@ -101,11 +99,6 @@ class UViT(ModelMixin, ConfigMixin):
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv else None
         self._initialize()
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """Of the sub-layers, in the order of execution; as learned, where they are."""
-        return tuple(shortcut.value for shortcut in self.shortcuts)
 
     @property
     def numbers_held(self) -> int:

@@ -1,44 +1,26 @@
-"""Latents: what is encoded, what is drawn, what is cached; batches of images; autoencoders that are none."""
+"""Latents: what is encoded, what is drawn, what is cached; batches of images."""
 
 import dataclasses
-import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DModel
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL
 
+from models.vae import latent_shape
+from tests.test_vae import SCALE, SHIFT, make_vae
 from training import latents
 from training.data import ImageData, cache_dir, load_images
-from training.latents import LatentData, encode, latent_shape, load_vae
+from training.latents import LatentData, encode
 
 CPU = torch.device("cpu")
-SCALE, SHIFT = 0.4, -0.3
-
-
-def make_vae(**options: object) -> AutoencoderKL:
-    """A tiny autoencoder with random weights that halves the edge."""
-    torch.manual_seed(0)
-    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    sizes = dict(block_out_channels=(8, 16), down_block_types=down, up_block_types=up, norm_num_groups=4, sample_size=16)
-    return AutoencoderKL(**{**sizes, "scaling_factor": SCALE, "shift_factor": SHIFT, **options})
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vae")
-    make_vae().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def vae(vae_folder: Path) -> AutoencoderKL:
-    return load_vae(str(vae_folder))
+def vae() -> AutoencoderKL:
+    return make_vae().eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -94,7 +76,7 @@ def test_batches_of_images(data: ImageData, flip: bool, labelled: bool) -> None:
 def test_moments_are_those_of_the_encoder(
     data: ImageData, vae: AutoencoderKL, encoder_calls: list[int], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 10 * 16**2)
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", (10 * 16**2, 0))
     encoded = encode(data, vae, flips=True)
     assert encoder_calls == [10, 10, 4] * 2
     assert encoded.moments.shape == encoded.mirrored_moments.shape == (24, 2, 4, 8, 8)
@@ -181,7 +163,7 @@ def test_of_many_one_encodes_and_the_others_wait(data: ImageData, vae: Autoencod
 
 
 def test_nothing_half_written_stays(data: ImageData, vae: AutoencoderKL, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 10 * 16**2)
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", (10 * 16**2, 0))
     batches: list[object] = []
 
     def stop_at_the_second(*_: object) -> None:
@@ -203,79 +185,8 @@ def test_nothing_half_written_stays(data: ImageData, vae: AutoencoderKL, fresh_c
     assert path.exists() and not left.exists()
 
 
-def test_where_autoencoders_are_found(vae_folder: Path, tmp_path: Path) -> None:
-    make_vae().half().save_pretrained(tmp_path / "pipeline/vae")
-    vae = load_vae(str(tmp_path / "pipeline"))
-    assert vae.dtype == torch.float32 and not vae.training and not any(weight.requires_grad for weight in vae.parameters())
-    # a repository of the hub that was fetched before: the network is not needed
-    repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--someone--latents"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text("0123abc")
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots/0123abc").symlink_to(vae_folder)
-    weights, expected = load_vae("someone/latents").state_dict(), make_vae().state_dict()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
-def without_weights(folder: Path) -> None:
-    make_vae().save_pretrained(folder)
-    (folder / latents.WEIGHTS).unlink()
-
-
-def with_damaged_weights(folder: Path) -> None:
-    make_vae().save_pretrained(folder)
-    (folder / latents.WEIGHTS).write_bytes(b"no weights")
-
-
-def with_a_missing_tensor(folder: Path) -> None:
-    make_vae().save_pretrained(folder)
-    weights = load_file(folder / latents.WEIGHTS)
-    del weights["encoder.conv_in.weight"]
-    save_file(weights, folder / latents.WEIGHTS)
-
-
-def of_other_sizes(folder: Path) -> None:
-    make_vae().save_pretrained(folder)
-    config = json.loads((folder / latents.CONFIG).read_text())
-    (folder / latents.CONFIG).write_text(json.dumps({**config, "latent_channels": 8}))
-
-
-def of_grey_images(folder: Path) -> None:
-    make_vae(in_channels=1).save_pretrained(folder)
-
-
-def a_unet(folder: Path) -> None:
-    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, block_out_channels=(8, 16))
-    UNet2DModel(**blocks, norm_num_groups=4).save_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (Path.mkdir, r"holds no config\.json .*must be an AutoencoderKL"),
-        (Path.touch, "is a file; point to the folder"),
-        (a_unet, "holds a UNet2DModel; it must be an AutoencoderKL"),
-        (without_weights, "cannot be loaded: .*no file named"),
-        (with_damaged_weights, "cannot be loaded"),
-        (with_a_missing_tensor, r"lacks weights \(encoder.conv_in.weight"),
-        (of_other_sizes, "cannot be loaded: .*shape"),
-        (of_grey_images, "images of 1 channels"),
-        (lambda folder: None, "no such folder, and nothing of that name could be loaded from the Hugging Face hub"),
-    ],
-)
-def test_what_is_no_autoencoder_is_told(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    make(tmp_path / "given")
-    with pytest.raises(ValueError, match=message):
-        load_vae(str(tmp_path / "given"))
-
-
-def test_a_hub_name_without_a_network() -> None:
-    with pytest.raises(ValueError, match=r"--vae someone/elsewhere: there is no such folder.* check the name, or the network"):
-        load_vae("someone/elsewhere")
-
-
 def test_faults_of_encoding_are_told(data: ImageData, image_folder: Path, vae: AutoencoderKL, fresh_cache: Path) -> None:
-    with pytest.raises(ValueError, match="--resolution 15 is not divisible by 2, the factor of the autoencoder; choose 16"):
+    with pytest.raises(ValueError, match="resolution 15 is not divisible by 2, the factor of the autoencoder; choose 16"):
         encode(load_images(str(image_folder), 15), vae, flips=False)
     endless = dataclasses.replace(data, images=np.broadcast_to(data.images[:1], (10**12, 16, 16, 3)))
     with pytest.raises(ValueError, match=r"the latents of .* take 953,674\.3 GiB, and .* make room"):

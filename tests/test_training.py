@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from models import Pipeline, create_model, effective_alpha
@@ -402,6 +402,18 @@ def test_another_time_is_no_beginning(whole_run: Path, image_folder: Path, tmp_p
         with pytest.raises(SystemExit, match="2"):
             main([*map(str, command), *flags])
         assert told in capsys.readouterr().err
+
+
+def test_published_weights_with_a_variance_are_a_beginning(train: Callable, tiny_dit: Callable, tmp_path: Path) -> None:
+    published = tiny_dit(image_size=8, depth=8, dim=192, num_heads=3, num_classes=2, long_skips=False, learn_sigma=True)
+    Pipeline(published, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "published")
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    expected = published(x, t, labels)[:, :3]
+    flags = ("--init_from", tmp_path / "published", "--no-long_skips", "--alpha_min", 1, "--learning_rate", 0, "--max_train_steps", 1)
+    train(tmp_path / "run", *flags)
+    found = Pipeline.from_pretrained(tmp_path / "run").model
+    assert not found.config.learn_sigma
+    torch.testing.assert_close(found(x, t, labels), expected)
 
 
 def test_a_flag_that_says_it_otherwise_wins_over_the_preset() -> None:

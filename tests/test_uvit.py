@@ -1,7 +1,6 @@
 """U-ViT: equal to the published network where it is plain, and the equation where it decays."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor, nn
 
 from models import Pipeline, create_model, linear_schedule
 from models.layers import patchify, unpatchify
-from models.shortcut import PLACEMENTS, SCHEDULES
 from models.uvit import UViT
-from training.objectives import FlowMatching
 
 SIZES = dict(image_size=16, patch_size=4, depth=4, dim=32, num_heads=2, num_classes=3)
 VARIANTS = [{}, {"long_skips": False}, {"num_classes": 0, "in_channels": 1}, {"mlp_time_embed": True, "conv": False, "image_size": 12}]
@@ -181,29 +178,6 @@ def test_every_parameter_learns(options: dict) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_trains(schedule: str, learnable: bool, placement: str) -> None:
-    torch.manual_seed(0)
-    alpha_min = 0.6 if SCHEDULES[schedule].takes_alpha_min else 1.0
-    options = dict(alpha_min=alpha_min, shortcut_schedule=schedule, learnable_alpha=learnable, shortcut_placement=placement)
-    model = uvit(filled=False, **options)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer, objective = torch.optim.AdamW(model.parameters(), 1e-3), FlowMatching(num_classes=3)
-    batch = {"images": torch.randn(4, 3, 16, 16).tanh(), "labels": torch.arange(4) % 3}
-    for step in range(3):
-        optimizer.zero_grad()
-        loss, _ = objective(model, batch, torch.Generator().manual_seed(step))
-        loss.backward()
-        assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
-        optimizer.step()
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == set(before)
-    assert len(model.alphas) == len(model.shortcuts) == 10
-    assert sum(isinstance(shortcut.alpha, nn.Parameter) for shortcut in model.shortcuts) == learnable * (10 if placement == "both" else 5)
-
-
 def test_no_label_is_the_last_row() -> None:
     model = uvit()
     x, t, _ = inputs(model)
@@ -239,15 +213,6 @@ def test_timesteps_reach_the_numbers_of_the_published_weights() -> None:
     torch.testing.assert_close(continuous(x, timesteps, labels), raw(x, 999 * (timesteps + 1) / 1000, labels), atol=1e-4, rtol=0)
     torch.testing.assert_close(flow(x, timesteps / 1000, labels), raw(x, timesteps, labels), atol=1e-4, rtol=0)
     assert (raw(x, timesteps, labels) - raw(x, timesteps + 1, labels)).abs().max() > 1e-3
-
-
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
-    model = uvit(alpha_min=0.6, learnable_alpha=True, time_scale=1.0)
-    model.save_pretrained(tmp_path)
-    loaded = UViT.from_pretrained(tmp_path).eval()
-    assert loaded.alphas == model.alphas
-    assert loaded.config.time_scale == 1 and loaded.config.learnable_alpha
-    assert torch.equal(loaded(*inputs(model)), model(*inputs(model)))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])

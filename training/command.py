@@ -99,7 +99,7 @@ def parse(
 
 
 def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> int:
-    """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh.
+    """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh, and variances stay behind.
 
     Args:
         run: the run that begins.
@@ -113,7 +113,10 @@ def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> 
     """
     if resuming:
         return read_json(run / CONFIG).get("images_before", 0) if (run / CONFIG).is_file() else 0
-    ours, weights = model.state_dict(), load_backbone(checkpoint).state_dict()
+    source = load_backbone(checkpoint)
+    if source.config.get("learn_sigma") and not model.config.get("learn_sigma"):  # published SiT and DiT; nothing here trains variances
+        source.drop_variance()
+    ours, weights = model.state_dict(), source.state_dict()
     differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
     fresh = [name for name in differ if name.startswith(("label_embed", "unet.class_embedding"))]
     if len(differ) > len(fresh):

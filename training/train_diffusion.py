@@ -16,12 +16,13 @@ from torch import nn
 
 from models.files import one_line_errors
 from models.paths import PATHS
-from models.pipeline import AutoencoderKL, Pipeline
+from models.pipeline import Pipeline
 from models.registry import create_model, names, read_index, sizes, takes
+from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
 from training.ema import EMA
-from training.latents import encode, latent_shape, load_vae
+from training.latents import encode
 from training.loop import LoopOptions, check, describe, train
 from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
