@@ -37,21 +37,24 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def train(run_script: Callable, image_folder: Path) -> Callable:
-    """train(run, *flags): a run of the script on the image folder that must succeed."""
+def train(image_folder: Path) -> Callable:
+    """train(run, *flags): a run of the script on the image folder, in this process, that must succeed."""
 
-    def train(run: Path, *flags: object) -> str:
-        done = run_script(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def train(run: Path, *flags: object) -> None:
+        AcceleratorState._reset_state(True)
+        main([*map(str, ["--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags])])
+        AcceleratorState._reset_state(True)
 
     return train
 
 
 @pytest.fixture(scope="module")
-def whole_run(train: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(run_script: Callable, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as users start it."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    train(run, "--max_train_steps", 10, "--checkpointing_steps", 5, "--sample_steps", 5, "--random_flip", "--lr_warmup_steps", 3)
+    flags = ["--max_train_steps", 10, "--checkpointing_steps", 5, "--sample_steps", 5, "--random_flip", "--lr_warmup_steps", 3]
+    done = run_script(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
+    assert done.returncode == 0, done.stderr
     return run
 
 
