@@ -3,11 +3,11 @@
 import argparse
 import os
 import socket
-import threading
 from pathlib import Path
 
 from models.files import Parser, one_line_errors
 
+HERE = Path(__file__).parent
 RUNS = Path("runs")  # need not be there: the page shows the shipped checkpoints
 
 
@@ -33,19 +33,6 @@ def require_free(host: str, port: int) -> None:
         raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host") from None
 
 
-def warm_up(runs: Path) -> None:
-    """Load the pair that the page shows first. A checkpoint that fails here will say so when it is asked for."""
-    from app.catalog import cards, default_pair
-    from app.sampler import warm_up
-
-    pair = default_pair(cards(runs))
-    if pair:
-        try:
-            warm_up(pair, runs)
-        except ValueError as error:
-            print(f"not loaded ahead: {error}", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parsed = parser().parse_args(arguments)
@@ -56,23 +43,28 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody
-        from app.ui import CSS, build, theme
+        from app.jobs import Jobs
+        from app.site import Site
+        from app.ui import build, theme
+        from app.votes import Votes
 
-        page = build(parsed.runs)
+        site = Site(parsed.runs, Jobs(parsed.runs), Votes(parsed.runs))
+        page = build(site)
         page.launch(
             server_name=parsed.host,
             server_port=parsed.port,
             theme=theme(),
-            css_paths=CSS,
+            css_paths=HERE / "page.css",
+            head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
             footer_links=["api"],
-            max_file_size="1mb",  # nothing is uploaded here
+            max_file_size="32mb",
             ssr_mode=False,
             share=False,
             quiet=True,
             prevent_thread_lock=True,
         )
         print(f"Fading Shortcuts is ready on {page.local_url}", flush=True)
-        threading.Thread(target=warm_up, args=(parsed.runs,), daemon=True).start()
+        site.prepare_welcome()
         page.block_thread()
 
 

@@ -1,15 +1,68 @@
 """Which checkpoints there are. Clients give names; only a name that this catalogue lists ever becomes a path."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from models.files import INDEX, read_json
+from app.libraries import load_libraries
+from models.files import INDEX, read_json, sha256
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 RUNS_PREFIX = "runs/"
+MAX_RESULT_BYTES = 8 * 2**20  # a larger file in eval/ is none of ours
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights that a name stands for.
+
+    Attributes:
+        folder: the checkpoint's, which holds the index and what all its weights share.
+        averaged: the averaged ones (EMA); else as trained.
+        step: those of a checkpoint that the training left at that step; None: the newest.
+    """
+
+    folder: Path
+    averaged: bool
+    step: int | None = None
+
+    @property
+    def exported(self) -> Path:
+        """The newest weights of that kind, with the config of the network."""
+        return self.folder / ("ema" if self.averaged else "model")
+
+    @property
+    def snapshot(self) -> Path:
+        """What the training left at `step`."""
+        return self.folder / "checkpoints" / f"step-{self.step}"
+
+    @property
+    def files(self) -> list[Path]:
+        """All that decides what is sampled."""
+        parts = [self.exported, self.folder / "scheduler", self.folder / "vae"]
+        found = [self.folder / INDEX, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
+        if self.step is not None:
+            found += [self.snapshot / ("custom_checkpoint_0.pkl" if self.averaged else "model.safetensors")]
+        return [file for file in found if file.is_file()]
+
+    @property
+    def version(self) -> tuple[tuple[str, int, int], ...]:
+        """Changes when the files do."""
+        return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file in self.files for stat in [file.stat()])
+
+    @property
+    def hash(self) -> str:
+        """Of the contents of all files: 16 hexadecimal digits."""
+        return _hash(self.version)
+
+
+@lru_cache(maxsize=64)
+def _hash(version: tuple[tuple[str, int, int], ...]) -> str:
+    return hashlib.sha256("".join(sha256(Path(file)) for file, _, _ in version).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -18,6 +71,7 @@ class Card:
 
     Attributes:
         name: as the catalogue lists it.
+        source: its files.
         backbone: class of the network.
         config: arguments of that class.
         num_parameters: of the network.
@@ -27,6 +81,7 @@ class Card:
     """
 
     name: str
+    source: Source
     backbone: str
     config: dict[str, Any]
     num_parameters: int
@@ -47,6 +102,7 @@ class Card:
     @property
     def shortcuts(self) -> str:
         """How the shortcuts fade, in words."""
+        load_libraries()
         from models.shortcut import describe
 
         return describe(self._network().shortcuts) + ", learned" * bool(self.config.get("learnable_alpha"))
@@ -58,7 +114,8 @@ class Card:
 
     def _network(self) -> Any:
         """Without weights."""
-        import torch  # later than the page's first answer
+        load_libraries()
+        import torch
 
         from models.registry import backbone_class
 
@@ -76,11 +133,35 @@ class Card:
         return self.backbone, sorted({**self.config, "alpha_min": None}.items()), self.class_names, self.training.get("data")
 
 
-def checkpoints(runs: Path) -> dict[str, Path]:
-    """Name -> folder of everything that can be loaded: the shipped ones, then `runs/NAME`.
+def checkpoints(runs: Path) -> dict[str, Source]:
+    """Name -> weights of everything that can be sampled: the shipped ones, then `runs/NAME`.
 
     Hidden folders (written aside) and links that lead out of their root are left out.
     """
+    return {name: _newest(folder) for name, folder in folders(runs).items() if _samples(folder)}
+
+
+def variants(runs: Path) -> dict[str, Source]:
+    """`checkpoints`, each followed by its other weights: as trained, and those of earlier steps."""
+    found = {}
+    for name, source in checkpoints(runs).items():
+        found[name] = source
+        kinds = [kind for kind in (True, False) if (source.folder / ("ema" if kind else "model")).is_dir()]
+        for step in (None, *_earlier_steps(source.folder)):
+            for averaged in kinds:
+                if (step, averaged) != (None, source.averaged):
+                    words = [name, *[f"step {step}"] * (step is not None), *["raw"] * (source.averaged and not averaged)]
+                    found.setdefault(" ".join(words), Source(source.folder, averaged, step))
+    return found
+
+
+def autoencoders(runs: Path) -> dict[str, Path]:
+    """Name -> folder of the masked autoencoders."""
+    return {name: folder for name, folder in folders(runs).items() if _backbone(folder) == "MAE"}
+
+
+def folders(runs: Path) -> dict[str, Path]:
+    """Name -> folder of everything that has an index; see `checkpoints`."""
     return _folders(PRETRAINED, "") | _folders(runs, RUNS_PREFIX)
 
 
@@ -88,28 +169,61 @@ def _folders(root: Path, prefix: str) -> dict[str, Path]:
     if not root.is_dir():
         return {}
     inside = root.resolve()
-    folders = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and _samples(folder))
-    return {f"{prefix}{folder.name}": folder for folder in folders if folder.resolve().parent == inside}
+    found = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and (folder / INDEX).is_file())
+    return {f"{prefix}{folder.name}": folder for folder in found if folder.resolve().parent == inside}
+
+
+def _newest(folder: Path) -> Source:
+    return Source(folder, (folder / "ema").is_dir())
+
+
+def _earlier_steps(folder: Path) -> list[int]:
+    """Of the checkpoints that the training left, newest first, without the one that was exported."""
+    names = (file.parent.name.removeprefix("step-") for file in folder.glob("checkpoints/step-*/manifest.json"))
+    exported = _index(folder).get("training", {}).get("steps")
+    return sorted((int(name) for name in names if name.isdecimal() and int(name) != exported), reverse=True)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """Empty if it is damaged, which is told when the checkpoint is asked for."""
+    try:
+        return _index_of(folder, (folder / INDEX).stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=1024)
+def _index_of(folder: Path, changed_ns: int) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    return index if isinstance(index, dict) else {}
+
+
+def _backbone(folder: Path) -> str | None:
+    kind = _index(folder).get("model")
+    return kind[1] if isinstance(kind, list) and len(kind) == 2 else None
 
 
 def _samples(folder: Path) -> bool:
     """Whether a folder holds a checkpoint that paints: a masked autoencoder has no scheduler. A damaged one is told later."""
-    try:
-        return (folder / INDEX).is_file() and "scheduler" in read_json(folder / INDEX)
-    except ValueError:
-        return True
+    index = _index(folder)
+    return not index or "scheduler" in index
 
 
-def find(name: str, runs: Path) -> Path:
-    """The folder of a checkpoint.
+def find(name: str, runs: Path) -> Source:
+    """The weights that a name stands for.
 
     Raises:
         ValueError: the catalogue has no such name.
     """
-    known = checkpoints(runs)
+    known = variants(runs)
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"there is no checkpoint {name!r}; " + (f"choose from {', '.join(known)}" if known else "none is there yet"))
+        raise ValueError(f"there is no checkpoint {str(name)[:100]!r}; " + (f"choose from {_few(known)}" if known else "none is there yet"))
     return known[name]
+
+
+def _few(names: Any, most: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def card(name: str, runs: Path) -> Card:
@@ -118,23 +232,52 @@ def card(name: str, runs: Path) -> Card:
     Raises:
         ValueError: the catalogue has no such name, or its files are damaged.
     """
-    path = find(name, runs)
-    weights = path / ("ema" if (path / "ema").is_dir() else "model")
+    source = find(name, runs)
     try:
-        index, config = read_json(path / INDEX), read_json(weights / "config.json")
+        index, config = read_json(source.folder / INDEX), read_json(source.exported / "config.json")
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         class_names = tuple(map(str, index.get("class_names", ()))) or tuple(map(str, range(config["num_classes"])))
         return Card(
             name=name,
+            source=source,
             backbone=index["model"][1],
             config=config,
-            num_parameters=_count_parameters(weights),
-            averaged=weights.name == "ema",
+            num_parameters=_count_parameters(source.exported),
+            averaged=source.averaged,
             class_names=class_names[: config["num_classes"]],
-            training=index.get("training", {}),
+            training=_training(source, index.get("training", {})),
         )
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint {name} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _training(source: Source, newest: dict[str, Any]) -> dict[str, Any]:
+    """What the weights went through; of an earlier step less than the newest."""
+    if source.step is None:
+        return newest
+    told = {key: value for key, value in newest.items() if key != "images_seen"} | {"steps": source.step}
+    try:
+        config = read_json(source.folder / "config.json")
+        told["images_seen"] = config.get("images_before", 0) + source.step * config["images_a_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # the run does not tell
+    return told
+
+
+def results(name: str, runs: Path) -> list[dict[str, Any]]:
+    """What a checkpoint's `eval/*.json` say: "metric", "value" and their protocol. None for other weights than the newest."""
+    source = find(name, runs)
+    if source != _newest(source.folder):
+        return []
+    found = []
+    for file in sorted((source.folder / "eval").glob("*.json")):
+        try:
+            told = read_json(file) if file.stat().st_size <= MAX_RESULT_BYTES else None
+        except (OSError, ValueError):
+            continue
+        if isinstance(told, dict) and isinstance(told.get("metric"), str) and isinstance(told.get("value"), int | float):
+            found.append(told)
+    return found
 
 
 def _count_parameters(weights: Path) -> int:

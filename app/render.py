@@ -1,50 +1,62 @@
-"""Images and facts -> HTML. Every text from outside passes through `_text`."""
+"""Images and facts -> HTML. Every text from outside passes through `text`."""
 
 import base64
-import html
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from app import recipe as recipes
 from app.catalog import Card
+from app.plots import Line, plot, text
 from app.sampler import Frame
+from app.settings import OWN_SAMPLER
 
 SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
 FEW_IMAGES = 16
+NO_LABEL = "no label"
+OWN_WORDS = {"label": "label", "seed": "seed", "steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
 
 
-def png_url(image: np.ndarray) -> str:
-    """uint8 (H, W, C) -> a PNG of that size as a data URL."""
-    file = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def png_url(image: np.ndarray, recipe: dict[str, Any] | None = None) -> str:
+    """uint8 (H, W, C) -> a PNG of that size as a data URL, with its recipe if there is one."""
+    return "data:image/png;base64," + base64.b64encode(recipes.to_png(image, recipe)).decode()
 
 
-def stage(cards: Sequence[Card], frame: Frame) -> str:
+def stage(frame: Frame) -> str:
     """The galleries of a comparison, and the handle that the slider view drags."""
-    return (
-        '<div class="stage">'
-        + "".join(_gallery(side, card, images, frame) for side, card, images in zip(SIDES, cards, frame.images, strict=False))
-        + '<input class="divider" type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider between A and B"></div>'
+    sides = frame.recipe["checkpoints"]
+    galleries = "".join(
+        gallery(SIDES[i], side["name"], _kind(side["alpha_min"]), images, frame, i, _own(side))
+        for i, (side, images) in enumerate(zip(sides, frame.images, strict=True))
     )
+    others = "".join(f'<button type="button" data-second="{side}">{side}</button>' for side in SIDES[1 : len(sides)])
+    pick = f'<div class="pick" role="group" aria-label="Compare A with">A with {others}</div>' if len(sides) > 2 else ""
+    divider = '<input class="divider" type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider">' if len(sides) > 1 else ""
+    return f'{pick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
 
 
 def empty_stage(has_checkpoints: bool) -> str:
     """What stands where the galleries will be."""
     if has_checkpoints:
-        return '<p class="empty">Press <b>Compare</b>: both checkpoints start from the same noise, image by image.</p>'
+        return '<p class="empty">Press <b>Compare</b>: all checkpoints start from the same noise, image by image.</p>'
     return (
-        '<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, then reload this page:</p>'
+        '<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, under <b>Train</b> or in a shell:</p>'
         "<pre>accelerate launch --quiet training/train_diffusion.py --preset demo-plain\n"
         "accelerate launch --quiet training/train_diffusion.py --preset demo-decayed</pre>"
         "<p>Other folders of runs are shown with <code>python -m app --runs DIR</code>.</p></div>"
     )
 
 
-def _gallery(side: str, card: Card, images: np.ndarray, frame: Frame) -> str:
+def gallery(letter: str, name: str, kind: str, images: np.ndarray, frame: Frame, side: int | None, own: str = "") -> str:
+    """A figure of images.
+
+    Args:
+        letter, name, kind: for the caption; `kind` is HTML.
+        side: whose recipe the finished images carry; None: they carry none, and tell no seed.
+        own: which settings differ from the shared ones.
+    """
     edge_px = images.shape[1]
     scale, small_scale = (max(1, target // edge_px) for target in (TILE_PX, SMALL_TILE_PX))
     few = len(images) <= FEW_IMAGES
@@ -57,57 +69,125 @@ def _gallery(side: str, card: Card, images: np.ndarray, frame: Frame) -> str:
         "wide-columns": min(len(images), 4 if few else 8),
     }
     style = ";".join(f"--{key}:{value}" for key, value in sizes.items())
-    seed, name = frame.recipe["seed"], _text(card.name)
+    told = frame.recipe["checkpoints"][side]["own"] if side is not None else {}
+    seed = told.get("seed", frame.recipe["seed"])
     state = "" if frame.done else f", step {frame.step}"
-    tiles = "".join(
-        f'<img src="{png_url(image)}" width="{edge_px}" height="{edge_px}" title="seed {seed + i}"'
-        f' alt="{name}, image {i + 1} of {len(images)}, seed {seed + i}{state}">'
-        for i, image in enumerate(images)
-    )
-    kind = "plain" if card.is_plain else f"α<sub>min</sub> {card.alpha_min:g}" if card.alpha_min < 1 else _text(card.shortcuts)
+    tiles = []
+    for i, image in enumerate(images):
+        recipe = recipes.of_image(frame.recipe, side, i) if frame.done and side is not None else None
+        which = f", seed {seed + i}" if side is not None else ""
+        alt = f"{text(name)}, image {i + 1} of {len(images)}{which}{state}"
+        file = f"{name.replace('/', '-').replace(' ', '-')}-seed-{seed + i}.png" if recipe else ""
+        tiles.append(
+            f'<button type="button" class="tile" data-index="{i}" data-file="{text(file)}"'
+            f' title="image {i + 1}{which}; click for full screen">'
+            f'<img src="{png_url(image, recipe)}" width="{edge_px}" height="{edge_px}" alt="{alt}"></button>'
+        )
+    flag = f'<span class="flag" title="settings of its own">{own}</span>' if own else ""
     return (
-        f'<figure class="side" data-side="{side}" style="{style}">'
-        f'<figcaption><span class="letter">{side}</span><span class="name">{name}</span><span class="kind">{kind}</span></figcaption>'
-        f'<div class="tiles">{tiles}</div></figure>'
+        f'<figure class="side" data-side="{letter}" style="{style}">'
+        f'<figcaption><span class="letter">{letter}</span><span class="name">{text(name)}</span><span class="kind">{kind}</span>{flag}'
+        '<span class="measured"></span></figcaption>'
+        f'<div class="tiles">{"".join(tiles)}</div></figure>'
+    )
+
+
+def _kind(alpha_min: float) -> str:
+    return "" if alpha_min == 1 else f"α<sub>min</sub> {alpha_min:g}"
+
+
+def _own(side: dict[str, Any]) -> str:
+    """The overrides of a side, in words."""
+    return ", ".join(f"{OWN_WORDS[name]} {text(NO_LABEL if value is None else value)}" for name, value in side["own"].items())
+
+
+def progress(frame: Frame) -> str:
+    """A bar with the time left."""
+    left_s = frame.wall_s / frame.step * (frame.num_steps - frame.step)
+    return (
+        f'<div class="status"><progress max="{frame.num_steps}" value="{frame.step}" aria-label="Sampling"></progress>'
+        f"<span>step {frame.step} of {frame.num_steps} · {left_s:.1f} s left</span></div>"
     )
 
 
 def status(frame: Frame) -> str:
-    """One line: how far a sampling is, or what the images were made with."""
+    """One line: what the finished images were made with."""
     recipe = frame.recipe
-    if not frame.done:
-        left_s = frame.wall_s / frame.step * (frame.num_steps - frame.step)
-        return (
-            f'<div class="status"><progress max="{frame.num_steps}" value="{frame.step}" aria-label="Sampling"></progress>'
-            f"<span>step {frame.step} of {frame.num_steps} · {left_s:.1f} s left · seed {recipe['seed']}</span></div>"
-        )
+    samplers = " and ".join(dict.fromkeys(side["sampler"] for side in recipe["checkpoints"]))
     facts = [
         " + ".join(str(len(images)) for images in frame.images) + f" images in {frame.wall_s:.1f} s",
         f"<b>seed {recipe['seed']}</b>",
-        f"{recipe['sampler']}, {recipe['num_inference_steps']} steps",
-        "no label" if recipe["label"] is None else f"{_text(recipe['label'])}, guidance {recipe['guidance_scale']:g}",
+        f"{text(samplers)}, {recipe['steps']} steps",
+        NO_LABEL if recipe["label"] is None else f"{text(recipe['label'])}, guidance {recipe['guidance_scale']:g}",
         recipe["precision"],
     ]
     if not recipe["same_noise"]:
-        facts.append("<b>image sizes differ, so the noise is not the same</b>")
+        facts.append("<b>the noise is not the same: image sizes or seeds differ</b>")
     return f'<div class="status">{" · ".join(facts)}</div>'
 
 
-def message(text: str) -> str:
+def message(words: str) -> str:
     """A status line of plain words."""
-    return f'<div class="status">{_text(text)}</div>'
+    return f'<div class="status">{text(words)}</div>'
 
 
-def table(cards: Sequence[Card]) -> str:
-    """The cards of checkpoints as one table; rows in which they differ stand out."""
+def waiting(position: int) -> str:
+    """The place in the queue."""
+    return message("Starting …" if position == 0 else f"In the queue: {position} before you.")
+
+
+def history(items: Sequence[tuple[str, Frame]]) -> str:
+    """What this visitor has sampled, the newest first: ids and last frames."""
+    if not items:
+        return '<p class="empty small">Finished comparisons of this visit gather here.</p>'
+    rows = []
+    for id, frame in items:
+        recipe = frame.recipe
+        names = " · ".join(text(side["name"]) for side in recipe["checkpoints"])
+        pictures = "".join(
+            f'<img src="{png_url(images[0])}" width="{images.shape[1]}" height="{images.shape[1]}" alt="">' for images in frame.images
+        )
+        facts = f"{text(recipe['label'] if recipe['label'] is not None else NO_LABEL)}, seed {recipe['seed']}, {recipe['steps']} steps"
+        rows.append(
+            f'<li><span class="thumbs">{pictures}</span><span class="what"><b>{names}</b><br>{facts}</span>'
+            f'<button type="button" data-do="back" data-id="{id}">Bring back</button>'
+            f'<button type="button" data-do="add" data-id="{id}">Add</button></li>'
+        )
+    return f'<ul class="history">{"".join(rows)}</ul>'
+
+
+# -------------------------------------------------------------------------------------------------------------------- cards
+
+
+def table(cards: Sequence[Card], results: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """The cards of checkpoints as one table; rows in which they differ stand out.
+
+    Args:
+        results: of each checkpoint, see `catalog.results`.
+    """
+    if not cards:
+        return ""
     heads = "".join(
-        f'<th scope="col"><span class="letter">{side}</span> {_text(card.name)}</th>' for side, card in zip(SIDES, cards, strict=False)
+        f'<th scope="col"><span class="letter" data-side="{side}">{side}</span> {text(card.name)}</th>'
+        for side, card in zip(SIDES, cards, strict=False)
     )
     rows = []
     for fact, values in zip(FACTS, zip(*map(_facts, cards), strict=True), strict=True):
         differs = ' class="differs"' if len(set(values)) > 1 else ""
-        rows.append(f'<tr{differs}><th scope="row">{fact}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>")
-    return f'<table class="cards"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        rows.append(_row(fact, values, differs))
+    rows.append(_row("α by depth", [_alpha_curve(card, i) for i, card in enumerate(cards)]))
+    rows.append(
+        _row("Results", ["".join(f'<p class="result">{result_words(each)}</p>' for each in found) or "none yet" for found in results])
+    )
+    return f'<div class="wide"><table class="cards"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _row(fact: str, values: Iterable[str], attributes: str = "") -> str:
+    return f'<tr{attributes}><th scope="row">{fact}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
+
+
+def _alpha_curve(card: Card, colour: int) -> str:
+    return plot([Line("", range(1, len(card.alphas) + 1), card.alphas, colour)], "α of each sub-layer", "sub-layer", low=0.0)
 
 
 FACTS = (
@@ -119,6 +199,7 @@ FACTS = (
     "Images",
     "Labels",
     "Trained on",
+    "Steps",
     "Images seen",
     "Weights",
 )
@@ -131,21 +212,64 @@ def _facts(card: Card) -> tuple[str, ...]:
     )
     patch = f", patch {config['patch_size']}" if "patch_size" in config else ""
     skips = "long skips" if config.get("long_skips", True) else "no long skips"
-    seen = f"{training['images_seen']:,}" if "images_seen" in training else "unknown"
     return (
         "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
-        _text(card.shortcuts),
+        text(card.shortcuts),
         f"{card.alpha_eff:.2g}",
-        _text(f"{card.backbone}, {depth}{patch}, {skips}"),
+        text(f"{card.backbone}, {depth}{patch}, {skips}"),
         f"{card.num_parameters / 1e6:.2f} M",
-        _text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
-        f'<span title="{_text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
-        _text(training.get("data", "unknown")),
-        _text(seen),
+        text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
+        f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
+        text(training.get("data", "unknown")),
+        _count(training.get("steps")),
+        _count(training.get("images_seen")),
         "averaged (EMA)" if card.averaged else "as trained",
     )
 
 
-def _text(value: object) -> str:
-    # braces too: Gradio's HTML component fills templates
-    return html.escape(str(value)).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;")
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else "unknown"
+
+
+def result_words(result: dict[str, Any]) -> str:
+    """A number with its interval and its protocol."""
+    value = f"{result['value']:.4g}"
+    interval = f" [{result['low']:.4g}, {result['high']:.4g}]" if {"low", "high"} <= result.keys() else ""
+    return f'<b>{text(result["metric"])} {value}</b>{text(interval)} <span class="protocol">{text(protocol(result))}</span>'
+
+
+def protocol(result: dict[str, Any]) -> str:
+    """How a number was taken, in one line."""
+    facts = []
+    if result.get("reference"):
+        split = f" ({result['reference_split']})" if result.get("reference_split") else ""
+        facts.append(
+            f"{_count(result.get('num_samples'))} samples against {_count(result.get('reference_num'))} of {result['reference']}{split}"
+        )
+        facts.append(str(result.get("feature_extractor")))
+    elif result.get("dataset"):
+        facts.append(f"{_count(result.get('test_num'))} images of {result['dataset']}, fitted to {_count(result.get('train_num'))}")
+        best = result.get("best") or {}
+        if "block" in best:
+            facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']:g}"))
+    if result.get("sampler"):
+        facts.append(
+            f"{result['sampler']}, {result.get('steps')} steps, guidance {result.get('guidance_scale'):g}, seed {result.get('seed')}"
+        )
+    facts += [f"labels {result['labels']}"] if result.get("labels") else []
+    facts += [str(result["precision"])] if result.get("precision") else []
+    facts += ["EMA" if result["ema"] else "raw weights"] if isinstance(result.get("ema"), bool) else []
+    facts += [f"{_count(result['images_seen'])} images seen"] if result.get("images_seen") is not None else []
+    return ", ".join(facts)
+
+
+# `models.pipeline` has them too, and is not imported here: it takes seconds
+SAMPLERS = {
+    OWN_SAMPLER: "Its own",
+    "euler": "Euler",
+    "heun": "Heun (two evaluations a step)",
+    "dpm++": "DPM-Solver++",
+    "unipc": "UniPC",
+    "ddim": "DDIM (for DDPMs)",
+    "ddpm": "DDPM (for DDPMs)",
+}

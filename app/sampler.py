@@ -1,38 +1,36 @@
 """Sampling several checkpoints from the same noise, step by step, so that all can be watched and stopped."""
 
-import secrets
+import os
+import pickle
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.catalog import Card, card, find, label_index
-from models.files import INDEX
+from app.catalog import Card, Source, card, label_index
+from app.libraries import load_libraries
+from app.settings import OWN_SAMPLER, Comparison, Settings
 
-# torch and diffusers take seconds to import: they load with the first checkpoint, after the page has answered
 if TYPE_CHECKING:
     from models.pipeline import Pipeline, Step
 
-MAX_IMAGES = 64
-MAX_STEPS = 250
 MAX_PIPELINES = 4
-RANDOM_SEED = -1
-OWN_SAMPLER = "own"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """The state of a comparison after a step.
 
     Attributes:
         images: uint8 (N, H, W, C) of each checkpoint: what the sampling points at, and in the last frame what it arrived at.
-        step: network evaluations done.
-        num_steps: network evaluations in all.
+        step: network evaluations done, of the side that takes most.
+        num_steps: network evaluations in all, of that side.
         wall_s: seconds of sampling, without loading.
         recipe: everything that decides the images.
         done: this is the last frame.
@@ -45,148 +43,152 @@ class Frame:
     recipe: dict[str, Any]
     done: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the images."""
+        return sum(images.nbytes for images in self.images)
+
 
 class PipelineCache:
     """The pipelines that were used last, loaded anew when their files change."""
 
     def __init__(self, size: int = MAX_PIPELINES) -> None:
         self.size = size
-        self._loaded: OrderedDict[Path, tuple[Any, Pipeline]] = OrderedDict()
+        self._loaded: OrderedDict[Source, tuple[Any, Pipeline]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def __contains__(self, path: Path) -> bool:
-        return path in self._loaded
+    def __contains__(self, source: Source) -> bool:
+        return source in self._loaded
 
-    def get(self, path: Path) -> "Pipeline":
+    def get(self, source: Source) -> "Pipeline":
         """The pipeline of a checkpoint, on the GPU where there is one.
 
         Raises:
             ValueError: it cannot be loaded.
         """
         with self._lock:
-            version = _version(path)
-            kept = self._loaded.pop(path, None)
-            pipeline = kept[1] if kept and kept[0] == version else _load(path)
-            self._loaded[path] = version, pipeline
+            version = source.version
+            kept = self._loaded.pop(source, None)
+            pipeline = kept[1] if kept and kept[0] == version else _load(source)
+            self._loaded[source] = version, pipeline
             while len(self._loaded) > self.size:
                 self._loaded.popitem(last=False)
             return pipeline
 
 
-def _version(path: Path) -> list[tuple[str, int, int]]:
-    """Changes when the files that a pipeline is loaded from do."""
-    folders = (path / part for part in ("model", "ema", "scheduler", "vae"))
-    files = [path / INDEX, *(file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()))]
-    return [(str(file), stat.st_mtime_ns, stat.st_size) for file in files if file.is_file() for stat in [file.stat()]]
-
-
-def _load(path: Path) -> "Pipeline":
+def _load(source: Source) -> "Pipeline":
+    load_libraries()
     import torch
 
     from models.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(path)
+    pipeline = Pipeline.from_pretrained(source.folder, ema=source.averaged)
+    if source.step is not None:
+        _put_weights(pipeline.model, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _put_weights(model: Any, source: Source) -> None:
+    """Those that a training left at an earlier step."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from training.ema import EMA
+
+    try:
+        if source.averaged:
+            ema = EMA(model.parameters(), decay=1.0)
+            ema.load_state_dict(torch.load(source.snapshot / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
+            ema.copy_to(model.parameters())
+        else:
+            model.load_state_dict(load_file(source.snapshot / "model.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source.snapshot.name} of {source.folder.name} is damaged and cannot be loaded") from error
 
 
 _cache = PipelineCache()
 
 
-def compare(
-    names: Sequence[str],
-    runs: Path,
-    label: str | int | None = None,
-    seed: int = RANDOM_SEED,
-    num_images: int = 8,
-    steps: int = 20,
-    guidance_scale: float = 2.0,
-    sampler: str = OWN_SAMPLER,
-    cache: PipelineCache = _cache,
-) -> Iterator[Frame]:
-    """Sample checkpoints side by side; image i of each comes from noise seeded seed + i.
+def sample(comparison: Comparison, runs: Path, cache: PipelineCache = _cache) -> Iterator[Frame]:
+    """Sample the sides of a comparison; image i of each comes from noise seeded seed + i.
 
-    The checkpoints take turns, one step each. Closing the iterator ends the sampling within a step.
+    All take a step at once, each on its part of the cores. Closing the iterator ends the sampling within a step.
 
     Args:
-        names: checkpoints of the catalogue.
+        comparison: what to sample; a random seed is drawn here, and told in the recipe.
         runs: folder of the runs.
-        label: name or number of a class that all of them know; None samples without a label.
-        seed: `RANDOM_SEED` draws one; the recipe tells which.
-        num_images: of each checkpoint, at most `MAX_IMAGES`.
-        steps: of the sampler, at most `MAX_STEPS`.
-        guidance_scale: classifier-free guidance; 1 is none.
-        sampler: one that suits them all (see `Pipeline.samplers`); `OWN_SAMPLER` is each one's own, Euler for a flow.
         cache: where loaded pipelines are kept.
 
     Yields:
         A frame after each step, and a last one with `done`.
 
     Raises:
-        ValueError: an unknown checkpoint or label, or a number out of range.
+        ValueError: an unknown checkpoint, label or sampler.
     """
-    num_images, steps = _whole("the number of images", num_images, 1, MAX_IMAGES), _whole("steps", steps, 1, MAX_STEPS)
-    seed = _whole("seed", seed, RANDOM_SEED, 2**63 - 1 - MAX_IMAGES)
-    seed = secrets.randbelow(2**31) if seed == RANDOM_SEED else seed
-    guidance_scale = _number("guidance", guidance_scale)
-    chosen = [card(name, runs) for name in names]
-    labels = [label_index(each, label) for each in chosen]
-    call = dict(num_images=num_images, seed=seed, num_inference_steps=steps, guidance_scale=guidance_scale)
-
-    pipelines = [cache.get(find(name, runs)) for name in names]
-    samplers = [pipeline.samplers[0] if sampler == OWN_SAMPLER else str(sampler) for pipeline in pipelines]
-    recipe = {
-        "label": label,
-        **call,
-        "sampler": " and ".join(dict.fromkeys(samplers)),
-        **_environment(pipelines),
-        "checkpoints": [*map(_provenance, chosen, labels)],
-    }
-    streams = [
-        _steps(pipeline, class_labels=number, sampler=own, **call)
-        for pipeline, number, own in zip(pipelines, labels, samplers, strict=True)
+    comparison = comparison.settled()
+    cards = [card(side.checkpoint, runs) for side in comparison.sides]
+    settings = [comparison.of(side) for side in comparison.sides]
+    labels = [label_index(each, own.label) for each, own in zip(cards, settings, strict=True)]
+    pipelines = [cache.get(each.source) for each in cards]
+    samplers = [
+        pipeline.samplers[0] if own.sampler == OWN_SAMPLER else own.sampler for pipeline, own in zip(pipelines, settings, strict=True)
     ]
+    recipe = comparison.as_json()
+    for told, each, label, sampler in zip(recipe["checkpoints"], cards, labels, samplers, strict=True):
+        told.update(_provenance(each, label, sampler))
+    recipe |= _environment(pipelines, settings)
+
+    streams = [_steps(*each) for each in zip(pipelines, labels, samplers, settings, strict=True)]
+    states: list[Any] = [None] * len(streams)
+    images: list[Any] = [None] * len(streams)
     started = time.perf_counter()
-    for states in zip(*streams, strict=True):
-        step, num_steps = states[0].step, states[0].num_steps
-        done = step == num_steps
-        shown = (pipeline.decode(state.x) if done else _preview(pipeline, state) for pipeline, state in zip(pipelines, states, strict=True))
-        images = tuple(map(_to_uint8, shown))
-        wall_s = time.perf_counter() - started
-        yield Frame(images, step, num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
+    with ThreadPoolExecutor(len(streams), initializer=_take_cores, initargs=(len(streams),)) as together:
+        while True:
+            going = [i for i, state in enumerate(states) if state is None or state.step < state.num_steps]
+            for i, state in zip(going, together.map(next, [streams[i] for i in going]), strict=True):
+                states[i] = state
+                images[i] = _picture(pipelines[i], state)
+            longest = max(states, key=lambda state: state.num_steps)
+            done = all(state.step == state.num_steps for state in states)
+            wall_s = time.perf_counter() - started
+            yield Frame(tuple(images), longest.step, longest.num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
+            if done:
+                return
 
 
-def warm_up(names: Sequence[str], runs: Path) -> None:
-    """Import, load and take a step, so that the first visitor does not wait for it."""
-    for _ in compare(names, runs, seed=0, num_images=1, steps=1):
-        pass
+def _take_cores(num_streams: int) -> None:
+    """Of a thread that steps one of so many models: threads of one model wait for each other, models do not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_streams))
 
 
-def _steps(pipeline: "Pipeline", **call: Any) -> "Iterator[Step]":
+def _steps(pipeline: "Pipeline", label: int | None, sampler: str, settings: Settings) -> "Iterator[Step]":
     """The pipeline's steps, in the precision that pays here."""
     from models.precision import autocast
 
-    stream = pipeline.steps(**call)
+    stream = pipeline.steps(settings.num_images, label, settings.seed, settings.steps, settings.guidance_scale, sampler)
     while True:
-        with autocast(pipeline.device, _precision()):  # entered anew for each step: between steps other models take theirs
+        with autocast(pipeline.device, _precision()):  # entered anew for each step, and in the thread that takes it
             state = next(stream, None)
         if state is None:
             return
         yield state
 
 
-def _preview(pipeline: "Pipeline", state: "Step") -> Any:
-    """Images, or three channels of latents: decoding them in every step would take longer than sampling."""
-    return state.preview if pipeline.vae is None else state.preview[:, :3]
-
-
-def _to_uint8(images: Any) -> np.ndarray:
+def _picture(pipeline: "Pipeline", state: "Step") -> np.ndarray:
+    """uint8 (N, H, W, C): the images; on the way there what the network points at, of latents a small image (see `Pipeline.glance`)."""
     from models.pipeline import to_uint8
 
-    return to_uint8(images)
+    if state.step == state.num_steps:
+        return to_uint8(pipeline.decode(state.x))
+    return to_uint8(pipeline.glance(state.preview))
 
 
 def _precision() -> str:
@@ -196,29 +198,25 @@ def _precision() -> str:
     return precision("auto")
 
 
-def _environment(pipelines: "Sequence[Pipeline]") -> dict[str, Any]:
+def _environment(pipelines: "list[Pipeline]", settings: list[Settings]) -> dict[str, Any]:
     import diffusers
     import torch
 
+    noises = {(pipeline.latent_shape, own.seed) for pipeline, own in zip(pipelines, settings, strict=True)}
     return {
-        "same_noise": len({pipeline.image_shape for pipeline in pipelines}) == 1,  # noise of another shape is other noise
+        "same_noise": len(noises) == 1,  # noise of another shape is other noise
         "precision": "bf16 autocast" if _precision() == "bf16" else "fp32",
         "device": pipelines[0].device.type,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
-def _provenance(card: Card, label: int | None) -> dict[str, Any]:
-    return {"name": card.name, "label": label, "ema": card.averaged, "alpha_min": card.alpha_min, "training": card.training}
-
-
-def _whole(what: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or not least <= value <= most:
-        raise ValueError(f"{what} cannot be {value}; give a whole number from {least:,} to {most:,}")
-    return int(value)
-
-
-def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what} cannot be {value!r}; give a number")
-    return float(value)
+def _provenance(card: Card, label: int | None, sampler: str) -> dict[str, Any]:
+    return {
+        "sha256": card.source.hash,
+        "sampler": sampler,
+        "label": label,
+        "ema": card.averaged,
+        "alpha_min": card.alpha_min,
+        "training": card.training,
+    }

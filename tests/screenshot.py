@@ -28,10 +28,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def app_server(runs: Path) -> Iterator[str]:
+def app_server(runs: Path, *flags: str) -> Iterator[str]:
     """Run `python -m app` until it is ready; yields its address."""
     port = free_port()
-    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port)]
+    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -62,12 +62,11 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def run_comparison(page: Page, url: str) -> None:
-    """Open the page, compare the default pair, wait for the last frame."""
+def open_page(page: Page, url: str) -> None:
+    """Open the page and wait for the comparison that it begins with."""
     page.goto(url)
-    page.locator("table.cards").wait_for(timeout=PATIENCE_MS)
-    page.get_by_role("button", name="Compare").click()
     expect(page.locator("#status")).to_contain_text("images in", timeout=PATIENCE_MS)
+    page.locator("table.cards").wait_for(timeout=PATIENCE_MS)
 
 
 def main() -> None:
@@ -78,11 +77,11 @@ def main() -> None:
     flags.add_argument("--width", help="pixels (default: %(default)s)", type=int, default=1280)
     flags.add_argument("--height", help="pixels (default: %(default)s)", type=int, default=1000)
     flags.add_argument("--dark", action="store_true")
-    flags.add_argument("--view", choices=("Side by side", "Slider"), default="Side by side")
+    flags.add_argument("--view", choices=("Side by side", "Slider", "Flicker", "Difference"), default="Side by side")
     parsed = flags.parse_args()
     with app_server(parsed.runs.resolve()) as url, chromium() as browser:
         page = browser.new_page(viewport={"width": parsed.width, "height": parsed.height}, color_scheme="dark" if parsed.dark else "light")
-        run_comparison(page, url)
+        open_page(page, url)
         page.get_by_label(parsed.view, exact=True).check()
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=parsed.output, full_page=True)

@@ -1,54 +1,49 @@
-"""The page: its catalogue and sampler as functions, and the whole of it in a real browser."""
+"""What stands behind the page, as functions: catalogue, settings, sampling, queue, recipes, grids."""
 
-import base64
-import io
+import asyncio
+import json
 import os
-import re
 import shutil
-import subprocess
-import sys
+import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
-from app import catalog, render
-from app.sampler import MAX_IMAGES, OWN_SAMPLER, PipelineCache, compare
-from models import DiT, Pipeline, create_model
-from models.pipeline import INDEX, SAMPLER_NAMES, SAMPLERS
+from app import catalog, recipe, render
+from app.catalog import Source
+from app.grid import AXES, draw, plan, sample_grid
+from app.sampler import Frame, PipelineCache, sample
+from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, Comparison, Settings, Side
+from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
+from models import Pipeline, create_model
+from models.pipeline import INDEX, SAMPLER_NAMES
+from tests.tiny_pair import CLASSES, DECAYED, PAIR, PLAIN, write_pair
 from training.objectives import DDPM, Diffusion, FlowMatching
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
 
-ROOT = Path(__file__).resolve().parent.parent
-PLAIN, DECAYED = PAIR = "runs/tiny-plain", "runs/tiny-decayed"
-CLASSES = ("circles", "squares", "<b>{{odd}} & ${names}</b>")
-PROGRAM_CALL = dict(label="squares", seed=11, num_images=3, steps=4, guidance_scale=2.0, sampler="heun")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain and a decayed checkpoint with random weights everywhere."""
-    folder = tmp_path_factory.mktemp("app") / "runs"
-    for name, alpha_min in (("tiny-plain", 1.0), ("tiny-decayed", 0.6)):
-        torch.manual_seed(0)
-        model = DiT(image_size=16, patch_size=4, depth=4, dim=32, num_heads=2, num_classes=3, alpha_min=alpha_min)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        training = {"steps": 7, "images_seen": 1234, "data": "shapes"}
-        Pipeline(model, SAMPLERS["euler"](), CLASSES, training).save_pretrained(folder / name)
-    return folder
+    return write_pair(tmp_path_factory.mktemp("app") / "runs")
+
+
+def asked(*names: str, **options: object) -> Comparison:
+    return Comparison.of_names(names or PAIR, **{"seed": 5, "num_images": 3, "steps": 4, "label": "circles", **options})
+
+
+def last_frame(runs: Path, comparison: Comparison) -> Frame:
+    *_, frame = sample(comparison, runs)
+    assert frame.done
+    return frame
 
 
 def last_images(runs: Path, *names: str, **options: object) -> tuple[np.ndarray, ...]:
-    *_, frame = compare(names or PAIR, runs, **{"seed": 5, "num_images": 3, "steps": 4, "label": "circles", **options})
-    assert frame.done
-    return frame.images
+    return last_frame(runs, asked(*names, **options)).images
 
 
 @pytest.mark.parametrize(
@@ -66,7 +61,7 @@ def test_every_kind_of_checkpoint_is_shown_and_sampled(
     shutil.copytree(runs / "tiny-plain", tmp_path / "tiny-plain")
     images = last_images(tmp_path, "runs/other", "runs/tiny-plain")
     assert images[0].shape == images[1].shape == (3, 16, 16, 3)
-    page = render.table([catalog.card("runs/other", tmp_path), catalog.card("runs/tiny-plain", tmp_path)])
+    page = render.table([catalog.card("runs/other", tmp_path), catalog.card("runs/tiny-plain", tmp_path)], [[], []])
     assert ("attention only" if backbone == "unet" else "learned") in page and "1 (plain)" in page
     assert catalog.card("runs/other", tmp_path).alpha_eff == pytest.approx(float(np.prod(model.alphas)))
 
@@ -118,7 +113,7 @@ def test_labels_by_name_and_number(runs: Path) -> None:
 
 
 def test_names_from_outside_stay_text(runs: Path) -> None:
-    html = render.table([catalog.card(PLAIN, runs)] * 2)
+    html = render.table([catalog.card(PLAIN, runs)] * 2, [[], []])
     assert "<b>" not in html and "{" not in html and "$" not in html
 
 
@@ -144,7 +139,7 @@ def test_image_i_depends_on_seed_plus_i_alone(runs: Path) -> None:
 
 
 def test_frames_come_step_by_step_and_a_random_seed_is_told(runs: Path) -> None:
-    frames = list(compare(PAIR, runs, num_images=1, steps=3, sampler="heun"))
+    frames = list(sample(asked(label=None, seed=-1, num_images=1, steps=3, sampler="heun"), runs))
     assert [frame.step for frame in frames] == [1, 2, 3, 4, 5] and [frame.done for frame in frames] == [False] * 4 + [True]
     recipe = frames[-1].recipe
     again = last_images(runs, label=None, num_images=1, steps=3, sampler="heun", seed=recipe["seed"])
@@ -154,7 +149,7 @@ def test_frames_come_step_by_step_and_a_random_seed_is_told(runs: Path) -> None:
 
 def test_closing_ends_the_sampling(runs: Path) -> None:
     cache = PipelineCache()
-    frames = compare(PAIR, runs, num_images=1, steps=100, cache=cache)
+    frames = sample(asked(num_images=1, steps=100), runs, cache=cache)
     next(frames)
     evaluations = []
     for pipeline in (cache.get(catalog.find(name, runs)) for name in PAIR):
@@ -165,16 +160,60 @@ def test_closing_ends_the_sampling(runs: Path) -> None:
     assert list(frames) == []
 
 
+def test_a_side_may_have_settings_of_its_own(runs: Path) -> None:
+    shared = Settings(label="circles", seed=5, num_images=2, steps=4)
+    own = {"steps": 7, "seed": 9, "label": None, "guidance_scale": 2.0}
+    frames = list(sample(Comparison(shared, (Side(PLAIN), Side(PLAIN, own), Side(DECAYED))), runs))
+    assert [frame.step for frame in frames] == list(range(1, 8)) and frames[-1].num_steps == 7
+    first, second, third = frames[-1].images
+    np.testing.assert_array_equal(first, last_images(runs, PLAIN, num_images=2)[0])
+    np.testing.assert_array_equal(second, last_images(runs, PLAIN, num_images=2, steps=7, seed=9, label=None)[0])
+    np.testing.assert_array_equal(third, last_images(runs, DECAYED, num_images=2)[0])
+    told = frames[-1].recipe
+    assert [side["own"] for side in told["checkpoints"]] == [{}, {"steps": 7, "seed": 9, "label": None}, {}], (
+        "what overrides nothing is none"
+    )
+    assert not told["same_noise"] and "steps 7, seed 9, label no label" in render.stage(frames[-1])
+
+
 def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path) -> None:
     cache = PipelineCache(size=2)
     paths = [Path(shutil.copytree(runs / "tiny-plain", tmp_path / str(i))) for i in range(3)]
-    first = cache.get(paths[0])
-    assert cache.get(paths[0]) is first
-    for path in (paths[1], paths[0], paths[2]):
-        cache.get(path)
-    assert len(cache) == 2 and paths[0] in cache and paths[1] not in cache
+    sources = [Source(path, averaged=False) for path in paths]
+    first, before = cache.get(sources[0]), sources[0].hash
+    assert cache.get(sources[0]) is first
+    for source in (sources[1], sources[0], sources[2]):
+        cache.get(source)
+    assert len(cache) == 2 and sources[0] in cache and sources[1] not in cache
     os.utime(paths[0] / INDEX, ns=(1, 1))
-    assert cache.get(paths[0]) is not first
+    assert cache.get(sources[0]) is not first and sources[0].hash == before, "the same bytes"
+    (paths[0] / INDEX).write_text((paths[0] / INDEX).read_text() + "\n")
+    assert sources[0].hash != before
+
+
+def test_raw_weights_and_those_of_earlier_steps_have_names_of_their_own(runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "tiny-plain", tmp_path / "mine"))
+    network = Pipeline.from_pretrained(run).model
+    averages = [parameter.detach() * 0.5 for parameter in network.parameters()]
+    shutil.copytree(run / "model", run / "ema")
+    for step in (3, 7):  # 7 is the one that was exported
+        snapshot = run / "checkpoints" / f"step-{step}"
+        snapshot.mkdir(parents=True)
+        (snapshot / "manifest.json").write_text("{}")
+        save_file({name: 2 * weight.contiguous() for name, weight in network.state_dict().items()}, snapshot / "model.safetensors")
+        torch.save({"averages": averages}, snapshot / "custom_checkpoint_0.pkl")
+    (run / "config.json").write_text(json.dumps({"images_a_step": 10, "images_before": 5}))
+    names = [name for name in catalog.variants(tmp_path) if name.startswith("runs/")]
+    assert names == ["runs/mine", "runs/mine raw", "runs/mine step 3", "runs/mine step 3 raw"]
+    cards = {name: catalog.card(name, tmp_path) for name in names}
+    assert [card.averaged for card in cards.values()] == [True, False, True, False]
+    assert (cards[names[2]].training["steps"], cards[names[2]].training["images_seen"]) == (3, 35)
+    cache, first = PipelineCache(), next(iter(network.parameters())).detach()
+    for name, factor in zip(names, (1, 1, 0.5, 2), strict=True):
+        torch.testing.assert_close(next(iter(cache.get(cards[name].source).model.parameters())).detach(), factor * first)
+    (run / "checkpoints/step-3/custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        PipelineCache().get(cards[names[2]].source)
 
 
 @pytest.mark.parametrize(
@@ -185,131 +224,218 @@ def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path) ->
         *(dict(seed=number) for number in (-2, float("nan"), 1e300)),
         *(dict(guidance_scale=number) for number in (-1, "2", float("nan"))),
         *(dict(sampler=name) for name in ("magic", ["euler"])),
-        *(dict(label=label) for label in (9, {})),
+        *(dict(label=label) for label in (9, {}, "a\0b", "x" * 1000)),
     ],
-    ids=str,
+    ids=lambda bad: str(bad)[:40],
 )
 def test_bad_input_is_one_clear_line(runs: Path, bad: dict) -> None:
     with pytest.raises(ValueError) as error:
-        list(compare(PAIR, runs, **{"label": None, **bad}))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+        list(sample(asked(**{"label": None, **bad}), runs))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-# ----------------------------------------------------------------------------------------------- the page, in a browser
+@pytest.mark.parametrize(
+    "told",
+    [
+        None, [], {}, {"checkpoints": None}, {"checkpoints": []}, {"checkpoints": [{}]}, {"checkpoints": ["runs/x"]},
+        {"checkpoints": [{"name": PLAIN}] * (MAX_SIDES + 1)}, {"checkpoints": [{"name": PLAIN, "own": {"num_images": 3}}]},
+        {"checkpoints": [{"name": PLAIN, "own": {"magic": 3}}]}, {"checkpoints": [{"name": PLAIN, "own": []}]},
+        {"checkpoints": [{"name": PLAIN}], "steps": 10**9}, {"checkpoints": [{"name": "a\0"}]},
+    ],
+    ids=lambda told: str(told)[:40],
+)  # fmt: skip
+def test_settings_from_anywhere_are_checked(told: object) -> None:
+    with pytest.raises(ValueError) as error:
+        Comparison.from_json(told)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.fixture(scope="session")
-def server(runs: Path) -> Iterator[str]:
-    """Address of a real `python -m app` over the tiny pair."""
-    from tests.screenshot import app_server
-
-    with app_server(runs) as url:
-        yield url
+# ---------------------------------------------------------------------------------------------------------------- recipes
 
 
-def choose(page: "Page", dropdown: str, option: str) -> None:
-    """Pick from a dropdown, and wait until its list has faded."""
-    page.get_by_label(dropdown, exact=True).click()
-    page.get_by_role("option", name=option, exact=True).click()
-    page.get_by_role("option").first.wait_for(state="detached")
+def test_a_png_brings_its_image_back_bit_for_bit(runs: Path, tmp_path: Path) -> None:
+    first = last_frame(runs, Comparison(asked(seed=-1).shared, (Side(PLAIN), Side(DECAYED, {"steps": 6}))))
+    file = tmp_path / "downloaded.png"
+    file.write_bytes(recipe.to_png(first.images[1][2], recipe.of_image(first.recipe, side=1, index=2)))
+    told = recipe.from_png(file)
+    assert told["image"] == {"side": 1, "index": 2, "seed": first.recipe["seed"] + 2}
+    assert len(told["checkpoints"][1]["sha256"]) == 16 and told["versions"]["torch"] == torch.__version__
+    again, changed = recipe.comparison(told, runs)
+    assert changed == []
+    frame = last_frame(runs, again)
+    np.testing.assert_array_equal(frame.images[1][2], np.asarray(Image.open(file)))
+    assert recipe.same_pixels(file, frame)
+    assert not recipe.same_pixels(file, last_frame(runs, asked(seed=frame.recipe["seed"] + 1)))
 
 
-@pytest.mark.slow
-def test_the_page_samples_and_compares(server: str) -> None:
-    from playwright.sync_api import expect
-
-    from tests.screenshot import PATIENCE_MS, chromium
-
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        trouble: list[str] = []
-        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda request: trouble.append(request.url) if not request.url.startswith((server, "data:")) else None)
-        page.goto(server)
-        page.locator("table.cards").wait_for(timeout=PATIENCE_MS)
-        for side, name in zip("AB", PAIR, strict=True):  # the shipped pair comes first where there is one
-            choose(page, f"Checkpoint {side}", name)
-            expect(page.locator("table.cards thead")).to_contain_text(name)
-        expect(page.locator("table.cards")).to_contain_text("1,234")
-        choose(page, "Label", "squares")
-
-        page.get_by_role("button", name="Compare").click()
-        expect(page.locator("#status")).to_contain_text("8 + 8 images in", timeout=PATIENCE_MS)
-        expect(page.locator("#status")).to_contain_text("seed 0")
-        expect(page.locator("#status")).to_contain_text("squares")
-        images = page.locator("#stage img")
-        expect(images).to_have_count(16)
-        assert images.nth(9).get_attribute("alt") == f"{DECAYED}, image 2 of 8, seed 1"
-        for image in images.all():
-            natural, shown, rendering = image.evaluate(
-                "i => [i.naturalWidth, i.getBoundingClientRect().width, getComputedStyle(i).imageRendering]"
-            )
-            assert natural == 16 and shown > natural and shown % natural == 0 and rendering == "pixelated"
-
-        divider = page.get_by_label("Divider between A and B")
-        expect(divider).to_be_hidden()
-        page.get_by_label("Slider", exact=True).check()
-        expect(divider).to_be_visible()
-        divider.fill("25")
-        assert page.locator(".tiles").nth(1).evaluate("e => getComputedStyle(e).clipPath").startswith("inset(0px 0px 0px")
-        assert page.locator("#comparison").evaluate("e => e.style.getPropertyValue('--at')") == "0.25"
-
-        page.get_by_label("Side by side").check()
-        for number, value in (("num-images", "64"), ("steps", "250")):
-            page.locator(f"#{number} input[type=number]").fill(value)
-            page.locator(f"#{number} input[type=number]").press("Tab")
-        for _ in range(3):  # on a busy machine the last step may come before the click
-            page.get_by_role("button", name="Compare").click()
-            expect(page.locator("#status")).to_contain_text("step", timeout=PATIENCE_MS)
-            page.get_by_role("button", name="Stop", exact=True).click()
-            expect(page.get_by_role("button", name="Compare")).to_be_enabled(timeout=PATIENCE_MS)
-            if "Stopped" in page.locator("#status").inner_text():
-                break
-        expect(page.locator("#status")).to_contain_text("Stopped")
-        expect(page.get_by_role("button", name="Compare")).to_be_enabled()
-
-        page.locator("#seed input").fill("-7")
-        page.locator("#seed input").press("Tab")
-        page.get_by_role("button", name="Compare").click()
-        expect(page.get_by_test_id("toast-body")).to_contain_text("-7")
-        expect(page.get_by_role("button", name="Compare")).to_be_enabled()
-
-        page.set_viewport_size({"width": 390, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert trouble == []
+def test_a_recipe_tells_what_changed(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    told = last_frame(tmp_path / "runs", asked()).recipe
+    index = tmp_path / "runs/tiny-plain" / INDEX
+    index.write_text(index.read_text() + "\n")
+    assert recipe.comparison(told, tmp_path / "runs")[1] == [f"{PLAIN} has other weights now, so the images will differ"]
+    shutil.rmtree(tmp_path / "runs/tiny-plain")
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        recipe.comparison(told, tmp_path / "runs")
 
 
-@pytest.mark.slow
-def test_programs_compare_too(server: str, runs: Path) -> None:
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
+def png_with(text: str | None = None, **chunks: bytes) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_text(recipe.KEY, text)
+    for name, data in chunks.items():
+        info.add(name.encode(), data)
+    import io
 
-    client = Client(server, verbose=False)
-    a, b, recipe = client.predict(*PAIR, **PROGRAM_CALL, api_name="/compare")
-    again = client.predict(*PAIR, **PROGRAM_CALL, api_name="/compare")
-    assert (a, b) == tuple(again[:2]) and len(a) == len(b) == 3 and a != b
-    assert recipe["seed"] == 11 and recipe["sampler"] == "heun" and [each["name"] for each in recipe["checkpoints"]] == list(PAIR)
-    image = Image.open(io.BytesIO(base64.b64decode(a[0].removeprefix("data:image/png;base64,"))))
-    assert image.size == (16, 16)
-    for bad, complaint in (
-        ({"num_images": 10_000}, "number of images"),
-        ({"label": "9"}, "out of range"),
-        ({"checkpoint_a": "../../etc"}, "there is no checkpoint"),
-    ):
-        with pytest.raises(AppError, match=complaint):
-            client.predict(**{"checkpoint_a": PLAIN, "checkpoint_b": DECAYED, **PROGRAM_CALL, **bad}, api_name="/compare")
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "png", pnginfo=info)
+    return file.getvalue()
 
 
-@pytest.mark.slow
-def test_a_port_in_use_is_one_line(server: str) -> None:
-    port = re.search(r":(\d+)/", server).group(1)
-    ended = subprocess.run([sys.executable, "-m", "app", "--port", port], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.count("\n") == 1 and port in ended.stderr and "--port" in ended.stderr
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"not a png", b"\x89PNG\r\n\x1a\n" + b"\0" * 100, png_with(), png_with("{"), png_with("[" * 50_000), png_with("{}"),
+        png_with(json.dumps({"version": 99})), png_with(json.dumps({"version": recipe.VERSION, "pad": "x" * 100_000})),
+        png_with(zTXt=recipe.KEY.encode() + b"\0\0" + zlib.compress(b"{" + b" " * 100_000_000)), png_with("{}")[:60],
+    ],
+    ids=lambda content: str(content[:20] + content[-20:]),
+)  # fmt: skip
+def test_hostile_pngs_are_told_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        recipe.from_png(tmp_path / "x.png")
+    assert "PNG" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_page_names_every_sampler() -> None:
-    from app.ui import SAMPLERS as named
+# ------------------------------------------------------------------------------------------------------------------ grids
 
-    assert list(named.values()) == [OWN_SAMPLER, *SAMPLER_NAMES]
+
+@pytest.mark.parametrize(
+    "axis, values, columns",
+    [
+        ("seed", "3", ("seed 5", "seed 6", "seed 7")),
+        ("steps", "1, 4", ("1 steps", "4 steps")),
+        ("guidance_scale", "1,2.5", ("guidance 1", "guidance 2.5")),
+        ("label", "squares, no label", ("squares", "no label")),
+        ("alpha_min", "2", ("alpha_min 1", "alpha_min 0.6")),
+    ],
+)
+def test_every_cell_of_a_grid_is_the_image_that_its_labels_tell(runs: Path, axis: str, values: str, columns: tuple[str, ...]) -> None:
+    grid = plan(asked(), axis, values, runs)
+    *_, frame = sample_grid(grid, runs)
+    assert frame.done and frame.step == frame.num_steps and grid.columns == columns
+    assert grid.rows == (PAIR if axis != "alpha_min" else ("seed 5", "seed 6"))
+    assert "steps" in grid.title or axis == "steps"
+    picture = np.asarray(draw(grid, frame))
+    setting = {"seed": 1, "steps": 4, "guidance_scale": 2.5, "label": None, "alpha_min": DECAYED}[axis]
+    if axis == "seed":
+        expected = last_images(runs, num_images=3)[1][-1]
+    elif axis == "alpha_min":
+        expected = last_images(runs, setting, num_images=2)[0][-1]
+    else:
+        expected = last_images(runs, num_images=1, **{axis: setting})[1][-1]
+    enlarged = expected.repeat(6, axis=0).repeat(6, axis=1)  # 16 px in cells of 96: a whole number, without blur
+    rows = [y for y in range(picture.shape[0] - 95) if (picture[y, -200:] == enlarged[0][0]).all(axis=1).any()]
+    windows = (picture[y : y + 96, x : x + 96] for y in rows for x in range(picture.shape[1] - 95))
+    assert any(np.array_equal(window, enlarged) for window in windows)
+
+
+@pytest.mark.parametrize(
+    "axis, values",
+    [("magic", "1"), ("steps", ""), ("steps", "a"), ("steps", "0"), ("seed", "99"), ("seed", "1,2"), ("label", "triangles"),
+     ("guidance_scale", ",".join(map(str, range(40))))],
+)  # fmt: skip
+def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str) -> None:
+    with pytest.raises(ValueError) as error:
+        list(sample_grid(plan(asked(), axis, values, runs), runs))
+    assert "\n" not in str(error.value)
+
+
+def test_the_page_offers_every_axis_and_names_every_sampler() -> None:
+    from app.grid_section import AXES as offered
+
+    assert tuple(offered) == AXES
+    assert list(render.SAMPLERS) == [OWN_SAMPLER, *SAMPLER_NAMES]
+
+
+# -------------------------------------------------------------------------------------------------------------- the queue
+
+
+class Work:
+    """Frames that come when the test says so."""
+
+    def __init__(self, frames: int = 3, error: Exception | None = None) -> None:
+        self.go, self.frames, self.error, self.taken, self.closed = threading.Event(), frames, error, 0, threading.Event()
+
+    def __call__(self) -> Iterator[Frame]:
+        try:
+            for i in range(1, self.frames + 1):
+                self.taken = i
+                yield Frame((np.zeros((1, 4, 4, 3), np.uint8),), i, self.frames, 0.1, {}, i == self.frames)
+                assert self.go.wait(30)
+                if self.error:
+                    raise self.error
+        finally:
+            self.closed.set()
+
+
+def wait_for(condition: object) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("waited in vain")
+
+
+def test_samplings_wait_in_line_and_stop_within_a_step() -> None:
+    studio = Studio()
+    works = [Work(1000), Work(), Work()]
+    first, second, third = (studio.ask(work, f"visitor {i}") for i, work in enumerate(works))
+    wait_for(lambda: first.frame)
+    assert [studio.position(each) for each in (first, second, third)] == [0, 1, 2]
+    assert (first.state, second.state) == (RUNNING, WAITING)
+    studio.stop(second.id)
+    assert second.state == STOPPED and studio.position(third) == 1
+    studio.stop(first.id)
+    works[0].go.set()
+    wait_for(lambda: first.over)
+    assert first.state == STOPPED and works[0].taken <= 2 and works[0].closed.is_set()
+    works[2].go.set()
+    assert asyncio.run(studio.finished(third)).done and third.state == DONE and works[1].taken == 0
+    assert studio.find(third.id) is third and studio.find("other") is None and studio.find(None) is None
+
+
+def test_one_that_fails_or_is_left_alone_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    studio = Studio()
+    bad, broken, last = Work(error=ValueError("no such\nlabel")), Work(error=RuntimeError("of torch")), Work()
+    for work in (bad, broken, last):
+        work.go.set()
+    samplings: list[Sampling] = [studio.ask(work, "me") for work in (bad, broken, last)]
+    wait_for(lambda: samplings[-1].over)
+    assert [each.state for each in samplings] == [FAILED, FAILED, DONE]
+    assert samplings[0].message == "no such label" and "torch" not in samplings[1].message
+    monkeypatch.setattr("app.studio.GIVEN_UP_S", -1.0)
+    alone, lasting = studio.ask(Work(), "me"), studio.ask(last, "me", lasting=True)
+    wait_for(lambda: lasting.over)
+    assert (alone.state, lasting.state) == (STOPPED, DONE)
+
+
+def test_nobody_fills_the_queue_and_old_pictures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.studio.MAX_WAITING_EACH", 2)
+    monkeypatch.setattr("app.studio.MAX_WAITING", 3)
+    monkeypatch.setattr("app.studio.MAX_KEPT", 2)
+    studio, held = Studio(), Work()
+    running = studio.ask(held, "a")
+    wait_for(lambda: running.state == RUNNING)
+    studio.ask(held, "a")
+    with pytest.raises(ValueError, match="2 samplings of yours"):
+        studio.ask(held, "a")
+    for visitor in "bc":
+        studio.ask(held, visitor)
+    with pytest.raises(ValueError, match="3 samplings wait"):
+        studio.ask(held, "d")
+    held.go.set()
+    wait_for(lambda: running.over and not studio._waiting)
+    newest = studio.ask(held, "e")
+    assert studio.find(running.id) is None and studio.find(newest.id) is newest

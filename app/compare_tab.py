@@ -1,0 +1,202 @@
+"""Compare: checkpoints on the same noise, looked at in several ways, and what came of earlier ones."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import recipe as recipes
+from app import render
+from app.catalog import card, results
+from app.grid_section import grid_section
+from app.sampler import Frame, sample
+from app.settings import MAX_SIDES, OWN, Comparison, Side
+from app.settings_panel import SettingsPanel
+from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.studio import DONE, FAILED, RUNNING, WAITING, Sampling
+
+VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
+MAX_HISTORY = 20
+NOTHING_KEPT: dict[str, Any] = {"settings": None, "shown": None, "history": [], "view": "sides"}
+SHOW_VIEW = "view => { showView(view); return view }"
+HISTORY_EVENTS = """
+element.addEventListener('click', event => {
+    const button = event.target.closest('button')
+    if (button) trigger(button.dataset.do === 'add' ? 'put_beside' : 'bring_back', { id: button.dataset.id })
+})
+"""
+
+
+def compare_tab(site: Site, page: gr.Blocks) -> None:
+    """The widgets of the tab, and what they do."""
+    first = site.first_comparison()
+    # what a refresh brings back: settings, the id of what is shown, those of the history; it stays in the visitor's browser
+    kept = gr.BrowserState(NOTHING_KEPT, storage_key="fading-shortcuts-comparison", secret="no secret")
+    shown = gr.State(None)  # id of a sampling
+    dropped = gr.State(None)  # the PNG whose recipe is on its way
+
+    panel = SettingsPanel(site, first)
+    with gr.Row(equal_height=True):
+        start = gr.Button("Compare", variant="primary", interactive=first is not None, min_width=140, scale=2, elem_id="compare")
+        stop = gr.Button("Stop", interactive=False, min_width=90, scale=1, elem_id="stop")
+        view = gr.Radio(VIEWS, value="sides", label="View", show_label=False, container=False, min_width=300, scale=5, elem_id="view")
+    status = gr.HTML(render.message(""), elem_id="status")
+    with gr.Column(elem_id="comparison"):
+        stage = gr.HTML(render.empty_stage(first is not None), elem_id="stage", apply_default_css=False, js_on_load=None)
+    with gr.Accordion("The checkpoints", open=True):
+        table = gr.HTML("", elem_id="table", apply_default_css=False)
+    with gr.Accordion("Grid: one setting in many values", open=False, elem_id="grid-section"):
+        grid_section(site, panel)
+    with gr.Accordion("Bring a picture back", open=False, elem_id="restore-section"):
+        gr.Markdown(
+            "Every finished picture can be downloaded from full screen (click on it), and carries its recipe. Drop one here to repeat it."
+        )
+        drop = gr.File(label="PNG of this page", file_types=[".png"], height=120, elem_id="drop")
+        recipe = gr.JSON(label="Recipe of the images above", elem_id="recipe")
+    with gr.Accordion("History", open=False, elem_id="history-section"):
+        history = gr.HTML(render.history([]), elem_id="history", apply_default_css=False, js_on_load=HISTORY_EVENTS)
+
+    # ------------------------------------------------------------------------------------------------------------- sampling
+
+    def ask(kept: dict, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+        """Queue what the widgets say."""
+        with page_errors():
+            return queue(panel.read(values), kept, request)
+
+    def queue(comparison: Comparison, kept: dict, request: gr.Request) -> tuple[Any, ...]:
+        for side in comparison.sides:
+            card(side.checkpoint, site.runs)  # told now and not in its turn
+        settled = comparison.settled()
+        sampling = site.studio.ask(lambda: sample(settled, site.runs), request.session_hash, settled)
+        return sampling.id, {**kept, "settings": comparison.as_json(), "shown": sampling.id}
+
+    async def watch(id: str | None, kept: dict, file: str | None) -> AsyncIterator[tuple[Any, ...]]:
+        """Everything that follows from a sampling, until it is over."""
+        sampling = site.studio.find(id)
+        if sampling is None:
+            yield (*[gr.skip()] * 3, gr.update(interactive=True), gr.update(interactive=False), show_history(kept), kept, None)
+            return
+        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip(), gr.skip(), gr.skip()
+        async for state, frame, position in site.studio.watch(sampling):
+            if state in (WAITING, RUNNING):
+                yield *await asyncio.to_thread(on_the_way, frame, position), *[gr.skip()] * 6
+        yield await asyncio.to_thread(at_the_end, sampling, kept, file)
+
+    def on_the_way(frame: Frame | None, position: int) -> tuple[Any, Any]:
+        if frame is None:
+            return gr.skip(), render.waiting(position)
+        return render.stage(frame), render.progress(frame)
+
+    def at_the_end(sampling: Sampling, kept: dict, file: str | None) -> tuple[Any, ...]:
+        idle = gr.update(interactive=True), gr.update(interactive=False)
+        if sampling.state != DONE:
+            words = sampling.message if sampling.state == FAILED else "Stopped."
+            return gr.skip(), render.message(words), gr.skip(), *idle, gr.skip(), gr.skip(), None
+        frame = sampling.frame
+        told = render.status(frame) + (repeated(Path(file), frame) if file else "")
+        kept = {**kept, "history": list(dict.fromkeys([sampling.id, *kept["history"]]))[:MAX_HISTORY]}
+        return render.stage(frame), told, frame.recipe, *idle, show_history(kept), kept, None
+
+    def show_history(kept: dict) -> str:
+        known = filter(None, map(site.studio.find, kept["history"]))
+        return render.history([(each.id, each.frame) for each in known if each.state == DONE])
+
+    watched = [stage, status, recipe, start, stop, history, kept, dropped]
+    busy = start.click(ask, [kept, *panel.inputs], [shown, kept], **QUIET)
+    watching = [busy.success(watch, [shown, kept, dropped], watched, **WATCHING)]
+    stop.click(site.studio.stop, shown, None, **AT_ONCE)
+
+    # --------------------------------------------------------------------------------------------------------- bring it back
+
+    def bring_back(kept: dict, event: gr.EventData) -> tuple[Any, ...]:
+        """An item of the history, with its settings."""
+        sampling = found(event)
+        return (
+            sampling.id,
+            {**kept, "settings": sampling.about.as_json(), "shown": sampling.id},
+            *panel.fill(sampling.about),
+        )
+
+    def add(kept: dict, event: gr.EventData, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+        """An item of the history beside what the widgets say, where it differs as overrides."""
+        with page_errors():
+            asked, other = panel.read(values), found(event).about
+            there = [(side.checkpoint, asked.of(side)) for side in asked.sides]
+            new = [side for side in other.sides if (side.checkpoint, other.of(side)) not in there]
+            if not new:
+                raise ValueError("all of it is shown already")
+            if len(there) + len(new) > MAX_SIDES:
+                raise ValueError(f"a comparison shows up to {MAX_SIDES} checkpoints; remove one first")
+            added = tuple(Side(side.checkpoint, {name: vars(other.of(side))[name] for name in OWN}) for side in new)
+            asked = Comparison(asked.shared, (*asked.sides, *added)).settled()
+            return *queue(asked, kept, request), *panel.fill(asked)
+
+    def found(event: gr.EventData) -> Sampling:
+        sampling = site.studio.find(event.id)
+        if sampling is None or sampling.state != DONE:
+            raise gr.Error("This one is not kept any more.", print_exception=False)
+        return sampling
+
+    def restore(file: str, kept: dict, request: gr.Request) -> tuple[Any, ...]:
+        """Settings from a PNG; then they are sampled."""
+        with page_errors():
+            asked, changed = recipes.comparison(recipes.from_png(Path(file)), site.runs)
+            for line in changed:
+                gr.Warning(line)
+            return *queue(asked, kept, request), *panel.fill(asked), file
+
+    def cards_table(names: list[str | None]) -> str:
+        there = [name for name in names if name]
+        return render.table([card(name, site.runs) for name in there], [results(name, site.runs) for name in there])
+
+    def repeated(file: Path, frame: Frame) -> str:
+        """Whether a dropped image came out again."""
+        try:
+            same = recipes.same_pixels(file, frame)
+        except ValueError:
+            return ""
+        return render.message(
+            "The dropped image came out the same, bit for bit." if same else "The dropped image came out differently here."
+        )
+
+    restored = [shown, kept, *panel.outputs]
+    for event in (
+        history.bring_back(bring_back, kept, restored, **QUIET),
+        history.put_beside(add, [kept, *panel.inputs], restored, **QUIET),
+        drop.upload(restore, [drop, kept], [*restored, dropped], **QUIET),
+    ):
+        watching.append(event.success(watch, [shown, kept, dropped], watched, **WATCHING))
+
+    # -------------------------------------------------------------------------------------------------------- first and again
+
+    def load(kept: dict) -> tuple[Any, ...]:
+        """Runs that came or went since the page was built; what this visitor left, else the first comparison."""
+        kept = {**NOTHING_KEPT, **(kept if isinstance(kept, dict) else {})}
+        first, sampling = site.first_comparison(), site.studio.find(kept["shown"])
+        try:
+            asked = Comparison.from_json(kept["settings"])
+        except (ValueError, TypeError):
+            asked = None
+        asked, sampling = (asked, sampling) if asked else (first, site.welcome)
+        if asked is None:
+            return None, kept, *[gr.skip()] * len(panel.outputs), render.empty_stage(False), gr.update(interactive=False), "sides"
+        back = sampling.id if sampling else None
+        return back, kept, *panel.fill(asked), render.empty_stage(True), gr.update(interactive=True), kept["view"]
+
+    def choose(*values: Any) -> tuple[Any, ...]:
+        """Cards and labels of the checkpoints that are chosen now."""
+        with page_errors():
+            names, label, own = list(values[:MAX_SIDES]), values[MAX_SIDES], values[MAX_SIDES + 1 :]
+            return cards_table(names), *panel.label_updates(names, label, own)
+
+    def remember_view(view: str, kept: dict) -> dict:
+        return {**kept, "view": view}
+
+    loaded = page.load(load, kept, [*restored, stage, start, view], **QUIET)
+    watching.append(loaded.success(watch, [shown, kept, dropped], watched, **WATCHING))
+    loaded.success(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
+    view.change(None, view, None, js=SHOW_VIEW)
+    view.input(remember_view, [view, kept], kept, **AT_ONCE)
+    gr.on([each.change for each in panel.checkpoints], choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **QUIET)

@@ -1,0 +1,173 @@
+"""A grid: checkpoints x the values of one setting, as one labelled picture."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from app.catalog import card, cards
+from app.sampler import Frame, sample
+from app.settings import Comparison, Settings, Side
+
+SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
+NO_LABEL = "no label"
+MAX_COLUMNS = 12
+CELL_PX = 96  # edges of enlarged images come near to that
+GAP_PX, FONT_PX = 6, 15
+INK, PAPER = (30, 41, 59), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sampled for a grid, and where it goes.
+
+    Attributes:
+        title: what all cells share.
+        rows, columns: labels.
+        comparisons: sampled one after another.
+        cells: of every row, from left to right: which comparison, side and image; None stays empty.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    cells: tuple[tuple[tuple[int, int, int] | None, ...], ...]
+
+
+def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
+    """A grid of a comparison's checkpoints.
+
+    Args:
+        comparison: its shared settings hold for all cells, but for the one that varies; overrides are left out.
+        axis: one of `AXES`. "alpha_min" takes the checkpoints that differ from the first one in alpha alone, and a row for each seed.
+        values: with commas between them; of "seed" how many, of "label" names ("all" for each), of "alpha_min" how many seeds.
+
+    Raises:
+        ValueError: another axis, values that do not suit it, too many of them.
+    """
+    if axis not in AXES:
+        raise ValueError(f"a grid has no axis {str(axis)[:50]!r}; choose from {', '.join(AXES)}")
+    shared = comparison.settled().shared
+    names = tuple(side.checkpoint for side in comparison.sides)
+    if axis == ALPHA_MIN:
+        return _family_plan(shared, names[0], _count(values, "seeds"), runs)
+    title = _title(shared, axis)
+    if axis == SEED:
+        number = _count(values, "seeds")
+        columns = tuple(f"seed {shared.seed + i}" for i in range(number))
+        sampled = (_all(names, shared, num_images=number),)
+        return Plan(title, names, columns, sampled, tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names))))
+    told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in _words(values)]
+    if not 1 <= len(told) <= MAX_COLUMNS:
+        raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
+    sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
+    columns = tuple({STEPS: f"{value} steps", GUIDANCE: f"guidance {value}", LABEL: value or NO_LABEL}[axis] for value in told)
+    return Plan(title, names, columns, sampled, tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names))))
+
+
+def _family_plan(shared: Settings, name: str, seeds: int, runs: Path) -> Plan:
+    """The columns are a family's alphas, the rows seeds."""
+    first = card(name, runs)
+    family = {each.alpha_min: each.name for each in cards(runs).values() if each.family == first.family}
+    family = dict(sorted(({**family, first.alpha_min: name}).items(), reverse=True)[:MAX_COLUMNS])
+    if len(family) < 2:
+        raise ValueError(f"no other checkpoint differs from {name} in alpha_min alone; train one, or choose another axis")
+    columns = tuple(f"alpha_min {alpha:g}" for alpha in family)
+    sampled = tuple(_all((member,), shared, num_images=seeds) for member in family.values())
+    rows = tuple(f"seed {shared.seed + i}" for i in range(seeds))
+    cells = tuple(tuple((column, 0, i) for column in range(len(columns))) for i in range(seeds))
+    return Plan(_title(shared, SEED), rows, columns, sampled, cells)
+
+
+def _all(names: Sequence[str], shared: Settings, **changes: Any) -> Comparison:
+    return Comparison(Settings(**{**vars(shared), **changes}), tuple(map(Side, names)))
+
+
+def _title(shared: Settings, varies: str) -> str:
+    facts = {
+        LABEL: NO_LABEL if shared.label is None else str(shared.label),
+        SEED: f"seed {shared.seed}",
+        STEPS: f"{shared.steps} steps",
+        GUIDANCE: f"guidance {shared.guidance_scale:g}",
+    }
+    return ", ".join(text for name, text in facts.items() if name != varies)
+
+
+def _words(values: str) -> list[str]:
+    return [word.strip() for word in str(values).split(",") if word.strip()]
+
+
+def _count(values: str, what: str) -> int:
+    words = _words(values)
+    if len(words) != 1 or not words[0].isdecimal() or not 1 <= int(words[0]) <= MAX_COLUMNS:
+        raise ValueError(f"give the number of {what}, from 1 to {MAX_COLUMNS}")
+    return int(words[0])
+
+
+def _number(word: str, axis: str) -> int | float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise ValueError(f"{word[:50]!r} is no number; give values such as {'5, 10, 20' if axis == STEPS else '1, 2, 4'}") from None
+    return int(value) if value.is_integer() else value
+
+
+def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
+    known = [name for name in card(names[0], runs).class_names if all(name in card(other, runs).class_names for other in names[1:])]
+    if values.strip() in ("all", ""):
+        return known[:MAX_COLUMNS] or [None]
+    return [None if word == NO_LABEL else word for word in _words(values)]
+
+
+def sample_grid(grid: Plan, runs: Path) -> Iterator[Frame]:
+    """The frames of its comparisons, one after another; step, images and recipe are those of the whole grid."""
+    done: list[Frame] = []
+    for comparison in grid.comparisons:
+        with closing(sample(comparison, runs)) as frames:
+            for frame in frames:
+                finished = [*done, frame]
+                share = frame.num_steps * len(grid.comparisons)
+                step = frame.num_steps * len(done) + frame.step
+                last = frame.done and len(finished) == len(grid.comparisons)
+                recipe = {**done[0].recipe, "grid": {"columns": grid.columns, "rows": grid.rows}} if done else frame.recipe
+                wall_s = sum(each.wall_s for each in finished)
+                images = tuple(images for each in finished for images in each.images)
+                yield Frame(images, step, share, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, last)
+        done.append(frame)
+
+
+def draw(grid: Plan, frame: Frame) -> Image.Image:
+    """The picture; cells that are not sampled yet stay empty."""
+    starts = np.cumsum([0, *(len(each.sides) for each in grid.comparisons)])
+    edge = max(images.shape[1] for images in frame.images)
+    scale = max(1, CELL_PX // edge)
+    cell = scale * edge
+    font = ImageFont.load_default(FONT_PX)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    head = max(int(measure.textlength(row, font)) for row in grid.rows) + 2 * GAP_PX
+    wide = max(cell, *(int(measure.textlength(column, font)) for column in grid.columns)) + GAP_PX
+    line = FONT_PX + 2 * GAP_PX
+    size = head + wide * len(grid.columns), 2 * line + (cell + GAP_PX) * len(grid.rows)
+    size = max(size[0], int(measure.textlength(grid.title, font)) + 2 * GAP_PX), size[1]
+    picture = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(picture)
+    pen.text((GAP_PX, GAP_PX), grid.title, INK, font)
+    for i, column in enumerate(grid.columns):
+        pen.text((head + wide * i, line + GAP_PX), column, INK, font)
+    for j, row in enumerate(grid.rows):
+        top = 2 * line + (cell + GAP_PX) * j
+        pen.text((GAP_PX, top + (cell - FONT_PX) // 2), row, INK, font)
+        for i, place in enumerate(grid.cells[j]):
+            if place is None or starts[place[0]] + place[1] >= len(frame.images):
+                continue
+            image = frame.images[starts[place[0]] + place[1]][place[2]]
+            enlarged = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+            factor = max(1, cell // image.shape[0])
+            enlarged = enlarged.resize((image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.NEAREST)
+            picture.paste(enlarged, (head + wide * i, top))
+    return picture

@@ -1,0 +1,66 @@
+"""The grid: checkpoints x the values of one setting, as one labelled picture to download."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from app import recipe as recipes
+from app import render
+from app.grid import ALPHA_MIN, GUIDANCE, LABEL, SEED, STEPS, Plan, draw, plan, sample_grid
+from app.sampler import Frame
+from app.settings_panel import SettingsPanel
+from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.studio import DONE, FAILED
+
+# what varies -> its words, and values to begin with
+AXES = {
+    SEED: ("Seeds (how many)", "6"),
+    STEPS: ("Steps", "2, 5, 10, 20"),
+    GUIDANCE: ("Guidance", "1, 2, 4"),
+    LABEL: ("Labels", "all"),
+    ALPHA_MIN: ("alpha_min of the family (how many seeds)", "4"),
+}
+
+
+def grid_section(site: Site, panel: SettingsPanel) -> None:
+    """The widgets, and what they do; checkpoints and other settings are the panel's."""
+    id = gr.State(None)
+    with gr.Row(equal_height=True):
+        axis = gr.Dropdown(
+            [(words, axis) for axis, (words, _) in AXES.items()], value=SEED, label="What varies", filterable=False, elem_id="axis"
+        )
+        values = gr.Textbox(AXES[SEED][1], label="Values", info="with commas between them", max_length=300, elem_id="values")
+        start = gr.Button("Draw the grid", min_width=120, elem_id="draw-grid")
+        stop = gr.Button("Stop the grid", interactive=False, min_width=100, elem_id="stop-grid")
+    status = gr.HTML(render.message(""), elem_id="grid-status")
+    picture = gr.HTML('<p class="empty small">The grid is drawn here, as one picture.</p>', elem_id="grid", apply_default_css=False)
+
+    def ask(axis: str, values: str, request: gr.Request, *settings: Any) -> str:
+        with page_errors():
+            grid = plan(panel.read(settings), axis, values, site.runs)
+            return site.studio.ask(lambda: sample_grid(grid, site.runs), request.session_hash, grid).id
+
+    async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
+        sampling = site.studio.find(id)
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
+        async for _, frame, position in site.studio.watch(sampling):
+            if frame is None or not frame.done:
+                yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip(), gr.skip()
+        words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
+        shown = await asyncio.to_thread(show, sampling.about, sampling.frame) if sampling.state == DONE else gr.skip()
+        yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
+
+    busy = start.click(ask, [axis, values, *panel.inputs], id, **QUIET)
+    busy.success(watch, id, [picture, status, start, stop], **WATCHING)
+    stop.click(site.studio.stop, id, None, **AT_ONCE)
+    axis.input(lambda axis: AXES[axis][1], axis, values, **AT_ONCE)
+
+
+def show(grid: Plan, frame: Frame) -> str:
+    """The picture, and the link to download it."""
+    url = "data:image/png;base64," + base64.b64encode(recipes.to_png(draw(grid, frame), frame.recipe)).decode()
+    alt = render.text(f"Grid of {', '.join(grid.rows)} by {', '.join(grid.columns)}; {grid.title}")
+    return f'<div class="wide"><img src="{url}" alt="{alt}"></div><p><a href="{url}" download="grid.png">Download this grid as PNG</a></p>'

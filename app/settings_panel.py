@@ -1,0 +1,174 @@
+"""The widgets of a comparison: settings that all share, and for each checkpoint those of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.catalog import Card, card, label_index, shared_classes, variants
+from app.render import NO_LABEL, SAMPLERS, SIDES
+from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
+from app.site import AT_ONCE, QUIET, Site
+
+FEWEST = 2  # sides that are always there
+
+
+class SettingsPanel:
+    """Widgets, and the way from them to a `Comparison` and back.
+
+    `inputs` are their values, in an order that `read` knows; `outputs` what `fill` gives updates for.
+    """
+
+    def __init__(self, site: Site, first: Comparison | None) -> None:
+        self.site = site
+        self.boxes: list[gr.Column] = []
+        self.checkpoints: list[gr.Dropdown] = []
+        self.overrides: list[gr.Checkbox] = []
+        self.groups: list[gr.Group] = []
+        self.own: list[dict[str, gr.components.Component]] = []
+        names = self.known()
+        with gr.Row(elem_id="checkpoints"):
+            for i, letter in enumerate(SIDES[:MAX_SIDES]):
+                chosen = first.sides[min(i, len(first.sides) - 1)].checkpoint if first and i < FEWEST else None
+                with gr.Column(min_width=230, visible=i < FEWEST, elem_classes="side-settings") as box:
+                    self.checkpoints.append(
+                        gr.Dropdown(names, value=chosen, label=f"Checkpoint {letter}", elem_id=f"checkpoint-{letter.lower()}")
+                    )
+                    override = gr.Checkbox(False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}")
+                    with gr.Group(visible=False) as group:
+                        self.own.append(_widgets(f" of {letter}", _labels_of([])))
+                    if i >= FEWEST:
+                        gone = gr.Button(f"Remove {letter}", size="sm")
+                        gone.click(lambda: (gr.update(visible=False), None, False), None, [box, self.checkpoints[i], override], **AT_ONCE)
+                    self.boxes.append(box)
+                self.overrides.append(override)
+                self.groups.append(group)
+        self.add = gr.Button("Add a checkpoint", size="sm", elem_id="add-checkpoint")
+        with gr.Row(elem_id="settings"):
+            classes = _labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
+            self.shared = _widgets("", classes, first.shared if first else None)
+        shared = [self.shared[name] for name in OWN]
+        for on, group, own in zip(self.overrides, self.groups, self.own, strict=True):
+            on.input(lambda on, *values: (gr.update(visible=on), *values), [on, *shared], [group, *own.values()], **AT_ONCE)  # begin as all
+        self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **QUIET)
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        sides = zip(self.checkpoints, self.overrides, self.own, strict=True)
+        return [*self.shared.values(), *(each for name, on, own in sides for each in (name, on, *own.values()))]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [*self.inputs, *self.boxes, *self.groups]
+
+    def known(self) -> list[str]:
+        """Names that can be chosen."""
+        return list(variants(self.site.runs))
+
+    def read(self, values: Sequence[Any]) -> Comparison:
+        """The comparison that the widgets ask for.
+
+        Raises:
+            ValueError: values out of range, or no checkpoint.
+        """
+        values = list(values)
+        shared = dict(zip(SETTINGS, map(_from_widget, values), strict=False))
+        sides = []
+        for start in range(len(SETTINGS), len(values), 2 + len(OWN)):
+            name, overrides, *own = values[start : start + 2 + len(OWN)]
+            if name:
+                sides.append(Side(name, dict(zip(OWN, map(_from_widget, own), strict=True)) if overrides else {}))
+        if not sides:
+            raise ValueError("there is no checkpoint to sample; train one first")
+        return Comparison(Settings(**shared), tuple(sides))
+
+    def fill(self, comparison: Comparison) -> list[Any]:
+        """Updates for `outputs` that show a comparison; what is not here any more is left empty."""
+        names = self.known()
+        sides = [side for side in comparison.sides if side.checkpoint in names]
+        chosen = [card(side.checkpoint, self.site.runs) for side in sides]
+        classes = _labels_of(chosen)
+        updates = [_label_update(classes, comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
+        for i in range(MAX_SIDES):
+            side = sides[i] if i < len(sides) else None
+            own = vars(comparison.of(side) if side else comparison.shared)
+            label = _label_update(_labels_of(chosen[i : i + 1]), own["label"], chosen[i : i + 1])
+            updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own), label]
+            updates += [own[name] for name in OWN[1:]]
+        updates += [gr.update(visible=i < max(FEWEST, len(sides))) for i in range(MAX_SIDES)]
+        return updates + [gr.update(visible=i < len(sides) and bool(sides[i].own)) for i in range(MAX_SIDES)]
+
+    def label_updates(self, names: Sequence[str | None], label: Any, own_labels: Sequence[Any]) -> list[Any]:
+        """For the label widgets, shared and own, after another checkpoint was chosen."""
+        chosen = [card(name, self.site.runs) if name else None for name in names]
+        there = [each for each in chosen if each]
+        updates = [_label_update(_labels_of(there), _from_widget(label), there)]
+        for each, own in zip(chosen, own_labels, strict=True):
+            alone = [each] if each else []
+            updates.append(_label_update(_labels_of(alone), _from_widget(own), alone))
+        return updates
+
+    @property
+    def labels(self) -> list[gr.components.Component]:
+        return [self.shared["label"], *(own["label"] for own in self.own)]
+
+    def _add(self, *names: str | None) -> list[Any]:
+        """Show one more side, with a checkpoint that is not shown yet."""
+        free = next((i for i, name in enumerate(names) if not name), None)
+        if free is None:
+            raise gr.Error(f"A comparison shows up to {MAX_SIDES} checkpoints.", print_exception=False)
+        known = self.known()
+        new = next((name for name in known if name not in names), known[0] if known else None)
+        updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
+        updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
+        return updates
+
+
+def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> dict[str, gr.components.Component]:
+    """One widget for each setting, in the order of `SETTINGS`; a side has no number of images of its own."""
+    values = values or Settings(seed=0)
+    kind = f"{whose[-1].lower()}-" if whose else ""
+    shape = dict(min_width=130, scale=2)
+    made = {
+        "label": gr.Dropdown(
+            labels,
+            value=NO_LABEL if values.label is None else values.label,
+            label=f"Label{whose}",
+            min_width=190,
+            scale=3,
+            elem_id=f"{kind}label",
+        ),
+        "seed": gr.Number(
+            values.seed, label=f"Seed{whose}" + ("" if whose else f" ({RANDOM_SEED}: random)"), precision=0, elem_id=f"{kind}seed", **shape
+        ),
+    }
+    if not whose:
+        made["num_images"] = gr.Slider(1, MAX_IMAGES, values.num_images, step=1, label="Images", buttons=[], elem_id="num-images", **shape)
+    made["steps"] = gr.Slider(1, MAX_STEPS, values.steps, step=1, label=f"Steps{whose}", buttons=[], elem_id=f"{kind}steps", **shape)
+    made["guidance_scale"] = gr.Slider(
+        0, 10, values.guidance_scale, step=0.1, label=f"Guidance{whose}", buttons=[], elem_id=f"{kind}guidance", **shape
+    )
+    samplers = [(words, name) for name, words in SAMPLERS.items()]
+    made["sampler"] = gr.Dropdown(
+        samplers, value=values.sampler, label=f"Sampler{whose}", filterable=False, elem_id=f"{kind}sampler", **shape
+    )
+    return made
+
+
+def _from_widget(value: Any) -> Any:
+    return None if value == NO_LABEL else value
+
+
+def _labels_of(chosen: Sequence[Card]) -> list[str]:
+    """No label, then the classes that all of them know."""
+    return [NO_LABEL, *shared_classes(*chosen)]
+
+
+def _label_update(choices: list[str], label: str | int | None, chosen: Sequence[Card]) -> Any:
+    """A label by its name; none where it is not known to all."""
+    if isinstance(label, int) and chosen:
+        try:
+            label = chosen[0].class_names[label_index(chosen[0], label)]
+        except ValueError:
+            label = None
+    return gr.update(choices=choices, value=label if label in choices else NO_LABEL)

@@ -1,0 +1,64 @@
+"""What all tabs of the page share."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.catalog import cards, default_pair
+from app.jobs import Jobs
+from app.sampler import sample
+from app.settings import Comparison, Settings, Side
+from app.studio import Sampling, Studio
+from app.votes import Votes
+
+QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
+AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseconds and never fails: errors are told by the queue alone
+WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
+
+
+@dataclass(frozen=True)
+class Site:
+    """The services behind the page.
+
+    Attributes:
+        runs: folder of the runs.
+        jobs: trainings and evaluations; None where they are switched off.
+    """
+
+    runs: Path
+    jobs: Jobs | None
+    votes: Votes
+    studio: Studio = field(default_factory=Studio)
+    _welcome: list[Sampling] = field(default_factory=list)
+
+    def first_comparison(self) -> Comparison | None:
+        """What a visitor sees first; None without a checkpoint."""
+        known = cards(self.runs)
+        pair = default_pair(known)
+        if pair is None:
+            return None
+        labels = known[pair[0]].class_names
+        return Comparison(Settings(label=labels[0] if labels else None, seed=0), tuple(Side(name) for name in dict.fromkeys(pair)))
+
+    def prepare_welcome(self) -> None:
+        """Sample what visitors see first; this loads the libraries and the pair, too."""
+        if first := self.first_comparison():
+            self._welcome.append(self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True))
+
+    @property
+    def welcome(self) -> Sampling | None:
+        """On its way or finished."""
+        return self._welcome[0] if self._welcome else None
+
+
+@contextlib.contextmanager
+def page_errors() -> Iterator[None]:
+    """Bad input becomes one sentence on the page or in the client."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
