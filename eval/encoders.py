@@ -27,6 +27,7 @@ from training.data import ImageData  # noqa: E402
 from training.latents import encode  # noqa: E402
 
 Times = Sequence[float | None]
+TEST_SEEDS = 2**31  # noise of test image i is seeded seed + TEST_SEEDS + i; torch takes the last 32 bits
 
 
 class Encoder(ABC):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.encoders import DiffusionEncoder, Encoder, block_shapes
+from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, block_shapes
 from models.precision import autocast, precision
 from training.augment import with_crops
 from training.data import ImageData, Order
@@ -87,7 +87,7 @@ def finetune(
     with torch.no_grad():
         read, starts = encoder.reader(test), range(0, len(test), batch_size)
         batches = ((start, np.arange(start, min(start + batch_size, len(test)))) for start in starts)
-        found = torch.cat([outputs(read(rows), seed + start).argmax(1) for start, rows in batches])
+        found = torch.cat([outputs(read(rows), seed + TEST_SEEDS + start).argmax(1) for start, rows in batches])
     return classes[found.cpu()]
 
 

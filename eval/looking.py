@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.encoders import DiffusionEncoder, Encoder, Place, block_features, block_shapes, load_encoder, timm_encoder
+from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, Place, block_features, block_shapes, load_encoder, timm_encoder
 from eval.extractors import LITE0, create_extractor, weights_hash
 from eval.features import reference_features
 from eval.linear import held_out_parts
@@ -19,7 +19,6 @@ from models.precision import precision
 from training.data import ImageData, load_images
 from training.options import option
 
-TEST_SEEDS = 2**31  # noise of test image i is seeded seed + TEST_SEEDS + i; torch takes the last 32 bits
 POOLINGS = ("all", "mean", "patches", "class")
 
 

@@ -1,5 +1,6 @@
 """Features of many places of a network -> a row of numbers for each: neighbours, probes, rank, similarity."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +150,30 @@ def baseline(labelled: Labelled) -> float:
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Share of right ones with its 95 % interval."""
-    return share((predictions == labels).cpu().numpy(), WILSON).as_json()
+    """Share of right ones with its 95 % interval, and which they are, for comparisons in pairs."""
+    hits = (predictions == labels).cpu().numpy()
+    return {**share(hits, WILSON).as_json(), "hits": packed(hits)}
+
+
+def packed(hits: np.ndarray) -> str:
+    """bool (M,) -> hexadecimal, eight to a byte."""
+    return np.packbits(hits).tobytes().hex()
+
+
+def unpacked(text: str, num: int) -> np.ndarray:
+    """The `num` booleans of `packed`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=num).astype(bool)
+
+
+def drop_hits(row: dict[str, Any]) -> None:
+    """Forget which images were right: of a place that no comparison asks for."""
+    for found in (*row["knn"].values(), row["linear"], row["ridge"]):
+        del found["hits"]
+
+
+def hash_of(labels: Tensor) -> str:
+    """Of labels (N,) in their order, in hexadecimal."""
+    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def spread_over(num: int, most: int) -> np.ndarray:

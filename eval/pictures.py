@@ -58,6 +58,40 @@ def draw_ranks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     save(path, figure)
 
 
+def draw_side_by_side(path: Path, networks: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+    """Several networks: kNN, linear probe and rank by block, and the spectrum of the best one; a line for each network.
+
+    Args:
+        networks: name -> its rows, one for each block, and the best of them.
+    """
+    k = _middle_k(next(iter(networks.values()))[0])
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (knn, linear), (rank, spectrum) = figure.subplots(2, 2)
+    by_block = {
+        knn: (f"kNN, k = {k}: test accuracy in %", lambda row: row["knn"].get(k)),
+        linear: ("linear probe: test accuracy in %", lambda row: row["linear"]),
+        rank: ("effective rank: entropy (the paper's)", lambda row: row["rank_entropy"]),
+    }
+    for name, (rows, best) in networks.items():
+        for axes, (_, number) in by_block.items():
+            numbered = ((row["block"] if isinstance(row["block"], int) else i, number(row)) for i, row in enumerate(rows))
+            known = [(block, found) for block, found in numbered if found is not None]
+            blocks, found = [block for block, _ in known], [each for _, each in known]
+            if axes is not rank:
+                axes.fill_between(blocks, *([100 * each[end] for each in found] for end in ("low", "high")), alpha=0.15, linewidth=0)
+                found = [100 * each["value"] for each in found]
+            axes.plot(blocks, found, marker="o", markersize=3, label=name)
+        values = np.array(best["spectrum"] or [np.nan])
+        spectrum.plot(np.arange(1, len(values) + 1), values / values[0], label=f"{name}, block {best['block']}")
+    for axes, (title, _) in by_block.items():
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _finish(axes, title, "block", "")
+    spectrum.set(xscale="log", yscale="log", ylim=(1e-5, 1.5))
+    _finish(spectrum, "spectrum at the best place", "singular value", "size, the largest = 1")
+    _legend(spectrum)
+    save(path, figure)
+
+
 def draw_spectra(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Singular values of each of some places, the largest as 1."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")

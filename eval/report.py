@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+def as_text(rows: Sequence[dict[str, str]]) -> str:
+    """A table in plain text; columns that are empty are left out."""
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
+    lines = [{column: column for column in columns}, *rows]
+    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in columns).rstrip() for line in lines)
+
+
 def paragraph(text: str) -> str:
     """Small print: protocols."""
     return f'<p class="protocol">{html.escape(text)}</p>'
@@ -71,14 +79,27 @@ def norm_curves(runs: dict[str, Path], caption: str) -> str:
     return _curves(runs, lambda line: line["block_norms"][-1], "RMS of the last block", caption)
 
 
-def _curves(runs: dict[str, Path], value: Any, label: str, caption: str) -> str:
+def rank_curves(runs: dict[str, Path], caption: str) -> str:
+    """Effective rank of the bottleneck over images seen."""
+    return _curves(runs, lambda line: line["effective_rank"], "entropy of the singular values", caption)
+
+
+def probe_curves(runs: dict[str, Path], caption: str) -> str:
+    """Accuracy of --probe_every over images seen; nothing if no run has any."""
+    probed = {name: run for name, run in runs.items() if any("probe_knn" in line for line in read_metrics(run))}
+    return _curves(probed, lambda line: line.get("probe_knn"), "share", caption) if probed else ""
+
+
+def _curves(runs: dict[str, Path], value: Callable[[dict[str, Any]], float | None], label: str, caption: str) -> str:
+    """One line a run; lines of the log without a value are left out."""
     from matplotlib.figure import Figure  # no global state, no display
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
-        lines = read_metrics(run)
-        axes.plot([line["images"] for line in lines], [value(line) for line in lines], label=name)
+        points = [(line["images"], value(line)) for line in read_metrics(run)]
+        points = [point for point in points if point[1] is not None]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=name)
     axes.set(xlabel="images seen", ylabel=label)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

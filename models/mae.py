@@ -209,16 +209,20 @@ class MAE(DecayedModel):
 
     def reconstruct(
         self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The images (N, C, H, W) with the hidden patches painted in by the decoder, not clamped; arguments as those of `forward`.
+    ) -> tuple[Tensor, Tensor]:
+        """The images (N, C, H, W) twice: the hidden patches 0, which is grey, and painted in by the decoder, not clamped.
 
-        With `norm_pixels` the network says nothing of a patch's mean and deviation: they are taken from the image itself.
+        Arguments are those of `forward`. With `norm_pixels` the network says nothing of a patch's mean and deviation: they are
+        taken from the image itself.
         """
         _, prediction, mask = self(images, noise, mask_ratio, generator)
         pixels = self._channels_last(self._patchify(images)).float()
         mean, deviation = self._statistics(pixels)
-        painted = torch.where(mask.unsqueeze(-1) > 0, prediction.float() * deviation + mean, pixels)  # (N, T, p * p * C)
-        return unpatchify(painted, self.config.patch_size, *images.shape[-2:]).to(images.dtype)
+        hidden = mask.unsqueeze(-1) > 0  # (N, T, 1)
+        seen = pixels.masked_fill(hidden, 0)  # (N, T, p * p * C)
+        painted = torch.where(hidden, prediction.float() * deviation + mean, pixels)
+        seen, painted = (unpatchify(each, self.config.patch_size, *images.shape[-2:]).to(images.dtype) for each in (seen, painted))
+        return seen, painted
 
     def _encode(self, patches: Tensor, places: Tensor) -> list[Tensor]:
         """Patches (N, V, C * p * p), at places (N or 1, 1 + V) -> the output (N, 1 + V, D) of every block, the class token first."""

@@ -2,10 +2,7 @@
 
 import json
 import runpy
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,21 +14,22 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval.encoders import DiffusionEncoder, MAEEncoder, Place, block_features, block_tokens, load_encoder, timm_encoder
+from eval.encoders import TEST_SEEDS, DiffusionEncoder, MAEEncoder, Place, block_features, block_tokens, load_encoder, timm_encoder
 from eval.finetune import finetune
 from eval.knn import knn_accuracy
 from eval.linear import held_out_parts, softmax_probe
-from eval.looking import TEST_SEEDS
+from eval.measure import unpacked
 from eval.pictures import principal_colours
 from models import effective_alpha
 from models.dit import DiT
 from models.mae import MAE
 from models.paths import interpolate
 from models.pipeline import Pipeline
-from tests.conftest import ROOT, script_environment
+from tests.conftest import ROOT
 from training.checkpoint import export_network
 from training.data import load_images
 from training.ema import EMA
+from training.openmoji import emoji_groups
 
 PROTOCOL = (
     "metric value low high best baseline num_samples checkpoint dataset train_split test_split train_num test_num train_fingerprint "
@@ -266,6 +264,8 @@ def test_numbers_are_those_of_the_features(mae_result: tuple[dict, str], mae: Pa
         assert -1 <= row["silhouette"] <= 1 and -0.5 < row["cknna"] < 1
     best = max(result["results"], key=lambda row: row["linear"]["held_out_accuracy"])
     assert (result["value"], result["best"]["block"]) == (best["linear"]["value"], best["block"])  # not by the test images
+    kept = [row for row in result["results"] if "hits" in row["linear"]]
+    assert kept == [best] and unpacked(best["linear"]["hits"], 30).mean() == pytest.approx(best["linear"]["value"])
     assert np.allclose(np.diag(result["cka"]["matrix"]), 1)
     assert [row["images"] for row in result["few_shot"]] == [12, 30]
     assert len(result["few_shot"][0]["draws"]) == 5
@@ -343,48 +343,47 @@ def test_saved_features(tmp_path: Path, probe: Callable) -> None:
 
 
 @pytest.mark.slow
-def test_a_shipped_checkpoint(tmp_path: Path, run_script: Callable) -> None:
-    """Block 4 of a model that has learned to draw emoji sorts them better than the most frequent class alone."""
-    done = run_script(
-        "eval/probe.py", "--checkpoint", "models/pretrained/openmoji-decayed", "--dataset", "openmoji", "--times", 0.7, "--blocks", 4,
-        "--max_train_images", 600, "--max_test_images", 150, "--k", 20, "--json", tmp_path / "probe.json", "--no-pictures",
-        "--output", tmp_path, "--mixed_precision", "auto",
+def test_a_shipped_checkpoint(tmp_path: Path, probe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block 4 of a model that has learned to draw emoji sorts a quarter of them better than the most frequent class alone."""
+    few = {name: members[::4] for name, members in emoji_groups().items()}  # all take long to draw
+    monkeypatch.setattr("training.openmoji.emoji_groups", lambda: few)
+    code, _, err = probe(
+        "--checkpoint", ROOT / "models" / "pretrained" / "openmoji-decayed", "--dataset", "openmoji", "--times", 0.7, "--blocks", 4,
+        "--k", 20, "--json", tmp_path / "probe.json", "--no-pictures", "--mixed_precision", "auto",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert code == 0, err
     result = json.loads((tmp_path / "probe.json").read_text())
     (row,) = result["results"]
     assert row["linear"]["low"] > result["baseline"]["value"] and row["knn"]["20"]["value"] > result["baseline"]["value"]
     assert result["images_seen"] >= 192_000 and result["alpha_min"] == 0.5
 
 
-@pytest.mark.slow
-def test_an_interrupted_probe_leaves_nothing(dit: Path, data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "eval/probe.py", "--checkpoint", dit, "--dataset", data, "--k", "5", "--output", tmp_path / "out"]
-    times = ",".join(f"{i / 2000:.4f}" for i in range(2000))  # long enough to be interrupted
-    process = subprocess.Popen(
-        [str(part) for part in [*command, "--times", times]], cwd=ROOT, env=script_environment(), stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(25)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().endswith("interrupted")
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+@pytest.mark.parametrize(
+    ("during", "left"),
+    [("eval.encoders.pool", set()), ("eval.pictures.draw_spectra", {"probe.json", "probe-accuracy.png", "probe-rank.png"})],
+)
+def test_an_interrupted_probe_leaves_whole_files(
+    during: str, left: set[str], dit: Path, data: Path, tmp_path: Path, probe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the features, and in the middle of the pictures."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(during, interrupted)
+    code, _, err = probe("--checkpoint", dit, "--dataset", data, "--k", 5, "--times", 0.5, "--output", tmp_path)
+    assert code == 130 and err.strip().endswith("interrupted")
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
-
-
-def test_a_bad_call_is_one_line_and_exit_code_2(data: Path, run_script: Callable) -> None:
-    done = run_script("eval/probe.py", "--checkpoint", data, "--dataset", data)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ") and "is not a checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "give one of --checkpoint"),
+        ("--checkpoint {data} --dataset {data}", "is not a checkpoint"),
         ("--checkpoint {dit} --timm test_vit --dataset {data}", "give one of --checkpoint"),
         ("--checkpoint {dit}", "give --dataset"),
         ("--features {tmp}/good.npz --dataset {data}", "leave --dataset away"),

@@ -96,9 +96,17 @@ class ImageData(TrainingData):
 
     def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
-        images = torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2).contiguous()  # uint8 (N, C, H, W)
-        images = images.float().div_(127.5).sub_(1)
-        return images if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        return in_unit_range(self.pixels(indices, device), mirrored)
+
+    def pixels(self, indices: np.ndarray, device: torch.device) -> Tensor:
+        """uint8 (N, C, H, W), the channels of a pixel side by side."""
+        return torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2)
+
+
+def in_unit_range(pixels: Tensor, mirrored: Tensor | None) -> Tensor:
+    """uint8 (N, C, H, W) -> contiguous float in [-1, 1]; those of `mirrored`, bool (N,), are turned round."""
+    images = pixels.contiguous().float().div_(127.5).sub_(1)
+    return images if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def cache_dir() -> Path:

@@ -25,18 +25,21 @@ from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
 from training.data import Order, TrainingData, seed_of
 from training.ema import EMA
-from training.monitor import MetricsFile, feature_statistics
+from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
 
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
-    "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps".split()
+    "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
+    "probe_every".split()
 )
 
 Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 # f(run, model, averaged weights, what the run went through), on the main process: writes what others load
 Export = Callable[[Path, nn.Module, EMA, dict[str, Any]], None]
+# f(model, averaged weights) -> numbers for the log, on the main process
+Probe = Callable[[nn.Module, EMA], dict[str, float]]
 # f(run, step, model, averaged weights), on the main process
 Callback = Callable[[Path, int, nn.Module, EMA], None]
 
@@ -68,6 +71,7 @@ class LoopOptions:
     resume_from_checkpoint: str | None = option(None, '"latest", or the name of one, such as step-1000')
     logging_steps: int = option(50, "steps between lines of metrics.jsonl", least=1)
     sample_steps: int = option(500, "steps between sample grids; 0 for none", least=0)
+    probe_every: int = option(0, "steps between quick looks at the features (kNN and rank of a few labelled images); 0 for none", least=0)
     report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
 
     def settled(self, images_a_step: int) -> "LoopOptions":
@@ -84,6 +88,7 @@ def train(
     export: Export,
     callbacks: dict[int, Callback] | None = None,
     parameters: Iterable[Any] | None = None,
+    probe: Probe | None = None,
 ) -> int:
     """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
 
@@ -94,13 +99,14 @@ def train(
         export: called with each checkpoint.
         callbacks: called every so many steps (the key) on the main process.
         parameters: what AdamW gets, such as groups with a weight decay of their own; else the model's.
+        probe: called every `probe_every` steps; what it tells stands in the line of that step.
 
     Returns:
         The step that was reached.
 
     Raises:
         ValueError: options that contradict each other, a folder that already holds a run, a checkpoint that does not fit.
-        FloatingPointError: the loss is not finite; the last checkpoint is kept.
+        FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept.
     """
     began = time.monotonic()
     run = check(options)
@@ -135,12 +141,14 @@ def train(
     if options.report_to != "none":
         accelerator.init_trackers("logs")
 
+    def broken(what: str, remedy: str = "lower the learning rate, or raise alpha_min") -> FloatingPointError:
+        last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        return FloatingPointError(f"{what}; {remedy}; {last}")
+
     def mean_loss() -> float:
         mean = losses.mean()
         if not math.isfinite(mean):
-            remedy = "lower the learning rate, or raise alpha_min"
-            last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-            raise FloatingPointError(f"the loss is not finite before step {step}; {remedy}; {last}")
+            raise broken(f"the loss is not finite before step {step}")
         return mean
 
     def save() -> None:
@@ -180,7 +188,8 @@ def train(
             ema.update(bare.parameters(), step)
             bar.update()
 
-            if step % options.logging_steps == 0 or step == options.max_train_steps:
+            probing = probe is not None and options.probe_every > 0 and step % options.probe_every == 0
+            if probing or step % options.logging_steps == 0 or step == options.max_train_steps:
                 rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
                 arguments = objective.inputs(batch, generator)[0]
                 line = {
@@ -190,10 +199,15 @@ def train(
                     "lr": learning_rate(options, step - 1),
                     "images_per_s": round(rate, 2),
                     **feature_statistics(bare, arguments, objective.bottleneck),
+                    **(probe(bare, ema) if probing and accelerator.is_main_process else {}),
                 }
                 metrics.write(line)
+                if max(line["block_norms"]) > EXPLODED:
+                    size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
+                    raise broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
                 left = "" if options.max_train_steps else f", {options.max_train_minutes - (time.monotonic() - began) / 60:.1f} min left"
-                text = f"loss {line['loss']:.4f}, {rate:.0f} images/s{left}"
+                found = f", kNN {100 * line['probe_knn']:.1f} %" if "probe_knn" in line else ""
+                text = f"loss {line['loss']:.4f}{found}, {rate:.0f} images/s{left}"
                 bar.set_postfix_str(text)
                 if bar.disable and accelerator.is_main_process:  # not a terminal: a log gets lines
                     print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {text}", flush=True)

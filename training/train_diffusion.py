@@ -5,6 +5,7 @@ r"""Train a diffusion model with fading shortcuts.
         --alpha_min 0.6 --max_train_steps 100000 --output_dir runs/mine
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch import nn
 from models.files import one_line_errors
 from models.paths import PATHS
 from models.pipeline import Pipeline
-from models.registry import create_model, names, read_index, sizes, takes
+from models.registry import backbone_name, create_model, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
+from training.data import ImageData
 from training.ema import EMA
 from training.latents import encode
-from training.loop import LoopOptions, check, describe, train
+from training.loop import LoopOptions, Probe, check, describe, train
 from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option
@@ -156,8 +158,20 @@ def run(
         },
         lambda run, network, ema, training: export_pipeline(run, pipeline(network, training), ema),
         {loop_options.sample_steps: show} if loop_options.sample_steps else None,
+        probe=quick_probe(data, pipeline, objective, loop_options) if loop_options.probe_every else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")
+
+
+def quick_probe(data: ImageData, pipeline: Callable[[nn.Module], Pipeline], objective: Diffusion, options: LoopOptions) -> Probe:
+    """What --probe_every asks for."""
+    from eval.encoders import DiffusionEncoder  # probes take seconds to import
+    from eval.quick import TIME, QuickProbe
+
+    def encoder_of(network: nn.Module) -> DiffusionEncoder:
+        return DiffusionEncoder(pipeline(network), {"backbone": backbone_name(network)}, (TIME,))
+
+    return QuickProbe(data, encoder_of, objective.bottleneck, options.mixed_precision)
 
 
 def check_time(checkpoint: str, objective: Diffusion) -> None:

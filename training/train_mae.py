@@ -20,15 +20,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from models.files import one_line_errors
-from models.layers import unpatchify
 from models.pipeline import to_uint8
-from models.registry import create_model, names, sizes
+from models.registry import backbone_name, create_model, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
-from training.data import TrainingData
+from training.data import ImageData, TrainingData
 from training.ema import EMA
-from training.loop import LoopOptions, check, describe, train
+from training.loop import LoopOptions, Probe, check, describe, train
 from training.monitor import save_grid
 from training.objectives import MaskedAutoencoding
 from training.options import option
@@ -116,10 +115,18 @@ def reconstructions(model: nn.Module, images: Tensor, mask_ratio: float) -> np.n
     """
     noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(0))
     images, noise = images.to(model.device), noise.to(model.device)
-    _, prediction, mask = model(images, noise, mask_ratio)
-    hidden = unpatchify(mask.unsqueeze(-1).expand_as(prediction), model.config.patch_size, *images.shape[-2:]) > 0
-    painted = model.reconstruct(images, noise, mask_ratio)
-    return to_uint8(torch.stack([images, images.masked_fill(hidden, 0), painted], dim=1).flatten(0, 1))
+    return to_uint8(torch.stack([images, *model.reconstruct(images, noise, mask_ratio)], dim=1).flatten(0, 1))
+
+
+def quick_probe(data: ImageData, options: MAELoopOptions) -> Probe:
+    """What --probe_every asks for."""
+    from eval.encoders import MAEEncoder  # probes take seconds to import
+    from eval.quick import QuickProbe
+
+    def encoder_of(network: nn.Module) -> MAEEncoder:
+        return MAEEncoder(network, {"backbone": backbone_name(network)}, data.shape[-1])
+
+    return QuickProbe(data, encoder_of, MaskedAutoencoding.bottleneck, options.mixed_precision)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,6 +180,7 @@ def run(
         lambda run, network, ema, training: export_network(run, network, ema, data.class_names, training),
         {every: show} if every else None,
         parameter_groups(model),
+        quick_probe(data, loop_options) if loop_options.probe_every else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")
 

@@ -1,0 +1,215 @@
+"""What eval/probe.py found in several networks, side by side: a table, curves, and who is better where the intervals say so."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from eval.intervals import LEVEL, difference, share, verdict
+from eval.measure import unpacked
+from eval.pictures import draw_side_by_side
+from eval.report import Section, as_text, loss_curves, paragraph, probe_curves, rank_curves, table, write_report
+from models.files import read_json, write_json
+from training.monitor import read_metrics
+
+RESULT = Path("eval") / "probe.json"  # in a run
+METRIC = "linear probe accuracy"  # what marks such a file
+# What two results must share to stand in one column; the labels, in their order, tell the images at any resolution ...
+COMPARABLE = ("train_labels", "test_labels", "temperature")
+# ... and what they should
+NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema")
+ABOUT = "Differences with their 95 % intervals over the test images; another training seed would move the numbers too."
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One network's result.
+
+    Attributes:
+        name: as the user wrote it.
+        run: its folder, if there is one.
+        result: what the file holds.
+    """
+
+    name: str
+    run: Path | None
+    result: dict[str, Any]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the place that was chosen on held-out training images."""
+        chosen = self.result["best"]
+        return next(row for row in self.result["results"] if all(row[key] == chosen[key] for key in ("time", "block", "pooling")))
+
+    @property
+    def line(self) -> list[dict[str, Any]]:
+        """The rows of all blocks at the best time and pooling."""
+        best = self.best
+        return [row for row in self.result["results"] if (row["time"], row["pooling"]) == (best["time"], best["pooling"])]
+
+    @property
+    def accuracies(self) -> dict[str, dict[str, Any]]:
+        """Every accuracy of the best place by its name."""
+        best = self.best
+        found = {"linear probe": best["linear"], **{f"kNN, k = {k}": each for k, each in best["knn"].items()}, "ridge": best["ridge"]}
+        more = {"attentive probe": "attentive", "fine-tuned": "finetune"}
+        return {**found, **{name: self.result[key] for name, key in more.items() if key in self.result}}
+
+
+def result_of(path: str) -> Path | None:
+    """The file with a contender's probes: of a run, or the file itself; None if there is none."""
+    file = Path(path) / RESULT if Path(path).is_dir() else Path(path)
+    if file.suffix != ".json" or not file.is_file():
+        return None
+    result = read_json(file)
+    return file if isinstance(result, dict) and result.get("metric") == METRIC else None
+
+
+def read_probed(paths: Sequence[str]) -> list[Probed]:
+    """The results of several networks.
+
+    Raises:
+        ValueError: no result there, results that lack something or are not comparable, and why.
+    """
+    entries = []
+    for path in dict.fromkeys(paths):
+        file = result_of(path)
+        if file is None:
+            raise ValueError(f"{path} holds no result of eval/probe.py; probe it first, or give --reference to compare images")
+        result = read_json(file)
+        missing = {*COMPARABLE, "best", "results"} - set(result)
+        if missing:
+            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; probe again with this version")
+        entries.append(Probed(path, Path(path) if Path(path).is_dir() else None, result))
+    for one, other in pairwise(entries):
+        differ = [f"{key} {one.result[key]} and {other.result[key]}" for key in COMPARABLE if one.result[key] != other.result[key]]
+        if differ:
+            raise ValueError(f"{one.name} and {other.name} were not probed with the same images and settings: {'; '.join(differ)}")
+    return entries
+
+
+def compare(entries: Sequence[Probed]) -> list[dict[str, Any]]:
+    """Every network against the first one, each at its own best place: a row for each accuracy that both have.
+
+    The same test images were asked for both, so the interval is that of the paired difference.
+    """
+    first, rows = entries[0], []
+    for entry in entries[1:]:
+        for name, found in entry.accuracies.items():
+            if name not in first.accuracies:
+                continue
+            ours, theirs = (share(unpacked(each["hits"], entry.result["test_num"])) for each in (found, first.accuracies[name]))
+            change = difference(ours, theirs)
+            low, high = change.interval()
+            about = {"contender": entry.name, "against": first.name, "metric": name, "difference": change.value}
+            rows.append({**about, "low": low, "high": high, "level": LEVEL, "verdict": verdict(low, high, lower_is_better=False)})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------------- words
+
+
+def number_rows(entries: Sequence[Probed]) -> list[dict[str, str]]:
+    """A row for each network: where its features are best, and how good they are there, in %."""
+    names = dict.fromkeys(name for entry in entries for name in entry.accuracies)
+    shares = dict.fromkeys(each["share"] for entry in entries for each in entry.result.get("few_shot", ()))
+    rows = []
+    for entry in entries:
+        best, result = entry.best, entry.result
+        few = {each["share"]: f"{100 * each['value']:.1f} ± {100 * each['std']:.1f}" for each in result.get("few_shot", ())}
+        rows.append(
+            {
+                "contender": entry.name,
+                "images seen": _plain(result["images_seen"], ",d"),
+                "alpha_min": _plain(result["alpha_min"], "g"),
+                "time": _plain(best["time"], "g"),
+                "block": str(best["block"]),
+                "pooling": best["pooling"],
+                **{name: _percent(entry.accuracies.get(name)) for name in names},
+                **{f"{100 * each:g} % of the labels": few.get(each, "") for each in shares},
+                "rank": _plain(best["rank_entropy"], ".2f"),
+                "silhouette": _plain(best["silhouette"], ".3f"),
+                "CKNNA": _plain(best.get("cknna"), ".3f"),
+            }
+        )
+    return rows
+
+
+def difference_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The differences, in points, to read."""
+    return [
+        {
+            "contender": row["contender"],
+            "metric": row["metric"],
+            "difference": _percent(row, "difference", "+.1f"),
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]
+
+
+def protocol_line(entries: Sequence[Probed]) -> str:
+    """What all share."""
+    result = entries[0].result
+    line = f"accuracies in %, of {result['test_num']:,} test images of {result['dataset'] or 'saved features'}, fitted to "
+    line += f"{result['train_num']:,}; each network at its own best place, chosen on held-out training images"
+    return f"{line} by the linear probe; temperature {result['temperature']:g}"
+
+
+def notes_of(entries: Sequence[Probed]) -> list[str]:
+    """What should be equal and is not, and what each result has noted."""
+    notes = []
+    for key in NOTED:
+        values = list(dict.fromkeys(entry.result.get(key) for entry in entries))
+        if len(values) > 1:
+            notes.append(f"not all have the same {key}: {', '.join(map(str, values))}")
+    return [*notes, *(f"{entry.name}: {note}" for entry in entries for note in entry.result["notes"])]
+
+
+def _plain(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _percent(found: Mapping[str, Any] | None, key: str = "value", form: str = ".1f") -> str:
+    if found is None:
+        return ""
+    value, low, high = (format(100 * found[end], form) for end in (key, "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+# ------------------------------------------------------------------------------------------------------------------ command
+
+
+def compare_probes(paths: Sequence[str], output: str | None) -> None:
+    """Read what was probed, print it side by side, and write a page of it to the folder `output`, if there is one.
+
+    Raises:
+        ValueError: as `read_probed`.
+    """
+    entries = read_probed(paths)
+    rows, notes = compare(entries), notes_of(entries)
+    print(as_text(number_rows(entries)))
+    if rows:
+        print(f"\nagainst {entries[0].name}, in points:\n{as_text(difference_rows(rows))}")
+    print("\n".join(["", protocol_line(entries), *(f"note: {note}" for note in notes)]))
+    if output:
+        _write(Path(output), entries, rows, notes)
+        print(f"open {Path(output) / 'comparison.html'}")
+
+
+def _write(folder: Path, entries: Sequence[Probed], rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
+    """comparison.json, comparison.html and its picture."""
+    write_json(folder / "comparison.json", {"entries": [{"name": entry.name, **entry.result} for entry in entries], "differences": rows})
+    draw_side_by_side(folder / "probes.png", {entry.name: (entry.line, entry.best) for entry in entries})
+    sections = [Section("Numbers", table(number_rows(entries)) + paragraph(protocol_line(entries)))]
+    if rows:
+        sections.append(Section(f"Against {entries[0].name}", table(difference_rows(rows))))
+    sections.append(Section("By block, at each one's best time and pooling", '<img src="probes.png" alt="Curves over blocks">'))
+    runs = {entry.name: entry.run for entry in entries if entry.run and read_metrics(entry.run)}
+    if runs:
+        curves = loss_curves(runs, "loss of the training") + rank_curves(runs, "effective rank of the most abstract block, in the training")
+        sections.append(Section("While they were trained", curves + probe_curves(runs, "kNN accuracy on some of the training images")))
+    sections.append(Section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)))
+    write_report(folder / "comparison.html", "Features side by side", ABOUT, sections)
