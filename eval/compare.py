@@ -4,6 +4,7 @@
     python eval/compare.py runs/x runs/x@raw --reference openmoji                     averaged against raw weights
     python eval/compare.py runs/x --reference openmoji --sweep steps=5,10,20,50 guidance=1,1.5,2,4 --output runs/x/sweep
     python eval/compare.py runs/a/eval/fid.json runs/b/eval/fid.json                  numbers taken earlier
+    python eval/compare.py runs/a runs/b                                              what eval/probe.py found in their features
 
 Image i of every checkpoint comes from the same noise and the same label, and the interval (95 %) of a difference is of these pairs.
 Every checkpoint is compared with the first one: "better" or "worse" if the interval leaves out 0, else "undecided".
@@ -25,7 +26,8 @@ from eval.generate import SamplingOptions, all_images, check_sampling, generate,
 from eval.intervals import LEVEL, difference, verdict
 from eval.judge import COMPARABLE, SAMPLED, Judge, Measured, MetricOptions, checkpoint_protocol, reference_words, training_notes
 from eval.metrics import HIGHER_IS_BETTER
-from eval.report import Section, paragraph, strip, table, write_report
+from eval.probed import compare_probes, result_of
+from eval.report import Section, as_text, paragraph, strip, table, write_report
 from eval.sources import coloured, open_source
 from eval.spread import is_main, processes
 from models.files import Parser, one_line_errors, read_json, write_json, written_aside
@@ -106,7 +108,7 @@ def judge_contenders(
 ) -> list[Entry]:
     """Sample and measure every contender under every setting; what is cheap to check comes first."""
     if options.reference is None:
-        raise ValueError("give --reference; only .json files of earlier evaluations go without")
+        raise ValueError("give --reference; only .json files of earlier evaluations and runs that eval/probe.py looked at go without")
     split = {path: (path.removesuffix(RAW), not path.endswith(RAW)) for path in dict.fromkeys(paths)}
     shapes = {}
     for path, (folder, ema) in split.items():
@@ -264,14 +266,6 @@ def _number(found: dict[str, Any] | None, key: str = "value") -> str:
     return f"{found[key]:.4g}" + (f" [{found['low']:.4g}, {found['high']:.4g}]" if has_interval else "")
 
 
-def as_text(rows: Sequence[dict[str, str]]) -> str:
-    """A table in plain text; columns that are empty are left out."""
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
-    lines = [{column: column for column in columns}, *rows]
-    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in columns).rstrip() for line in lines)
-
-
 def protocol_line(entries: Sequence[Entry]) -> str:
     """What all numbers share, and how they sampled where that is the same."""
     result = entries[0].result
@@ -313,11 +307,14 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         options, sampling, metric = (read_options(parsed, group) for group in (CompareOptions, SamplingOptions, MetricOptions))
         settings = sweep_settings(parsed.sweep)
+        if options.output and Path(options.output).is_file():
+            raise ValueError(f"--output {options.output} is a file; give a folder")
+        if options.reference is None and any(map(result_of, parsed.contenders)):
+            compare_probes(parsed.contenders, options.output)
+            return
         earlier = [path.endswith(".json") for path in parsed.contenders]
         if any(earlier) and not all(earlier):
             raise ValueError("compare checkpoints with checkpoints and .json files with .json files; pairs need the samples of both")
-        if options.output and Path(options.output).is_file():
-            raise ValueError(f"--output {options.output} is a file; give a folder")
         spread_over_cpu_processes()
         processes()
         if all(earlier):
