@@ -11,6 +11,7 @@ from app.catalog import Card
 from app.plots import Line, plot, text
 from app.sampler import Frame
 from app.settings import OWN_SAMPLER
+from app.votes import Tally
 
 SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
@@ -154,6 +155,30 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
             f'<button type="button" data-do="add" data-id="{id}">Add</button></li>'
         )
     return f'<ul class="history">{"".join(rows)}</ul>'
+
+
+def tallies(pairs: Sequence[Tally]) -> str:
+    """Votes of every pair: the win rate with its interval."""
+    if not pairs:
+        return '<p class="empty small">Nobody has voted yet.</p>'
+    rows = []
+    for pair in pairs:
+        rate = "–"
+        if pair.win_rate is not None:
+            low, high = pair.interval
+            rate = f"<b>{pair.win_rate:.0%}</b> [{low:.0%}, {high:.0%}]"
+        counts = (pair.first_wins, pair.second_wins, pair.ties, pair.both_bad)
+        cells = "".join(f"<td>{value}</td>" for value in (text(pair.first), text(pair.second), rate, *counts))
+        rows.append(f"<tr>{cells}</tr>")
+    titles = ("First", "Second", "First wins (95 %)", "First", "Second", "Tie", "Both bad")
+    note = "A tie is half a win for each, “both bad” is left out; Wilson intervals."
+    return f'{facts_table(titles, rows)}<p class="protocol">{note}</p>'
+
+
+def facts_table(titles: Sequence[str], rows: Sequence[str]) -> str:
+    """Rows of HTML under titles."""
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return f'<div class="wide"><table class="facts"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 # -------------------------------------------------------------------------------------------------------------------- cards

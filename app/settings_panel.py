@@ -36,7 +36,7 @@ class SettingsPanel:
                     )
                     override = gr.Checkbox(False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}")
                     with gr.Group(visible=False) as group:
-                        self.own.append(_widgets(f" of {letter}", _labels_of([])))
+                        self.own.append(_widgets(f" of {letter}", labels_of([])))
                     if i >= FEWEST:
                         gone = gr.Button(f"Remove {letter}", size="sm")
                         gone.click(lambda: (gr.update(visible=False), None, False), None, [box, self.checkpoints[i], override], **AT_ONCE)
@@ -45,7 +45,7 @@ class SettingsPanel:
                 self.groups.append(group)
         self.add = gr.Button("Add a checkpoint", size="sm", elem_id="add-checkpoint")
         with gr.Row(elem_id="settings"):
-            classes = _labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
+            classes = labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
             self.shared = _widgets("", classes, first.shared if first else None)
         shared = [self.shared[name] for name in OWN]
         for on, group, own in zip(self.overrides, self.groups, self.own, strict=True):
@@ -72,12 +72,12 @@ class SettingsPanel:
             ValueError: values out of range, or no checkpoint.
         """
         values = list(values)
-        shared = dict(zip(SETTINGS, map(_from_widget, values), strict=False))
+        shared = dict(zip(SETTINGS, map(from_widget, values), strict=False))
         sides = []
         for start in range(len(SETTINGS), len(values), 2 + len(OWN)):
             name, overrides, *own = values[start : start + 2 + len(OWN)]
             if name:
-                sides.append(Side(name, dict(zip(OWN, map(_from_widget, own), strict=True)) if overrides else {}))
+                sides.append(Side(name, dict(zip(OWN, map(from_widget, own), strict=True)) if overrides else {}))
         if not sides:
             raise ValueError("there is no checkpoint to sample; train one first")
         return Comparison(Settings(**shared), tuple(sides))
@@ -87,12 +87,12 @@ class SettingsPanel:
         names = self.known()
         sides = [side for side in comparison.sides if side.checkpoint in names]
         chosen = [card(side.checkpoint, self.site.runs) for side in sides]
-        classes = _labels_of(chosen)
-        updates = [_label_update(classes, comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
+        classes = labels_of(chosen)
+        updates = [label_update(classes, comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
         for i in range(MAX_SIDES):
             side = sides[i] if i < len(sides) else None
             own = vars(comparison.of(side) if side else comparison.shared)
-            label = _label_update(_labels_of(chosen[i : i + 1]), own["label"], chosen[i : i + 1])
+            label = label_update(labels_of(chosen[i : i + 1]), own["label"], chosen[i : i + 1])
             updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own), label]
             updates += [own[name] for name in OWN[1:]]
         updates += [gr.update(visible=i < max(FEWEST, len(sides))) for i in range(MAX_SIDES)]
@@ -102,10 +102,10 @@ class SettingsPanel:
         """For the label widgets, shared and own, after another checkpoint was chosen."""
         chosen = [card(name, self.site.runs) if name else None for name in names]
         there = [each for each in chosen if each]
-        updates = [_label_update(_labels_of(there), _from_widget(label), there)]
+        updates = [label_update(labels_of(there), from_widget(label), there)]
         for each, own in zip(chosen, own_labels, strict=True):
             alone = [each] if each else []
-            updates.append(_label_update(_labels_of(alone), _from_widget(own), alone))
+            updates.append(label_update(labels_of(alone), from_widget(own), alone))
         return updates
 
     @property
@@ -155,16 +155,17 @@ def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> d
     return made
 
 
-def _from_widget(value: Any) -> Any:
+def from_widget(value: Any) -> Any:
+    """A setting from the value of its widget."""
     return None if value == NO_LABEL else value
 
 
-def _labels_of(chosen: Sequence[Card]) -> list[str]:
+def labels_of(chosen: Sequence[Card]) -> list[str]:
     """No label, then the classes that all of them know."""
     return [NO_LABEL, *shared_classes(*chosen)]
 
 
-def _label_update(choices: list[str], label: str | int | None, chosen: Sequence[Card]) -> Any:
+def label_update(choices: list[str], label: str | int | None, chosen: Sequence[Card]) -> Any:
     """A label by its name; none where it is not known to all."""
     if isinstance(label, int) and chosen:
         try:

@@ -2,6 +2,7 @@
 
 import gradio as gr
 
+from app.blind_tab import blind_tab
 from app.compare_tab import compare_tab
 from app.programs import programs
 from app.site import Site
@@ -29,5 +30,7 @@ def build(site: Site) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Compare"):
                 compare_tab(site, page)
+            with gr.Tab("Blind test"):
+                blind_tab(site, page)
         programs(site)
     return page

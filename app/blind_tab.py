@@ -1,0 +1,123 @@
+"""Blind test: which of two checkpoints drew better, asked without telling which is which."""
+
+import asyncio
+import secrets
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import render
+from app.catalog import card, variants
+from app.sampler import Frame, sample
+from app.settings import Comparison, Settings, Side
+from app.settings_panel import from_widget, label_update, labels_of
+from app.site import QUIET, WATCHING, Site, page_errors
+from app.studio import DONE, FAILED
+from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
+from models.files import written_aside
+
+IMAGES = 6
+CHOICES = {LEFT: "Left is better", RIGHT: "Right is better", TIE: "Equally good", BOTH_BAD: "Both bad"}
+
+
+def blind_tab(site: Site, page: gr.Blocks) -> None:
+    """The widgets of the tab, and what they do."""
+    first = site.first_comparison()
+    voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
+    asked = gr.State(None)  # (ballot, id of the sampling), which stay on this side
+    csv_file = Path(tempfile.mkdtemp(prefix="fading-shortcuts-")) / "votes.csv"
+    names = list(variants(site.runs))
+    gr.Markdown("Two checkpoints draw from the same noise, on sides that are drawn by lot. Vote, and their names are shown.")
+    with gr.Row():
+        sides = [side.checkpoint for side in first.sides] if first else []
+        one, other = (
+            gr.Dropdown(names, value=sides[i] if i < len(sides) else None, label=label, min_width=200, elem_id=f"blind-{i}")
+            for i, label in enumerate(("One checkpoint", "The other"))
+        )
+        classes = labels_of([card(name, site.runs) for name in sides])
+        label = gr.Dropdown(
+            classes, value=classes[min(1, len(classes) - 1)], label="Label of the pictures", min_width=180, elem_id="blind-label"
+        )
+        start = gr.Button("Show a pair", variant="primary", min_width=140, elem_id="blind-start")
+    status = gr.HTML(render.message(""), elem_id="blind-status")
+    stage = gr.HTML('<p class="empty">Press <b>Show a pair</b>, look, and vote.</p>', elem_id="blind-stage", apply_default_css=False)
+    with gr.Row():
+        buttons = [gr.Button(words, interactive=False, min_width=120, elem_id=f"vote-{i}") for i, words in enumerate(CHOICES.values())]
+    tallies = gr.HTML(render.tallies([]), elem_id="tallies", apply_default_css=False)
+    export = gr.DownloadButton("All votes as CSV", size="sm", elem_id="votes-csv")
+
+    def ask(one: str, other: str, label: str, voter: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """A ballot, and the sampling of its pictures."""
+        with page_errors():
+            voter = voter if isinstance(voter, str) and voter else secrets.token_urlsafe(16)
+            if not one or not other:
+                raise ValueError("choose two checkpoints")
+            settings = Settings(label=from_widget(label), seed=secrets.randbelow(2**31), num_images=IMAGES)
+            cards = [card(name, site.runs) for name in (one, other)]
+            names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
+            recipe = {**vars(settings), "checkpoints": [{"name": each.name, "sha256": each.source.hash} for each in cards]}
+            ballot = site.votes.new_ballot(tuple(names), recipe, voter)
+            shown = [(one, other)[ballot.left], (one, other)[ballot.right]]
+            pair = Comparison(settings, tuple(map(Side, shown)))
+            return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
+
+    async def watch(asked: tuple[Ballot, str]) -> AsyncIterator[tuple[Any, ...]]:
+        sampling = site.studio.find(asked[1])
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False), *[gr.update(interactive=False)] * len(buttons)
+        async for _, frame, position in site.studio.watch(sampling):
+            if frame is None:
+                yield gr.skip(), render.waiting(position), *[gr.skip()] * (1 + len(buttons))
+            elif not frame.done:
+                yield await asyncio.to_thread(unnamed, frame), render.progress(frame), *[gr.skip()] * (1 + len(buttons))
+        done = sampling.state == DONE
+        words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
+        pictures = unnamed(sampling.frame) if done else gr.skip()
+        yield pictures, render.message(words), gr.update(interactive=True), *[gr.update(interactive=done)] * len(buttons)
+
+    def vote(choice: str, asked: tuple[Ballot, str] | None) -> tuple[Any, ...]:
+        with page_errors():
+            if asked is None:
+                raise ValueError("ask for a pair of pictures first")
+            cast = site.votes.vote(asked[0].id, choice)
+        words = f"Your vote: {CHOICES[cast.choice].lower()}. Left was {_bare(cast.left)}, right was {_bare(cast.right)}."
+        return render.message(words), *counted(), *[gr.update(interactive=False)] * len(buttons)
+
+    def refresh(*chosen: str | None) -> tuple[Any, ...]:
+        known = list(variants(site.runs))
+        return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
+
+    def relabel(one: str | None, other: str | None, label: str) -> Any:
+        with page_errors():
+            there = [card(name, site.runs) for name in (one, other) if name]
+            return label_update(labels_of(there), from_widget(label), there)
+
+    def counted() -> tuple[str, str]:
+        """The table, and the file to download."""
+        with written_aside(csv_file) as aside:
+            aside.write_text(site.votes.to_csv(), encoding="utf-8")
+        return render.tallies(site.votes.tallies()), str(csv_file)
+
+    start.click(ask, [one, other, label, voter], [asked, voter], **QUIET).success(
+        watch, asked, [stage, status, start, *buttons], **WATCHING
+    )
+    for button, choice in zip(buttons, CHOICES, strict=True):
+        button.click(lambda asked, choice=choice: vote(choice, asked), asked, [status, tallies, export, *buttons], **QUIET)
+    gr.on([one.input, other.input], relabel, [one, other, label], label, **QUIET)
+    page.load(refresh, [one, other], [one, other, tallies, export], **QUIET)
+
+
+def unnamed(frame: Frame) -> str:
+    """Both sides without a word of whose they are."""
+    halves = (
+        render.gallery(letter, side, "", images, frame, None)
+        for letter, side, images in zip("12", (LEFT, RIGHT), frame.images, strict=True)
+    )
+    return f'<div class="stage">{"".join(halves)}</div>'
+
+
+def _bare(name: str) -> str:
+    """Without the hash of its weights."""
+    return name.rpartition(" (")[0]
