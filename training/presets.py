@@ -25,6 +25,14 @@ def _pair(name: str, about: str, decayed: dict[str, Any], **flags: Any) -> dict[
     }
 
 
+def _arms(name: str, about: str, arms: dict[str, dict[str, Any]], **flags: Any) -> dict[str, Preset]:
+    """Runs that differ in their shortcuts alone."""
+    return {
+        f"{name}-{arm}": Preset(f"{about}; {', '.join(f'{key} {value}' for key, value in differing.items())}", {**flags, **differing})
+        for arm, differing in arms.items()
+    }
+
+
 def _family(name: str, about: str, told: dict[str, str], alpha_min: float, **flags: Any) -> dict[str, Preset]:
     """Three masked autoencoders: the plain one, with long skips, and with shortcuts that fade as well.
 
@@ -64,6 +72,40 @@ PRESETS: dict[str, Preset] = {
         logging_steps=10,
         sample_steps=100,
     ),
+    **_arms(
+        "dit-64px",
+        "your --train_data_dir at 64 px, DiT-S/4, 10,000 steps of 256 (51 epochs of 50,000 images), not measured here",
+        {
+            "plain": dict(alpha_min=1.0, long_skips=False),
+            "skips": dict(alpha_min=1.0, long_skips=True),
+            "decayed": dict(alpha_min=0.8, long_skips=True),
+            "rule": dict(alpha_eff=3e-3, long_skips=True),
+        },
+        resolution=64,
+        backbone="dit",
+        size="S",
+        patch_size=4,
+        train_batch_size=256,
+        learning_rate=2e-4,
+        lr_warmup_steps=500,
+        random_flip=True,
+        max_train_steps=10_000,
+        sample_steps=2000,
+    ),
+    **_arms(
+        "unet-32px",
+        "your --train_data_dir at 32 px, the U-Net of DDPM (35.7 M), 20,000 steps of 128 (51 epochs of 50,000 images), not measured here",
+        {"plain": dict(alpha_min=1.0), "decayed": dict(alpha_min=0.8)},
+        resolution=32,
+        backbone="unet",
+        size="S",
+        train_batch_size=128,
+        learning_rate=2e-4,
+        lr_warmup_steps=1000,
+        random_flip=True,
+        max_train_steps=20_000,
+        sample_steps=2000,
+    ),
 }
 
 _MAE = dict(backbone="mae", lr_scheduler="cosine", adam_beta1=0.9, adam_beta2=0.95, adam_weight_decay=0.05)
@@ -97,6 +139,20 @@ MAE_PRESETS: dict[str, Preset] = {
         train_batch_size=256,
         lr_warmup_steps=3900,
         max_train_steps=78_000,
+    ),
+    **_family(
+        "32px",
+        "your --train_data_dir at 32 px, XS/4, 20,000 steps of 256 (102 epochs of 50,000 images), for CPUs",
+        {},
+        alpha_min=0.4,
+        **_MAE,
+        resolution=32,
+        size="XS",
+        patch_size=4,
+        train_batch_size=256,
+        base_learning_rate=1e-3,
+        lr_warmup_steps=1000,
+        max_train_steps=20_000,
     ),
     **_family(
         "imagenet",

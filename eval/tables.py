@@ -1,0 +1,210 @@
+"""What `training.campaign` measured, as tables and curves: eval/results/README.md is written from eval/results/*/*.json.
+
+python -m eval.tables
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from eval.intervals import LEVEL, verdict
+from eval.measure import best_row
+from eval.pictures import save
+from models.files import Parser, one_line_errors, read_json, written_aside
+from models.shortcut import effective_alpha
+from training.campaign import COMPARISONS, RESULTS
+
+Result = Mapping[str, Any]
+# name -> value in a result (None where it was not asked for), and whether less is better
+NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
+    "FD (Lite0)": (lambda result: result["fd"]["value"] if "fd" in result else None, True),
+    "KD (Lite0)": (lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, True),
+    "kNN, %": (lambda result: 100 * _best(result)["knn"][_k(result)]["value"] if "probe" in result else None, False),
+    "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
+    "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
+}
+INTRODUCTION = (
+    "Written by `python -m eval.tables` from the JSON beside it; `python -m training.campaign NAME` repeats a comparison.",
+    "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
+)
+CURVES = {"loss": "loss", "probe_knn": "kNN of a quick look", "effective_rank": "effective rank of the bottleneck (entropy)"}
+
+
+def _best(result: Result) -> Result:
+    return best_row(result["probe"]["results"])
+
+
+def _k(result: Result) -> str:
+    """The middle one of those that were asked for, as in the pictures of eval/probe.py."""
+    ks = list(_best(result)["knn"])
+    return ks[len(ks) // 2]
+
+
+def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
+    """comparison -> arm -> training seed -> what the file holds; arms in the order of the campaign.
+
+    Raises:
+        ValueError: a file that is no such result.
+    """
+    found: dict[str, dict[str, dict[int, Result]]] = {}
+    for name, comparison in COMPARISONS.items():
+        for arm in comparison.arms:
+            for path in sorted((folder / name).glob(f"{arm}-*.json")):
+                result = read_json(path)
+                if not isinstance(result, dict) or not {"comparison", "arm", "seed", "curves"} <= result.keys():
+                    raise ValueError(f"{path} is no result of training.campaign; move it away")
+                if result["arm"] == arm:  # one name may begin like another
+                    found.setdefault(name, {}).setdefault(arm, {})[result["seed"]] = result
+    return found
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float] | None:
+    """Mean difference over the training seeds that both have, and its 95 % interval (Student's t); None for fewer than two."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if len(differences) < 2:
+        return None
+    mean, std = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    reach = float(student.ppf((1 + LEVEL) / 2, len(differences) - 1)) * std / math.sqrt(len(differences))
+    return mean, mean - reach, mean + reach
+
+
+def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> int | None:
+    """Images after which `ours` stays above `theirs`, both as (images, value) of the same images; None if it does not."""
+    values = {images: value for images, value in theirs}
+    ahead = [(images, value > values[images]) for images, value in ours if images in values]
+    if not ahead or not ahead[-1][1]:
+        return None
+    last_behind = max((i for i, (_, better) in enumerate(ahead) if not better), default=-1)
+    return ahead[last_behind + 1][0]
+
+
+def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
+    """Markdown: a row for each arm, with its difference from the first."""
+    values = {
+        name: {arm: {seed: read(result) for seed, result in of_seeds.items()} for arm, of_seeds in arms.items()}
+        for name, (read, _) in NUMBERS.items()
+    }
+    shown = [name for name, of_arms in values.items() if all(value is not None for each in of_arms.values() for value in each.values())]
+    base = next(iter(arms))
+    lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
+    for arm, of_seeds in arms.items():
+        result = next(iter(of_seeds.values()))
+        seen, alphas = result["training"]["images_seen"], result["alphas"]
+        cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", str(len(of_seeds))]
+        for name in shown:
+            cell = f"{np.mean(list(values[name][arm].values())):.4g}"
+            difference = paired(values[name][arm], values[name][base]) if arm != base else None
+            if difference:
+                mean, low, high = difference
+                cell += f" ({mean:+.3g} [{low:+.3g}, {high:+.3g}], {verdict(low, high, NUMBERS[name][1])})"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def seconds_of(curves: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Training time at every line of the log, from its images per second; pauses do not count."""
+    steps = pairwise([{"images": 0}, *curves])
+    return list(accumulate((line["images"] - before["images"]) / line["images_per_s"] for before, line in steps))
+
+
+def draw(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
+    """Curves over images seen, and over training time: a colour for each arm, a line for each seed."""
+    shown = {key: label for key, label in CURVES.items() if all(_points(result, key) for each in arms.values() for result in each.values())}
+    figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
+    for row, (key, label) in zip(figure.subplots(len(shown), 2, squeeze=False), shown.items(), strict=True):
+        for i, (arm, of_seeds) in enumerate(arms.items()):
+            for j, result in enumerate(of_seeds.values()):
+                minutes = dict(zip((line["step"] for line in result["curves"]), seconds_of(result["curves"]), strict=True))
+                points = _points(result, key)
+                style = dict(color=f"C{i}", linewidth=1.2, label=arm if j == 0 else None)
+                row[0].plot([line["images"] for line in points], [line[key] for line in points], **style)
+                row[1].plot([minutes[line["step"]] / 60 for line in points], [line[key] for line in points], **style)
+        for axes, below in zip(row, ("images seen", "minutes of training"), strict=True):
+            axes.set(xlabel=below, ylabel=label)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].legend(frameon=False, fontsize=8)
+    save(path, figure)
+
+
+def _points(result: Result, key: str) -> list[Mapping[str, Any]]:
+    return [line for line in result["curves"] if line.get(key) is not None]
+
+
+def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
+    """One line on how the numbers came about."""
+    result = next(iter(next(iter(arms.values())).values()))
+    config, parts = result["config"], []
+    parts.append(f"data {result['training']['data']}, {config['resolution']} px, {config['backbone']}-{config['size']}")
+    parts.append(f"{config['images_a_step']} images a step, learning rate {config['learning_rate']:g}, {config['precision']}")
+    if "probe" in result:
+        probe = result["probe"]
+        best = "the block (and time) that is best on held-out training images"
+        parts.append(
+            f"probed on {probe['num_samples']:,} test images at {best}, k = {_k(result)}, rank over {probe['rank_images']:,} images"
+        )
+    if "fd" in result:
+        fd = result["fd"]
+        how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
+        parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
+    parts.append(f"device {(result.get('probe') or result.get('fd'))['device']}")
+    return "; ".join(parts) + "."
+
+
+def crossings(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> str:
+    """`crossing` of the kNN curves of --probe_every, for the seeds that both have."""
+    told = []
+    for seed in (seed for seed in ours if seed in theirs):
+        curves = [[(line["images"], line["probe_knn"]) for line in _points(each[seed], "probe_knn")] for each in (ours, theirs)]
+        if all(curves):
+            images = crossing(*curves)
+            told.append("never" if images is None else f"{images:,}")
+    return ", ".join(told)
+
+
+def write(folder: Path) -> list[str]:
+    """Write README.md and the curves into the folder of the results; returns the names of the comparisons.
+
+    Raises:
+        ValueError: no results there, or a file that is none.
+    """
+    found = read_results(folder)
+    if not found:
+        raise ValueError(f"{folder} holds no results; python -m training.campaign writes some")
+    lines = ["# What was measured", "", *INTRODUCTION, ""]
+    for name, arms in found.items():
+        draw(folder / name / "curves.png", arms)
+        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
+        for arm in list(arms)[1:]:
+            if told := crossings(arms[arm], arms[next(iter(arms))]):
+                lines += ["", f"The quick look's kNN of {arm} stays above the first arm's from this many images on, seed by seed: {told}."]
+        lines += ["", f"![curves]({name}/curves.png)", ""]
+    with written_aside(folder / "README.md") as aside:
+        aside.write_text("\n".join(lines), encoding="utf-8")
+    return list(found)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the command line."""
+    flags = Parser(prog="python -m eval.tables", description=__doc__)
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: eval/results)")
+    return flags
+
+
+def main() -> None:
+    """The command line."""
+    parsed = parser().parse_args()
+    with one_line_errors():
+        names = write(parsed.results)
+        print(f"{parsed.results / 'README.md'}: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Whole comparisons: trained and judged for real, cut short and gone on with; their tables."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eval import tables
+from training import campaign
+from training.campaign import COMPARISONS, PROBE, Comparison, Judge, main, runs_of
+from training.presets import MAE_PRESETS, PRESETS
+
+TRAINING = [
+    "--resolution", "8", "--patch_size", "4", "--train_batch_size", "4", "--sample_steps", "0", "--report_to", "none",
+    "--mixed_precision", "no", "--max_train_steps", "3", "--logging_steps", "1", "--lr_warmup_steps", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons that take seconds: the presets of the table, the judges' real scripts."""
+    probe = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
+    arms = COMPARISONS["demo"].arms
+    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["campaign", *map(str, arguments)])
+    main()
+
+
+@pytest.mark.slow
+def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    flags = [
+        "demo",
+        "--data",
+        image_folder,
+        "--seeds",
+        "0",
+        "--at_once",
+        2,
+        "--output",
+        tmp_path / "runs",
+        "--results",
+        tmp_path / "results",
+    ]
+    monkeypatch.setattr(campaign, "SAVING_S", 0.0)
+    command(monkeypatch, *flags, "--max_minutes", 0.001, *TRAINING)  # nothing, or a beginning
+    assert "0 of 2 runs are done; the same command goes on" in capsys.readouterr().out
+    command(monkeypatch, *flags, *TRAINING)
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/demo").glob("*.json")}
+    assert results.keys() == {"plain-0", "decayed-0"}
+    for result in results.values():
+        assert [line["step"] for line in result["curves"]] == [1, 2, 3]
+        assert 0 <= result["probe"]["value"] <= 1
+    assert results["plain-0"]["config"]["alpha_min"] == 1 and results["decayed-0"]["config"]["alpha_min"] == 0.5
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    command(monkeypatch, *flags, *TRAINING)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times, "done twice"
+
+    tables.write(tmp_path / "results")
+    text = (tmp_path / "results/README.md").read_text()
+    assert "| plain | 1 | 1 | 12 | 1 |" in text and "linear probe, %" in text and "k = 3" in text
+    assert (tmp_path / "results/demo/curves.png").stat().st_size > 1000
+
+
+def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "demo", "--data", image_folder, "--seeds", 0, "--output", tmp_path, "--results", tmp_path, "--patch_size", 5)
+    error = capsys.readouterr().err
+    assert "plain with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flags", "told"), [(["--seeds", "a"], "whole numbers"), (["--at_once", "0"], "at least one")])
+def test_bad_flags_are_told(flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "demo", "--data", "openmoji", *flags)
+    assert told in capsys.readouterr().err
+
+
+def test_arms_name_presets_and_differ(parse: Callable, tmp_path: Path) -> None:
+    for name, comparison in COMPARISONS.items():
+        settings = []
+        for run in runs_of(name, [0], tmp_path, tmp_path):
+            script, *flags = run.next_command("openmoji", 60, [])
+            assert run.preset in (MAE_PRESETS if "mae" in script else PRESETS)
+            settings.append(parse(script, flags))
+        assert len(settings) == len(comparison.arms) > 1
+        assert all(a != b for i, a in enumerate(settings) for b in settings[:i]), f"two arms of {name} are the same"
+
+
+@pytest.fixture
+def parse() -> Callable:
+    """parse(script, flags) -> what is computed, as the script would read it."""
+    from training import train_diffusion, train_mae
+    from training.command import parse
+
+    def read(script: str, flags: list[str]) -> list:
+        module, presets = (train_mae, MAE_PRESETS) if "mae" in script else (train_diffusion, PRESETS)
+        *groups, loop = parse("", module.GROUPS, presets, flags)[1]
+        return [*groups, loop.seed, loop.max_train_steps]
+
+    return read
+
+
+def test_seeds_are_paired() -> None:
+    mean, low, high = tables.paired({0: 3.0, 1: 5.0, 2: 4.0, 9: 100.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert mean == 2  # of 2, 3, 1: the standard deviation is 1, and t(2) at 97.5 % is 4.303
+    assert (high - mean, mean - low) == pytest.approx((4.3027 / math.sqrt(3),) * 2, rel=1e-4)
+    assert tables.paired({0: 1.0}, {0: 2.0}) is None
+
+
+def test_where_curves_cross() -> None:
+    theirs = [(10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)]
+    assert tables.crossing([(10, 2.0), (20, 1.0), (30, 3.5), (40, 5.0)], theirs) == 30
+    assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 5.0)], theirs) == 10
+    assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 4.0)], theirs) is None
+
+
+def test_time_is_that_of_training() -> None:
+    assert tables.seconds_of([{"images": 10, "images_per_s": 5}, {"images": 30, "images_per_s": 10}]) == [2, 4]
+
+
+def test_folders_without_results_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no results; python -m training\.campaign"):
+        tables.write(tmp_path)

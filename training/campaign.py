@@ -1,0 +1,306 @@
+r"""Run a whole comparison: every arm with every seed, trained and judged; called again, it goes on where it stopped.
+
+python -m training.campaign mae-64px --data ../tiny-imagenet-100 --seeds 0,1,2 --max_minutes 9 --at_once 3
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from models.files import Parser, one_line_errors, read_json, write_json
+from models.registry import load_backbone, read_index
+from training.checkpoint import CONFIG, checkpoints
+from training.monitor import read_metrics
+from training.presets import MAE_PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+SAVING_S = 20.0  # what a training needs after it was told to stop
+GRACE_S = 60.0  # after which it is ended; its last checkpoint stays
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A command that judges a run.
+
+    Attributes:
+        script: from the project's root; it takes --checkpoint and --json.
+        data: its flag for the images.
+        flags: the others.
+    """
+
+    script: str
+    data: str
+    flags: tuple[str, ...] = ()
+
+
+PROBE = Judge("eval/probe.py", "--dataset", ("--few_shot", "0.01,0.1"))
+# at the depth of noise where features of diffusion models are known to be best, and around it
+DIFFUSION_PROBE = Judge("eval/probe.py", "--dataset", ("--times", "0.5,0.7,0.9", "--max_train_images", "20000"))
+FD = Judge("eval/fid.py", "--reference", ("--feature_extractor", "efficientnet-lite0", "--kid", "--num_samples", "10000"))
+FEW_FD = Judge(FD.script, FD.data, (*FD.flags[:-1], "2000"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the table.
+
+    Attributes:
+        about: what it asks.
+        arms: name -> preset, and flags beside it; the first arm is what the others are compared with.
+        judges: name -> command.
+    """
+
+    about: str
+    arms: dict[str, tuple[str, dict[str, Any]]]
+    judges: dict[str, Judge]
+
+
+def _presets(family: str, *arms: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {arm: (f"{family}-{arm}", {}) for arm in arms}
+
+
+_ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_MAE_ROWS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "no-skips": {"long_skips": False},
+    "no-zero-init": {"zero_init": False},
+    "cosine": {"shortcut_schedule": "cosine"},
+    "constant": {"shortcut_schedule": "constant"},
+    "sqrt-half": {"shortcut_schedule": "sqrt-half"},
+    "sqrt-half-branch": {"shortcut_schedule": "sqrt-half-branch"},
+    "attention": {"shortcut_placement": "attention"},
+    "mlp": {"shortcut_placement": "mlp"},
+    "learned": {"learnable_alpha": True},
+}
+COMPARISONS: dict[str, Comparison] = {
+    "mae-64px": Comparison(
+        "MAE-S/8 on 64 px photographs: do features get better?", _presets("mae-64px", "plain", "skips", "decayed"), {"probe": PROBE}
+    ),
+    "dit-64px": Comparison(
+        "DiT-S/4 on 64 px photographs: do images and features get better?",
+        _presets("dit-64px", "plain", "skips", "decayed", "rule"),
+        {"fd": FD, "probe": DIFFUSION_PROBE},
+    ),
+    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}),
+    "mae-64px-alpha": Comparison(
+        "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
+    ),
+    "mae-64px-ablation": Comparison(
+        "the paper's ablation rows, MAE-S/8", {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()}, {"probe": PROBE}
+    ),
+    "mae-64px-depth": Comparison(
+        "the depth rule, alpha_eff = 3e-3, at 6 and at 12 blocks",
+        {
+            f"{size}-{name}": ("mae-64px-decayed", {"size": size, "patch_size": 8, **flags})
+            for size in ("XS", "S")
+            for name, flags in (("skips", {"alpha_min": 1.0}), ("rule", {"alpha_eff": 3e-3}))
+        },
+        {"probe": PROBE},
+    ),
+    "mae-32px": Comparison(
+        "MAE-XS/4 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
+        _presets("mae-32px", "plain", "skips", "decayed"),
+        {"probe": PROBE},
+    ),
+    "demo": Comparison(
+        "the pair of `make demo`, for a try: a minute a run, and no evidence",
+        _presets("demo", "plain", "decayed"),
+        {"fd": FEW_FD},
+    ),
+}
+
+
+@dataclass
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        folder: of the training.
+        result: file that says what became of it.
+    """
+
+    comparison: str
+    arm: str
+    seed: int
+    folder: Path
+    result: Path
+    preset: str = field(init=False)
+    flags: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.preset, self.flags = COMPARISONS[self.comparison].arms[self.arm]
+
+    @property
+    def trained(self) -> bool:
+        """Whether all steps were taken."""
+        if not (self.folder / "model_index.json").is_file():
+            return False
+        return read_index(self.folder)["training"]["steps"] >= read_json(self.folder / CONFIG)["max_train_steps"]
+
+    @property
+    def log(self) -> Path:
+        """What its commands said."""
+        return self.folder / "log.txt"
+
+    def judged(self, judge: str) -> Path:
+        """The file with a judge's numbers."""
+        return self.folder / "eval" / f"{judge}.json"
+
+    def next_command(self, data: str, seconds: float, more: list[str]) -> list[str] | None:
+        """What is to be done next, or None if nothing is."""
+        if not self.trained:
+            script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
+            flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
+            resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
+            source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
+            end = ["--max_train_minutes", f"{seconds / 60:.3f}"] if math.isfinite(seconds) else []
+            run = ["--seed", str(self.seed), "--output_dir", str(self.folder), *end]
+            return [script, "--preset", self.preset, *flags, source, data, *run, *more, *resume]
+        for name, judge in COMPARISONS[self.comparison].judges.items():
+            if not self.judged(name).is_file():
+                return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
+        return None
+
+    def gather(self) -> None:
+        """Write the result file: what was run, its curves, what the judges said."""
+        config = read_json(self.folder / CONFIG)
+        write_json(
+            self.result,
+            {
+                "comparison": self.comparison,
+                "arm": self.arm,
+                "seed": self.seed,
+                "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
+                "training": read_index(self.folder)["training"],
+                "alphas": list(load_backbone(self.folder).alphas),
+                "curves": read_metrics(self.folder),
+                **{name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges},
+            },
+        )
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
+def runs_of(comparison: str, seeds: list[int], output: Path, results: Path) -> list[Run]:
+    """All arms with the first seed, then all with the next: whenever it stops, what is there can be compared."""
+    return [
+        Run(comparison, arm, seed, output / comparison / f"{arm}-{seed}", results / comparison / f"{arm}-{seed}.json")
+        for seed in seeds
+        for arm in COMPARISONS[comparison].arms
+    ]
+
+
+def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[str]) -> Iterator[Run]:
+    """Train and judge, `at_once` processes side by side, until the deadline (of `time.monotonic`); yields each run that is finished.
+
+    Args:
+        more: flags of every training, beside those of its preset.
+
+    Raises:
+        ValueError: a command failed; its last line says why.
+    """
+    waiting, busy = [run for run in runs if not run.result.is_file()], list[_Busy]()
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            while waiting and len(busy) < at_once and left > 2 * SAVING_S:
+                run = waiting.pop(0)
+                if command := run.next_command(data, left - SAVING_S, more):
+                    busy.append(_Busy(run, _start(command, run.log, at_once), is_training="training/" in command[0]))
+                else:
+                    run.gather()
+                    yield run
+            if not busy:
+                return
+            time.sleep(0.2)
+            for each in [each for each in busy if each.ended(left)]:
+                busy.remove(each)
+                waiting.insert(0, each.run)  # for what comes next
+    finally:
+        for each in busy:
+            each.process.send_signal(signal.SIGINT)
+        for each in busy:
+            each.process.wait(GRACE_S)
+
+
+@dataclass
+class _Busy:
+    """A command that is at work."""
+
+    run: Run
+    process: subprocess.Popen
+    is_training: bool
+
+    def ended(self, left: float) -> bool:
+        """Whether it has ended, or was ended because the time is over; a training ends itself, a judge leaves nothing half-written."""
+        if self.process.poll() is None and left < (-GRACE_S if self.is_training else 0):
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(GRACE_S)
+        if self.process.poll() not in (None, 0, 130):
+            last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {' '.join(last)} (see {self.run.log})")
+        return self.process.poll() is not None
+
+
+def _start(command: list[str], log: Path, at_once: int) -> subprocess.Popen:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("a", encoding="utf-8") as file:
+        # in a session of its own: Ctrl-C reaches this process, which then asks each of them
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def main() -> None:
+    """The command line."""
+    listed = "\n".join(f"  {name:18} {each.about}" for name, each in COMPARISONS.items())
+    flags = Parser(
+        prog="python -m training.campaign",
+        description=f"{__doc__}\nWhatever other flags are given, every training gets.",
+        epilog=f"comparisons:\n{listed}",
+    )
+    flags.add_argument("name", choices=COMPARISONS, metavar="NAME", help="the comparison (listed below)")
+    flags.add_argument("--data", required=True, help="labelled images: a folder of images or of parquet files, a hub name, or openmoji")
+    flags.add_argument("--seeds", default="0,1,2", help="training seeds (default: %(default)s)")
+    flags.add_argument("--max_minutes", type=float, help="save and leave after so long (default: when all is done)")
+    flags.add_argument("--at_once", type=int, default=1, help="runs side by side on this device (default: %(default)s)")
+    flags.add_argument("--output", type=Path, default=Path("runs/campaign"), help="folder of the runs (default: %(default)s)")
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one file a run (default: eval/results)")
+    parsed, more = flags.parse_known_args()
+    with one_line_errors():
+        try:
+            seeds = [int(seed) for seed in parsed.seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"--seeds {parsed.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
+        if parsed.at_once < 1:
+            raise ValueError(f"--at_once is {parsed.at_once}; at least one run must go on")
+        data = str(Path(parsed.data).resolve()) if Path(parsed.data).exists() else parsed.data  # the commands run elsewhere
+        deadline = time.monotonic() + 60 * parsed.max_minutes if parsed.max_minutes else math.inf
+        runs = runs_of(parsed.name, seeds, parsed.output.resolve(), parsed.results.resolve())
+        done = sum(run.result.is_file() for run in runs)
+        with tqdm(total=len(runs), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
+            for run in work(runs, data, deadline, parsed.at_once, more):
+                bar.update()
+                found = read_json(run.result)
+                told = (f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges)
+                tqdm.write(f"{run.result}: {', '.join(told)}")
+        done = sum(run.result.is_file() for run in runs)
+        print(f"{parsed.name}: {done} of {len(runs)} runs are done" + ("; the same command goes on" if done < len(runs) else ""))
+
+
+if __name__ == "__main__":
+    main()
