@@ -132,12 +132,8 @@ def judge_contenders(
             each = replace(sampling, **setting)
             images = coloured(generate(pipeline, each, counts))
             measured = judge(ArrayImages(images), path)
-            result = {
-                "metrics": measured.as_json(),
-                **judge.protocol(measured),
-                **checkpoint_protocol(folder, pipeline, each, ema, counts),
-                "notes": [*training_notes(pipeline, source), *judge.notes(measured)],
-            }
+            made = checkpoint_protocol(folder, pipeline, each, ema and (Path(folder) / "ema").is_dir(), counts)
+            result = judge.result([measured], made, training_notes(pipeline, source))
             words = ", ".join(f"{name} {setting[field]:g}" for name, (field, *_) in SWEEPABLE.items() if field in setting)
             shown = all_images(images, each)[:STRIP] if processes().num_processes > 1 else images[:STRIP]
             entries.append(Entry(path, words, result, measured, shown.copy()))

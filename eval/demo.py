@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.extractors import LITE0
 from eval.generate import SamplingOptions, generate
 from eval.report import Section, loss_curves, norm_curves, paragraph, strip, table, write_report
 from models.files import Parser, one_line_errors, read_json
@@ -18,7 +19,6 @@ from training.options import add_options, option, read_options
 from training.presets import PRESETS
 
 PAIR = ("plain", "decayed")
-EXTRACTOR = "efficientnet-lite0"  # needs no download
 WARNING = (
     "This shows that every station works, and nothing else. Minutes of training say nothing about the effect of fading shortcuts: "
     "it takes on the order of a hundred epochs, and early on the plain model may be ahead."
@@ -47,7 +47,7 @@ def train(kind: str, run: Path, steps: int) -> None:
 def judge(run: Path, num_samples: int) -> dict:
     """FD against the validation emoji, from a process of its own."""
     result = run / "eval" / "fd.json"
-    flags = ["--reference", "openmoji", "--reference_split", "validation", "--feature_extractor", EXTRACTOR, "--mixed_precision", "auto"]
+    flags = ["--reference", "openmoji", "--reference_split", "validation", "--feature_extractor", LITE0, "--mixed_precision", "auto"]
     _call("eval/fid.py", "--checkpoint", str(run), *flags, "--num_samples", str(num_samples), "--json", str(result))
     return read_json(result)
 
@@ -78,7 +78,7 @@ def sections(runs: dict[str, Path], results: dict[str, dict]) -> list[Section]:
             "parameters": f"{result['params']:,}",
             "images seen": f"{result['images_seen']:,}",
             "loss (last line)": f"{read_metrics(runs[kind])[-1]['loss']:.3f}",
-            f"FD ({EXTRACTOR})": f"{result['value']:.1f}",
+            f"FD ({LITE0})": f"{result['value']:.1f} [{result['low']:.1f}, {result['high']:.1f}]",
         }
         for kind, result in results.items()
     ]
@@ -86,7 +86,7 @@ def sections(runs: dict[str, Path], results: dict[str, dict]) -> list[Section]:
     protocol = (
         f"{one['metric']} of {one['num_samples']} samples against {one['reference_num']} validation emoji, {one['sampler']}, "
         f"{one['steps']} steps, guidance {one['guidance_scale']:g}, seed {one['seed']}, labels {one['labels']}, EMA weights, "
-        f"{one['precision']}, {one['device']}. {' '.join(one['notes'])} One seed, no interval."
+        f"{one['precision']}, {one['device']}. {' '.join(one['notes'])} Intervals (95 %) over samples; one training seed."
     )
     strips = []
     for kind, run in runs.items():

@@ -11,6 +11,7 @@ images, as many, would be (95 %); the reference is taken as it is.
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,18 @@ import numpy as np
 
 from eval.features import ArrayImages, reference_features
 from eval.generate import SamplingOptions, all_images, check_sampling, generate, label_counts, save_images, save_npz
-from eval.intervals import of_repeats
 from eval.judge import (
     UNKNOWN,
     Judge,
     Measured,
     MetricOptions,
     checkpoint_protocol,
-    extractor_words,
+    numbers_words,
     reference_words,
     training_notes,
 )
 from eval.memorisation import memorisation, save_neighbours
-from eval.sources import Source, coloured, export_reference, open_source
+from eval.sources import Source, coloured, export_reference, open_source, require_one_size
 from eval.spread import is_main, processes
 from models.files import INDEX, Parser, one_line_errors, write_json
 from models.pipeline import MAX_SEED, Pipeline
@@ -89,6 +89,7 @@ def judge_checkpoint(
     if sampling.seed > MAX_SEED - output.repeats * sampling.num_samples:
         raise ValueError(f"--seed {sampling.seed} leaves no seeds for --repeats {output.repeats}; choose a smaller one")
     source = open_reference(inputs, resolution)
+    require_one_size(checkpoint, (resolution, resolution), source)
     trained_on = training_data(pipeline, resolution) if output.memorisation else None
     judge = Judge(source, metric, sampling.batch_size)
     counts = label_counts(tuple(pipeline.config.class_names), sampling, source.data)
@@ -107,7 +108,8 @@ def judge_checkpoint(
             save_npz(output.save_npz, images)
     extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)} if trained_on else {}
     grey = ["the checkpoint draws grey images; all three channels are the same"] if channels == 1 else []
-    protocol = checkpoint_protocol(checkpoint, pipeline, sampling, inputs.ema, counts)
+    averaged = inputs.ema and (Path(checkpoint) / "ema").is_dir()
+    protocol = checkpoint_protocol(checkpoint, pipeline, sampling, averaged, counts)
     return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey], output)
 
 
@@ -118,13 +120,10 @@ def judge_images(inputs: InputOptions, sampling: SamplingOptions, metric: Metric
         raise ValueError(f"{inputs.input1} holds statistics alone; give it as --input2, and images as --input1")
     edge = images.size[0] if images.size[0] == images.size[1] else None
     source = open_reference(inputs, inputs.resolution or edge)
+    require_one_size(inputs.input1, images.size, source)
     judge = Judge(source, metric, sampling.batch_size)
     found = judge(images.images, images.name)
-    notes = list(images.notes)
-    if None not in (images.size, source.size) and images.size != source.size:
-        sizes = " and ".join(f"{width} x {height}" for width, height in (images.size, source.size))
-        notes.append(f"the two sides have images of {sizes} pixels; part of the distance is their sharpness")
-    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": inputs.resolution}, notes, output)
+    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": inputs.resolution}, images.notes, output)
 
 
 def open_reference(inputs: InputOptions, resolution: int | None) -> Source:
@@ -160,21 +159,9 @@ def copying(judge: Judge, features: np.ndarray, images: np.ndarray, data: tuple[
     return memorisation(features, train, held_out)
 
 
-def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], notes: list[str], output: OutputOptions) -> dict[str, Any]:
-    """The numbers with their protocol, as the JSON holds them."""
-    metrics = found[0].as_json()
-    if len(found) > 1:
-        metrics = {name: of_repeats([each.estimates[name].value for each in found]) for name in metrics}
-    name = judge.names["frechet"]
-    result = {
-        "metric": name,
-        **{key: metrics[name][key] for key in ("value", "low", "high", "level", "interval")},
-        "metrics": metrics,
-        "repeats": len(found),
-        **judge.protocol(found[0]),
-        **protocol,
-        "notes": [*notes, *judge.notes(found[0])],
-    }
+def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], notes: Sequence[str], output: OutputOptions) -> dict[str, Any]:
+    """The numbers with their protocol; the reference is exported where that is asked for."""
+    result = judge.result(found, protocol, notes)
     if output.export_reference and is_main():
         arrays = {"mu": judge.reference.mu, "sigma": judge.reference.sigma}
         if judge.options.kid or judge.options.prc:
@@ -186,11 +173,7 @@ def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], not
 
 def describe(result: dict[str, Any]) -> str:
     """One line: the numbers and their protocol."""
-    numbers = [
-        f"{name}{extractor_words(result, name)} {found['value']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
-        for name, found in result["metrics"].items()
-    ]
-    line = f"{', '.join(numbers)} | {result['num_samples']:,} samples against {reference_words(result)}"
+    line = f"{numbers_words(result)} | {result['num_samples']:,} samples against {reference_words(result)}"
     if result["repeats"] > 1:
         line += f", mean of {result['repeats']} samplings"
     if "memorisation" in result:

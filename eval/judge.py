@@ -1,9 +1,9 @@
 """One feature pass over images -> every number that was asked for, with its protocol. What eval/fid.py and eval/compare.py share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from eval.extractors import EXTRACTORS, INCEPTION, INCEPTION_SHA256, FeatureExtractorBase, create_extractor, weights_hash
 from eval.features import extract_features, extract_layers, reference_features
 from eval.generate import SamplingOptions, labels_rule
-from eval.intervals import Estimate
+from eval.intervals import Estimate, of_repeats
 from eval.metrics import Reference, extrapolated, frechet, inception_score, kernel_distance, precision_recall, statistics
 from eval.sources import Source
 from models.pipeline import Pipeline
@@ -107,19 +107,25 @@ class Judge:
     def reference(self) -> Reference:
         """The real side; a data set is computed once and then read from the cache."""
         stored, source = self.source.statistics, self.source
-        if source.images is None:
+        if source.images is None or (self.has_both and not (self.options.kid or self.options.prc)):
             return Reference(stored["mu"], stored["sigma"], stored.get("features"))
         if source.data is not None:
             features = reference_features(source.data, self.extractor, self.weights, self.batch_size)
         else:
             features = extract_features(source.images, self.extractor, self.batch_size, source.name)
-        if stored and self.is_inception:  # ADM's files: statistics of the whole training set beside some of its images
+        if self.has_both:
             return Reference(stored["mu"], stored["sigma"], features)
         return statistics(features)
 
     @property
+    def has_both(self) -> bool:
+        """The reference is one of ADM's files: statistics of a whole training set beside some of its images."""
+        return bool(self.source.statistics) and self.source.images is not None and self.is_inception
+
+    @property
     def reference_num(self) -> int | None:
-        return self.source.num
+        """Images that the distance is to; None where statistics do not say."""
+        return None if self.has_both else self.source.num
 
     def __call__(self, images: Dataset, about: str) -> Measured:
         """Look at uint8 images (3, H, W)."""
@@ -132,9 +138,10 @@ class Judge:
         if reference.mu.shape != features.shape[1:]:
             dims = f"{reference.mu.shape} features, and {self.options.feature_extractor} gives {features.shape[1:]}"
             raise ValueError(f"{self.source.name} is about {dims}; give statistics of the same extractor")
-        estimates = {names["frechet"]: frechet(features, reference)}
+        at_n = frechet(features, reference)
+        estimates = {names["frechet"]: at_n}
         if self.options.fd_infinity and len(features) > features.shape[1]:
-            estimates[f"{names['frechet']}_infinity"] = extrapolated(features, reference)
+            estimates[f"{names['frechet']}_infinity"] = extrapolated(features, reference, at_n)
         if self.options.kid:
             estimates[names["kernel"]], details[names["kernel"]] = kernel_distance(features, reference.features)
         if self.options.isc:
@@ -162,6 +169,28 @@ class Judge:
             "versions": {name: version(name) for name in ("torch", "torch-fidelity", "diffusers", "timm", "numpy")},
         }
 
+    def result(self, found: Sequence[Measured], made: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+        """The numbers with their protocol, as every JSON of an evaluation holds them.
+
+        Args:
+            found: of one sampling; of several, the numbers are their means.
+            made: how the images came about, such as `checkpoint_protocol` tells it.
+            notes: what a reader should know of that.
+        """
+        metrics = found[0].as_json()
+        if len(found) > 1:
+            metrics = {name: of_repeats([each.estimates[name].value for each in found]) for name in metrics}
+        name = self.names["frechet"]
+        return {
+            "metric": name,
+            **{key: metrics[name][key] for key in ("value", "low", "high", "level", "interval")},
+            "metrics": metrics,
+            "repeats": len(found),
+            **self.protocol(found[0]),
+            **made,
+            "notes": [*notes, *self.notes(found[0])],
+        }
+
     def notes(self, measured: Measured) -> list[str]:
         """What a reader of the numbers should know."""
         notes = list(self.source.notes)
@@ -173,15 +202,15 @@ class Judge:
         if self.is_inception and self.weights != INCEPTION_SHA256:
             known = f"({INCEPTION_SHA256}...): not comparable with other FIDs"
             notes.append(f"the Inception weights (sha256 {self.weights}...) are not torch-fidelity's {known}")
-        if self.source.statistics and self.source.images is not None and self.is_inception:
-            notes.append(f"the Fréchet distance is to mu and sigma of {self.source.name}, the other numbers to its images")
+        if self.has_both:
+            notes.append(f"the Fréchet distance is to mu and sigma of {self.source.name}, other numbers to its {self.source.num:,} images")
         return notes
 
 
 def checkpoint_protocol(
-    checkpoint: str, pipeline: Pipeline, sampling: SamplingOptions, ema: bool, counts: np.ndarray | None
+    checkpoint: str, pipeline: Pipeline, sampling: SamplingOptions, averaged: bool, counts: np.ndarray | None
 ) -> dict[str, Any]:
-    """How a checkpoint's images came about."""
+    """How a checkpoint's images came about; `averaged` says that its weights are (EMA), `counts` is `label_counts`'."""
     training = pipeline.config.training
     return {
         "checkpoint": checkpoint,
@@ -193,7 +222,7 @@ def checkpoint_protocol(
         "seed": sampling.seed,
         "labels": labels_rule(pipeline.num_classes, sampling, counts),
         "precision": sampling.precision,
-        "ema": ema and (Path(checkpoint) / "ema").is_dir(),
+        "ema": averaged,
         "images_seen": training.get("images_seen"),
         "training_data": training.get("data"),
         "alpha_min": min(pipeline.model.alphas),
@@ -215,9 +244,14 @@ def training_notes(pipeline: Pipeline, source: Source) -> list[str]:
     return []
 
 
-def extractor_words(result: dict[str, Any], name: str) -> str:
-    """The extractor in brackets, where the name does not say it."""
-    return "" if name.startswith(("FID", "KID")) else f" ({result['feature_extractor']})"
+def numbers_words(result: dict[str, Any]) -> str:
+    """The numbers with their intervals, and the extractor in brackets where a name does not say it."""
+
+    def words(name: str, found: dict[str, Any]) -> str:
+        extractor = "" if name.startswith(("FID", "KID")) else f" ({result['feature_extractor']})"
+        return f"{name}{extractor} {found['value']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
+
+    return ", ".join(words(name, found) for name, found in result["metrics"].items())
 
 
 def reference_words(result: dict[str, Any]) -> str:

@@ -40,11 +40,10 @@ def frechet(features: np.ndarray, reference: Reference) -> Estimate:
     return Estimate(value, influence, how=_INFLUENCE)
 
 
-def extrapolated(features: np.ndarray, reference: Reference) -> Estimate:
-    """Fréchet distance of infinitely many images; varies as that of these does, and with the fit."""
+def extrapolated(features: np.ndarray, reference: Reference, at_n: Estimate) -> Estimate:
+    """Fréchet distance of infinitely many images; varies as that of these, `at_n`, does, and with the fit."""
     value, error = frechet_infinity(features, reference.mu, reference.sigma)
-    _, influence = frechet_influence(features, reference.mu, reference.sigma)
-    return Estimate(value, influence, extra_se=error, how=f"{_INFLUENCE}, and the fit over 1 / N")
+    return Estimate(value, at_n.influence, extra_se=error, how=f"{_INFLUENCE}, and the fit over 1 / N")
 
 
 def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[Estimate, dict[str, float]]:

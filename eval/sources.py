@@ -82,6 +82,13 @@ def open_source(
     return Source(name, ArrayImages(data.images), (edge, edge), data)
 
 
+def require_one_size(name: str, size: tuple[int, int] | None, reference: Source) -> None:
+    """Raise ValueError where images (width, height) and a reference's have different sizes: their sharpness would be judged."""
+    if None not in (size, reference.size) and size != reference.size:
+        sizes = "{} x {} pixels, and {} of {} x {}".format(*size, reference.name, *reference.size)
+        raise ValueError(f"{name} has images of {sizes}; give --resolution, or a folder or data set as --reference, which is resized")
+
+
 def _is_parquet(folder: Path) -> bool:
     files = list(folder.rglob("*"))
     return any(path.suffix == ".parquet" for path in files) and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)

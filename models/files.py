@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import psutil
 
 EXIT_BAD_INPUT = 2
+HEARD_S = 3.0  # within that a launcher notices that a process has ended, and ends the others
 INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded
 
 
@@ -116,8 +118,15 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         text = "there is not enough memory for this; ask for fewer or smaller images" if out_of_memory else " ".join(str(error).split())
-        print(f"error: {text}", file=sys.stderr)
+        _tell(f"error: {text}")
         sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         sys.exit(130)
+
+
+def _tell(line: str) -> None:
+    """Print to stderr. Of several processes with the same to say the first one does, and its end lets the launcher end the others."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(HEARD_S)
+    print(line, file=sys.stderr, flush=True)

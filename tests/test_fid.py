@@ -24,12 +24,12 @@ from eval.generate import SamplingOptions, class_labels, generate, label_counts
 from models.compat import import_torchvision
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
+from tests.inception import write_inception
 from training.data import load_images
 
 import_torchvision()
 
 import torch_fidelity  # noqa: E402
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = (
@@ -144,20 +144,9 @@ def test_all_metrics_equal_torch_fidelity(more_images: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.slow
-def test_inception_from_a_weights_path(more_images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script) -> None:
+def test_inception_from_a_weights_path(more_images: tuple[Path, Path], tmp_path: Path, script) -> None:
     """The right architecture with random weights: the file is what counts, and nothing is downloaded."""
-    hub = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3(INCEPTION, ["2048"])
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)  # so that the signal reaches the end
-    weights = tmp_path / "inception.pth"
-    torch.save(network.state_dict(), weights)
-
+    weights = write_inception(tmp_path / "inception.pth")
     one, two = more_images
     target = tmp_path / "fid.json"
     flags = ["--kid", "--isc", "--prc", "--feature_extractor_weights_path", weights, "--json", target]
@@ -414,7 +403,7 @@ def test_memorisation_is_drawn_and_told(quick, checkpoint: Path, more_images: tu
 
 def test_grey_images_and_broken_ones(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    grey = random.integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    grey = random.integers(0, 256, (20, 20, 20), dtype=np.uint8)
     np.savez(tmp_path / "grey.npz", grey)
     np.savez(tmp_path / "grey1.npz", grey[..., None])
     np.savez(tmp_path / "colour.npz", np.stack([grey] * 3, -1))
@@ -534,6 +523,8 @@ def test_a_bad_call_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_
         ("--input1 {one} --input2 {two} --feature_extractor_weights_path {one}/00.png", "no plain PyTorch weights"),
         ("--input1 {one} --input2 {two} --feature_extractor_weights_path {tmp}/other.pth", "do not fit"),
         ("--input1 {one} --input2 {two} --json {tmp}", "--json"),
+        ("--input1 {one} --input2 {tmp}/larger", "20 x 20 pixels, and {tmp}/larger of 24 x 24"),
+        ("--checkpoint {run} --input2 {one}", "8 x 8 pixels"),
     ],
 )
 def test_bad_input(arguments: str, message: str, folders: tuple[Path, Path], checkpoint: Path, tmp_path: Path, script) -> None:
@@ -541,13 +532,14 @@ def test_bad_input(arguments: str, message: str, folders: tuple[Path, Path], che
     write_images(tmp_path / "corrupt", 2, seed=0)
     (tmp_path / "corrupt" / "01.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     write_images(tmp_path / "mixed", 2, seed=0)
+    write_images(tmp_path / "larger", 2, seed=0, size=24)
     Image.new("RGB", (9, 9)).save(tmp_path / "mixed" / "01.png")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     filled = arguments.format(one=folders[0], two=folders[1], run=checkpoint, tmp=tmp_path)
     code, out, err = script("--feature_extractor", LITE0, *filled.split())
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert message in err
+    assert message.format(tmp=tmp_path) in err
 
 
 def test_help_names_defaults(script) -> None:

@@ -158,7 +158,8 @@ def trials() -> dict[str, np.ndarray]:
     rows: dict[str, list] = {}
     for _ in range(150):
         x = (random.normal(size=(NUM, DIM)) * SCALES).astype(np.float32)
-        found = {"frechet": frechet(x, reference), "infinity": extrapolated(x, reference), "scores": inception_score(2 * x)}
+        at_n = frechet(x, reference)
+        found = {"frechet": at_n, "infinity": extrapolated(x, reference, at_n), "scores": inception_score(2 * x)}
         found["precision"], found["recall"] = precision_recall(x, real)
         found["kernel"] = Estimate(kernel_mmd(x.astype(float), real[:NUM].astype(float)), kernel_influence(x, real[:NUM]))
         for name, estimate in found.items():

@@ -8,7 +8,7 @@ repeat one process with N times the accumulation.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def train(
     objective: Objective,
     config: dict[str, Any],
     export: Export,
-    callbacks: dict[int, Callback] | None = None,
+    callbacks: Sequence[tuple[int, Callback]] = (),
     parameters: Iterable[Any] | None = None,
     probe: Probe | None = None,
 ) -> int:
@@ -97,7 +97,7 @@ def train(
         objective: see training/objectives.py; its `inputs` gives the model's arguments, its `bottleneck` the block whose rank is told.
         config: everything else that the run is made of; saved in config.json, and compared when resuming.
         export: called with each checkpoint.
-        callbacks: called every so many steps (the key) on the main process.
+        callbacks: each with the number of steps after which it is called again, on the main process.
         parameters: what AdamW gets, such as groups with a weight decay of their own; else the model's.
         probe: called every `probe_every` steps; what it tells stands in the line of that step.
 
@@ -214,9 +214,11 @@ def train(
                 losses.reset()
                 line_began, line_step = time.monotonic(), step
             if accelerator.is_main_process:
-                for every, callback in (callbacks or {}).items():
+                paused = time.monotonic()
+                for every, callback in callbacks:
                     if step % every == 0:
                         callback(run, step, bare, ema)
+                line_began += time.monotonic() - paused
             if step % options.checkpointing_steps == 0:
                 save()
                 saved = step

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from torch import nn
 
+from eval.while_training import WatchOptions, small_distance
 from models.files import one_line_errors
 from models.paths import PATHS
 from models.pipeline import Pipeline
@@ -66,7 +67,7 @@ class ObjectiveOptions:
     class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
 
 
-GROUPS = (LatentOptions, ModelOptions, ShortcutOptions, ObjectiveOptions, LoopOptions)
+GROUPS = (LatentOptions, ModelOptions, ShortcutOptions, ObjectiveOptions, WatchOptions, LoopOptions)
 
 
 def build(options: ModelOptions, shortcuts: ShortcutOptions, objective: str, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -106,6 +107,7 @@ def run(
     model_options: ModelOptions,
     shortcut_options: ShortcutOptions,
     objective_options: ObjectiveOptions,
+    watch_options: WatchOptions,
     loop_options: LoopOptions,
 ) -> None:
     """Load the data, build the model, train it.
@@ -143,6 +145,11 @@ def run(
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
         sample_grid(run / "samples" / f"step-{step}.png", pipeline(averaged(network, ema)))
 
+    looks = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
+    if watch_options.metrics_during_training:
+        class_names = data.class_names if num_classes else ()
+        looks.append((watch_options.metrics_during_training, small_distance(watch_options, data, class_names, pipeline)))
+
     step = train(
         loop_options,
         model,
@@ -157,7 +164,7 @@ def run(
             "images_before": images_before,
         },
         lambda run, network, ema, training: export_pipeline(run, pipeline(network, training), ema),
-        {loop_options.sample_steps: show} if loop_options.sample_steps else None,
+        looks,
         probe=quick_probe(data, pipeline, objective, loop_options) if loop_options.probe_every else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")

@@ -178,7 +178,7 @@ def run(
         MaskedAutoencoding(model.num_patches, mask_ratio),
         {**config, **{name: value for group in groups for name, value in asdict(group).items()}},
         lambda run, network, ema, training: export_network(run, network, ema, data.class_names, training),
-        {every: show} if every else None,
+        [(every, show)] if every else [],
         parameter_groups(model),
         quick_probe(data, loop_options) if loop_options.probe_every else None,
     )

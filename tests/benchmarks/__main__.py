@@ -1,22 +1,56 @@
-"""Time our work beside an opponent's, in one process, in turn: python -m tests.benchmarks [NAME ...] --json OUT"""
+"""Time our work beside an opponent's, in turn: python -m tests.benchmarks [NAME ...] --json OUT"""
 
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import scipy.linalg
 import torch
+from PIL import Image
+from torch import nn
 
+from eval.frechet import frechet_distance
 from models import create_model
 from models.files import Parser, one_line_errors, write_json
 from models.precision import autocast, precision
+from tests.inception import write_inception
 from training.objectives import FlowMatching
 
 Work = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH = 32
+FEATURES = 2048  # Inception's
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Attributes:
+        about: in words.
+        ours, theirs: the work of both sides.
+        pairs: timed runs of each, unless asked otherwise.
+        warm_ups: runs of each that are not timed.
+        of_torch: the work is torch's in this process, so that its memory can be told.
+    """
+
+    about: str
+    ours: Work
+    theirs: Work
+    pairs: int = 40
+    warm_ups: int = 2
+    of_torch: bool = True
 
 
 def training_step(alpha_min: float) -> Work:
@@ -40,40 +74,110 @@ def training_step(alpha_min: float) -> Work:
     return step
 
 
-def alpha() -> tuple[str, Work, Work]:
+def alpha(_: int) -> Case:
     """What fading costs: a decayed training step against a plain one."""
-    return "decayed step / plain step", training_step(0.5), training_step(1.0)
+    return Case("decayed step / plain step", training_step(0.5), training_step(1.0))
 
 
-def control() -> tuple[str, Work, Work]:
+def control(_: int) -> Case:
     """The same work on both sides: how far from 1 a ratio may lie by chance or by the order of allocation."""
-    return "plain step / plain step", training_step(1.0), training_step(1.0)
+    return Case("plain step / plain step", training_step(1.0), training_step(1.0))
 
 
-CASES: dict[str, Callable[[], tuple[str, Work, Work]]] = {"alpha": alpha, "control": control}
+def frechet(_: int) -> Case:
+    """The Fréchet distance of two covariances of 2,048 features against the matrix root that it is defined by."""
+    random = np.random.default_rng(0)
+    scales = np.exp(-np.linspace(0, 9, FEATURES) / 2)  # spectra of features fall about so
+    mixing = random.normal(size=(FEATURES, FEATURES)) / FEATURES**0.5
+    sigmas = [np.cov(random.normal(size=(2 * FEATURES, FEATURES)) * scales @ mixing, rowvar=False) for _ in range(2)]
+    zeros = np.zeros(FEATURES)
+    return Case(
+        f"Fréchet distance / scipy's sqrtm, {FEATURES:,} features",
+        lambda: frechet_distance(zeros, sigmas[0], zeros, sigmas[1]),
+        lambda: np.trace(scipy.linalg.sqrtm(sigmas[0] @ sigmas[1])),
+        pairs=3,
+        warm_ups=0,
+        of_torch=False,
+    )
 
 
-def measure(ours: Work, theirs: Work, pairs: int) -> dict[str, Any]:
-    """Seconds of both in turn, the order swapped from pair to pair, and the ratios ours / theirs pair by pair."""
-    for work in (ours, theirs, ours, theirs):
+def fid(num_images: int) -> Case:
+    """The whole way from two sets of images in memory to their FID, against torch-fidelity's command, which reads PNG files.
+
+    Both are processes of their own, with the same Inception of random weights, which cost as much as real ones.
+    """
+    temporary = tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-")  # goes when the work below does
+    folder = Path(temporary.name)
+    weights = write_inception(folder / "inception.pth")
+    sides = {}
+    for name in ("one", "two"):
+        colours = torch.from_numpy(np.random.default_rng(len(sides)).integers(0, 256, (num_images, 3, 8, 8), dtype=np.uint8)).float()
+        images = nn.functional.interpolate(colours, size=(64, 64), mode="bicubic").clamp(0, 255).byte()
+        sides[name] = images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def ours() -> None:
+        for name, images in sides.items():
+            np.savez(Path(temporary.name) / f"{name}.npz", images)
+        inputs = ["--input1", folder / "one.npz", "--input2", folder / "two.npz"]
+        call("eval/fid.py", *inputs, "--feature_extractor_weights_path", weights)
+
+    def theirs() -> None:
+        for name, images in sides.items():
+            (folder / name).mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(folder / name / f"{i:06}.png")
+        device = ["--gpu", "0"] if torch.cuda.is_available() else ["--cpu"]
+        inputs = ["--input1", folder / "one", "--input2", folder / "two", "--no-cache", "--silent"]
+        call("-m", "torch_fidelity.fidelity", "--fid", *inputs, *device, "--feature-extractor-weights-path", weights)
+
+    about = f"eval/fid.py / torch-fidelity's command, FID of {num_images:,} against {num_images:,} images of 64 px"
+    return Case(about, ours, theirs, pairs=1, warm_ups=0, of_torch=False)
+
+
+def call(*command: object) -> None:
+    """Run a script of the project in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+CASES: dict[str, Callable[[int], Case]] = {"alpha": alpha, "control": control, "frechet": frechet, "fid": fid}
+
+
+def measure(case: Case, pairs: int) -> dict[str, Any]:
+    """Seconds of both in turn, the order swapped from pair to pair, and the ratios ours / theirs pair by pair.
+
+    Elapsed ones, and those that the processors worked: other work on the machine moves the former more.
+    """
+    for work in (case.ours, case.theirs) * case.warm_ups:
         work()
     seconds: tuple[list[float], list[float]] = [], []
+    worked: tuple[list[float], list[float]] = [], []
     for i in range(pairs):
         for which in (0, 1) if i % 2 else (1, 0):
-            began = time.perf_counter()
-            (ours, theirs)[which]()
+            began, busy = time.perf_counter(), processor_s()
+            (case.ours, case.theirs)[which]()
             seconds[which].append(time.perf_counter() - began)
+            worked[which].append(processor_s() - busy)
     ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
-    # a 95 % interval of the median from order statistics (binomial, normal approximation)
+    # a 95 % interval of the median from order statistics (binomial, normal approximation); of fewer than six there is none
     reach = 0.98 * len(ratios) ** 0.5
-    low, high = ratios[max(0, int(len(ratios) / 2 - reach))], ratios[min(len(ratios) - 1, int(len(ratios) / 2 + reach))]
+    ends = max(0, int(len(ratios) / 2 - reach)), min(len(ratios) - 1, int(len(ratios) / 2 + reach))
     return {
         "ratio_median": statistics.median(ratios),
-        "ratio_interval_95": [low, high],
+        "ratio_interval_95": [ratios[end] for end in ends] if len(ratios) >= 6 else None,
         "ours_s_median": statistics.median(seconds[0]),
         "theirs_s_median": statistics.median(seconds[1]),
+        "processor_ratio_median": statistics.median(a / b for a, b in zip(*worked, strict=True)),
+        "ours_processor_s_median": statistics.median(worked[0]),
+        "theirs_processor_s_median": statistics.median(worked[1]),
         "pairs": pairs,
     }
+
+
+def processor_s() -> float:
+    """Seconds that processors worked for this process and for those that it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def peak_of(work: Work) -> int:
@@ -94,22 +198,27 @@ def main() -> None:
     """The command line."""
     flags = Parser(prog="python -m tests.benchmarks", description=__doc__)
     flags.add_argument("cases", nargs="*", metavar="NAME", help=f"{', '.join(CASES)} (default: all)")
-    flags.add_argument("--pairs", type=int, default=40, help="timed runs of each side (default: %(default)s)")
+    flags.add_argument("--pairs", type=int, help="timed runs of each side (default: 40, of the slow ones fewer)")
+    flags.add_argument("--images", type=int, default=2000, help="of each side of the case fid (default: %(default)s)")
     flags.add_argument("--json", help="write the results to this file")
     parsed = flags.parse_args()
     with one_line_errors():
         if unknown := set(parsed.cases) - set(CASES):
             raise ValueError(f"there is no benchmark {unknown.pop()!r}; choose from {', '.join(CASES)}")
+        if parsed.images < 2 or (parsed.pairs is not None and parsed.pairs < 1):
+            raise ValueError("--images must be at least 2, and --pairs at least 1")
         results = {}
         for name in parsed.cases or CASES:
-            about, ours, theirs = CASES[name]()
-            found = measure(ours, theirs, parsed.pairs)
-            if not torch.cuda.is_available():
-                found |= {"ours_peak_bytes": peak_of(ours), "theirs_peak_bytes": peak_of(theirs)}
-            results[name] = {"about": about, **found}
-            low, high = found["ratio_interval_95"]
-            memory = f", peak memory {found['ours_peak_bytes'] / found['theirs_peak_bytes']:.3f}" if "ours_peak_bytes" in found else ""
-            print(f"{name:8} {about}: {found['ratio_median']:.3f} [{low:.3f}, {high:.3f}]{memory}", flush=True)
+            case = CASES[name](parsed.images)
+            found = measure(case, parsed.pairs or case.pairs)
+            if case.of_torch and not torch.cuda.is_available():
+                found |= {"ours_peak_bytes": peak_of(case.ours), "theirs_peak_bytes": peak_of(case.theirs)}
+            results[name] = {"about": case.about, **found}
+            interval = " [{:.3f}, {:.3f}]".format(*found["ratio_interval_95"]) if found["ratio_interval_95"] else ""
+            more = f", of processor time {found['processor_ratio_median']:.3f}"
+            if "ours_peak_bytes" in found:
+                more += f", of peak memory {found['ours_peak_bytes'] / found['theirs_peak_bytes']:.3f}"
+            print(f"{name:8} {case.about}: {found['ratio_median']:.3f}{interval}{more}", flush=True)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{psutil.cpu_count()} CPU threads, {platform.machine()}"
         machine = {"device": device, "precision": precision("auto"), "versions": {"torch": version("torch")}}
         if parsed.json:
