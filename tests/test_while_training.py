@@ -34,7 +34,8 @@ def test_small_distances_are_written_with_their_protocol_and_change_nothing(
     assert [each["images_seen"] for each in found] == [16, 32]
     expected = {
         "metric": "FD", "num_samples": 6, "reference": str(image_folder), "reference_num": 24, "reference_split": "train",
-        "sampler": "euler", "steps": 20, "seed": 0, "ema": True, "training_data": str(image_folder), "feature_extractor": "efficientnet-lite0",
+        "sampler": "euler", "steps": 20, "seed": 0, "ema": True, "training_data": str(image_folder),
+        "feature_extractor": "efficientnet-lite0",
     }  # fmt: skip
     for each in found:
         assert {key: each[key] for key in expected} == expected
