@@ -53,7 +53,7 @@ class InputOptions:
     reference_split: str = option("train", "split of the reference, if it is a data set", choices=SPLITS)
     input2: str | None = option(None, "instead: a folder of images as they are, or as --reference")
     resolution: int | None = option(None, "crop and resize the images of folders and data sets to this edge in pixels", least=1)
-    skip_broken: bool = option(False, "leave out images of folders that cannot be read")
+    skip_broken: bool = option(False, "leave out images that cannot be read, and name them in the notes")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def open_source(
         resolution: edge to crop and resize to, if asked for.
         data_resolution: the same for a data set, which needs one, if not.
         split: of a data set.
-        skip_broken: leave out images of a folder that cannot be read.
+        skip_broken: leave out images that cannot be read.
         as_data: read a folder of images as a data set too.
 
     Raises:
@@ -71,15 +72,18 @@ def open_source(
         return _npz(name)
     if Path(name).is_dir() and not as_data and not _is_parquet(Path(name)):
         images = FolderImages(name, resolution, skip_broken)
-        left_out = [f"{path} could not be read and is left out" for path in images.broken]
-        return Source(name, images, images.size, notes=tuple(left_out))
+        return Source(name, images, images.size, notes=_left_out(images.broken))
     edge = resolution or data_resolution
     if edge is None and (name == EMBEDDED or Path(name).is_dir()):
         raise ValueError(f"the data set {name} has no size of its own; give --resolution")
     if edge is None:
         raise ValueError(f"{name} is not a folder; give one with images, an .npz, or the name of a data set and --resolution")
-    data = load_images(name, edge, split)
-    return Source(name, ArrayImages(data.images), (edge, edge), data)
+    data = load_images(name, edge, split, skip_broken=skip_broken)
+    return Source(name, ArrayImages(data.images), (edge, edge), data, notes=_left_out(data.left_out))
+
+
+def _left_out(names: Iterable[str | Path]) -> tuple[str, ...]:
+    return tuple(f"{name} could not be read and is left out" for name in names)
 
 
 def require_one_size(name: str, size: tuple[int, int] | None, reference: Source) -> None:

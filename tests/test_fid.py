@@ -418,6 +418,10 @@ def test_grey_images_and_broken_ones(quick, more_images: tuple[Path, Path], tmp_
     assert result["num_samples"] == 5
     assert "03.png" in result["notes"][0]
 
+    assert "03.png cannot be read" in quick("--input1", more_images[0], "--reference", broken)  # as a data set too
+    result = quick("--input1", more_images[0], "--reference", broken, "--skip_broken")
+    assert result["reference_num"] == 5 and "03.png" in result["notes"][-2]
+
 
 def test_npz_that_are_hostile_or_of_something_else(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
     class Bomb:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -82,9 +82,11 @@ class ImageData(TrainingData):
 
     Attributes:
         images: uint8 (N, H, W, 3).
+        left_out: names of images that could not be read.
     """
 
     images: np.ndarray
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,6 +122,7 @@ def load_images(
     split: str = "train",
     image_column: str = "image",
     label_column: str | None = None,
+    skip_broken: bool = False,
 ) -> ImageData:
     """Load a data set as square RGB images.
 
@@ -131,6 +134,7 @@ def load_images(
         resolution: edge in pixels.
         split: "train", "validation" (a folder `val` or `test` will do) or "all".
         image_column, label_column: columns to read; the label's is found by itself if it is called "label".
+        skip_broken: leave out images that cannot be read, and name them in `left_out`.
 
     Raises:
         ValueError: nothing there, an image that cannot be read, a label that is missing; the message names it.
@@ -141,7 +145,7 @@ def load_images(
         raise ValueError(f"there is no split {split!r}; choose from {', '.join(SPLITS)}")
     if name == EMBEDDED and not Path(name).is_dir():
         return _packed_openmoji(resolution, split)
-    return _packed_dataset(name, resolution, split, image_column, label_column)
+    return _packed_dataset(name, resolution, split, image_column, label_column, skip_broken)
 
 
 class Order:
@@ -185,7 +189,7 @@ def _packed_openmoji(resolution: int, split: str) -> ImageData:
     return _packed(EMBEDDED, split, key, draw)
 
 
-def _packed_dataset(name: str, resolution: int, split: str, image_column: str, label_column: str | None) -> ImageData:
+def _packed_dataset(name: str, resolution: int, split: str, image_column: str, label_column: str | None, skip_broken: bool) -> ImageData:
     import datasets
 
     datasets.disable_progress_bars()
@@ -199,12 +203,15 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
         table = table.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, NotImplementedError, ValueError):
         raise ValueError(f"the column {image_column!r} of {name} holds no images but {table.features[image_column]}") from None
-    key = _hash(_identity(name, table), resolution, split, image_column, label_column)
+    key = _hash(_identity(name, table), resolution, split, image_column, label_column, *["without broken"] * skip_broken)
 
-    def decode() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    def decode() -> tuple[np.ndarray, np.ndarray | None, list[str], list[str]]:
         labels, class_names = _labels(name, table, label_column) if label_column else (None, [])
         rows = (row[image_column] for row in table.select_columns([image_column]))
-        return _decode(name, rows, len(table), resolution), labels, class_names
+        images, broken = _decode(name, rows, len(table), resolution, skip_broken)
+        if broken:
+            images, labels = (array if array is None else np.delete(array, list(broken), 0) for array in (images, labels))
+        return images, labels, class_names, list(broken.values())
 
     return _packed(name, split, key, decode)
 
@@ -286,16 +293,22 @@ def centre_square(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: int) -> np.ndarray:
-    def decode(numbered: tuple[int, dict[str, Any]]) -> np.ndarray:
+def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: int, skip_broken: bool) -> tuple[np.ndarray, dict[int, str]]:
+    """The images, and the names of those that are broken by their places, which hold nothing."""
+    broken: dict[int, str] = {}
+
+    def decode(numbered: tuple[int, dict[str, Any]]) -> np.ndarray | int:
         i, row = numbered
         try:
             with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
                 return centre_square(image, resolution)
         except Exception as error:  # Pillow's decoders raise many kinds
-            what = row.get("path") if row else None
-            reason = type(error).__name__ if what and what in str(error) else error
-            raise ValueError(f"{what or f'image {i} of {name}'} cannot be read as an image ({reason}); mend or remove it") from None
+            path = row.get("path") if row else None
+            what, reason = path or f"image {i} of {name}", type(error).__name__ if path and path in str(error) else error
+            if not skip_broken:
+                raise ValueError(f"{what} cannot be read as an image ({reason}); mend or remove it") from None
+            broken[i] = what
+            return 0
 
     require_memory(count * resolution**2 * 3, f"{count} images of {resolution} px")
     images = np.empty((count, resolution, resolution, 3), np.uint8)
@@ -304,7 +317,7 @@ def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: i
         while chunk := list(islice(numbered, 256)):  # map() would read every row at once
             for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
                 images[i] = image
-    return images
+    return images, broken
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache
@@ -325,10 +338,21 @@ def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if about["class_names"] else None
     class_names, fingerprint = tuple(about["class_names"]), about["fingerprint"]
-    return ImageData(images, labels=labels, class_names=class_names, name=name, split=split, fingerprint=fingerprint)
+    left_out = tuple(about.get("left_out", ()))
+    return ImageData(
+        images=images, labels=labels, class_names=class_names, name=name, split=split, fingerprint=fingerprint, left_out=left_out
+    )
 
 
-def _write_pack(folder: Path, name: str, split: str, images: np.ndarray, labels: np.ndarray | None, class_names: list[str]) -> None:
+def _write_pack(
+    folder: Path,
+    name: str,
+    split: str,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    class_names: list[str],
+    left_out: Sequence[str] = (),
+) -> None:
     if len(images) == 0:
         raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
     digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
@@ -340,4 +364,5 @@ def _write_pack(folder: Path, name: str, split: str, images: np.ndarray, labels:
             np.save(aside / "labels.npy", labels)
             digest.update(labels)
         about = {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
+        about["left_out"] = list(left_out)
         write_json(aside / "data.json", about)
