@@ -266,11 +266,9 @@ def _training(source: Source, newest: dict[str, Any]) -> dict[str, Any]:
 
 def results(name: str, runs: Path) -> list[dict[str, Any]]:
     """What a checkpoint's `eval/*.json` say: "metric", "value" and their protocol. None for other weights than the newest."""
-    source = find(name, runs)
-    if source != _newest(source.folder):
-        return []
-    found = []
-    for file in sorted((source.folder / "eval").glob("*.json")):
+    folder = folders(runs).get(name)
+    found: list[dict[str, Any]] = []
+    for file in sorted((folder / "eval").glob("*.json")) if folder else ():
         try:
             told = read_json(file) if file.stat().st_size <= MAX_RESULT_BYTES else None
         except (OSError, ValueError):

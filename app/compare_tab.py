@@ -11,6 +11,7 @@ from app import recipe as recipes
 from app import render
 from app.catalog import card, results
 from app.grid_section import grid_section
+from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
 from app.settings_panel import SettingsPanel
@@ -149,7 +150,9 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
 
     def cards_table(names: list[str | None]) -> str:
         there = [name for name in names if name]
-        return render.table([card(name, site.runs) for name in there], [results(name, site.runs) for name in there])
+        return render.table(
+            [card(name, site.runs) for name in there], [[*results(name, site.runs), *measured(site.jobs, name)] for name in there]
+        )
 
     def repeated(file: Path, frame: Frame) -> str:
         """Whether a dropped image came out again."""

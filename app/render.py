@@ -246,13 +246,14 @@ def _facts(card: Card) -> tuple[str, ...]:
         text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
         f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
         text(training.get("data", "unknown")),
-        _count(training.get("steps")),
-        _count(training.get("images_seen")),
+        count(training.get("steps")),
+        count(training.get("images_seen")),
         "averaged (EMA)" if card.averaged else "as trained",
     )
 
 
-def _count(value: Any) -> str:
+def count(value: Any) -> str:
+    """A number with its thousands apart; "unknown" if it is none."""
     return f"{value:,}" if isinstance(value, int | float) else "unknown"
 
 
@@ -269,11 +270,11 @@ def protocol(result: dict[str, Any]) -> str:
     if result.get("reference"):
         split = f" ({result['reference_split']})" if result.get("reference_split") else ""
         facts.append(
-            f"{_count(result.get('num_samples'))} samples against {_count(result.get('reference_num'))} of {result['reference']}{split}"
+            f"{count(result.get('num_samples'))} samples against {count(result.get('reference_num'))} of {result['reference']}{split}"
         )
         facts.append(str(result.get("feature_extractor")))
     elif result.get("dataset"):
-        facts.append(f"{_count(result.get('test_num'))} images of {result['dataset']}, fitted to {_count(result.get('train_num'))}")
+        facts.append(f"{count(result.get('test_num'))} images of {result['dataset']}, fitted to {count(result.get('train_num'))}")
         best = result.get("best") or {}
         if "block" in best:
             facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']:g}"))
@@ -284,7 +285,7 @@ def protocol(result: dict[str, Any]) -> str:
     facts += [f"labels {result['labels']}"] if result.get("labels") else []
     facts += [str(result["precision"])] if result.get("precision") else []
     facts += ["EMA" if result["ema"] else "raw weights"] if isinstance(result.get("ema"), bool) else []
-    facts += [f"{_count(result['images_seen'])} images seen"] if result.get("images_seen") is not None else []
+    facts += [f"{count(result['images_seen'])} images seen"] if result.get("images_seen") is not None else []
     return ", ".join(facts)
 
 

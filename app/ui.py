@@ -4,8 +4,10 @@ import gradio as gr
 
 from app.blind_tab import blind_tab
 from app.compare_tab import compare_tab
+from app.judge_tab import judge_tab
 from app.programs import programs
 from app.site import Site
+from app.train_tab import train_tab
 
 TITLE = "Fading Shortcuts"
 
@@ -32,5 +34,10 @@ def build(site: Site) -> gr.Blocks:
                 compare_tab(site, page)
             with gr.Tab("Blind test"):
                 blind_tab(site, page)
+            if site.jobs is not None:
+                with gr.Tab("Train") as tab:
+                    train_tab(site, page, tab)
+            with gr.Tab("Judge") as tab:
+                judge_tab(site, tab)
         programs(site)
     return page

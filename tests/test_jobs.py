@@ -16,8 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
+from app import job_flags, job_process
 from app import jobs as jobs_module
-from app.jobs import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job, Jobs
+from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
+from app.jobs import Jobs
 from models import Pipeline
 from tests.conftest import ROOT, script_environment
 
@@ -132,7 +134,7 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     with pytest.raises(ValueError, match="give it more"):
         jobs.resume("first")
     assert "resume_from_checkpoint" not in finished.options
-    wait_for(lambda: jobs.all() and not jobs_module._children)  # no zombies stay
+    wait_for(lambda: jobs.all() and not job_process._children)  # no zombies stay
 
 
 @pytest.mark.slow
@@ -222,17 +224,17 @@ def test_a_training_whose_page_died_at_its_start_is_not_started_twice(jobs: Jobs
 PAGE = """
 import os, subprocess, sys, time
 from pathlib import Path
-from app import jobs
+from app import job_files, job_process, jobs
 
 def launch(run):  # a real process, but one that begins at once
     time.sleep(0.05)
     process = subprocess.Popen(["sleep", "100"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    jobs._children[process.pid] = process
-    jobs.write_json(run / jobs.JOB, jobs.asdict(jobs.replace(jobs._read_job(run), pid=process.pid, started_at=time.time(),
+    job_process._children[process.pid] = process
+    jobs.write_json(run / jobs.JOB, jobs.asdict(jobs.replace(job_files.read_job(run), pid=process.pid, started_at=time.time(),
         process_began=jobs.psutil.Process(process.pid).create_time())))
     print(run.name, process.pid, flush=True)
 
-jobs._launch = launch
+jobs.launch = launch
 page = jobs.Jobs(Path(sys.argv[1]), at_most=2)
 for _ in range(20):
     page.all()
@@ -313,7 +315,7 @@ def test_a_run_of_a_shell_is_resumed_with_what_its_config_tells(jobs: Jobs) -> N
     assert full.resume("mine", {"max_train_steps": 30}).state == QUEUED
     job = Job(**json.loads((jobs.runs / "mine" / JOB).read_text()))
     assert "versions" not in job.options and "images_a_step" not in job.options
-    words = jobs_module._arguments(job.options, jobs.runs / "mine", job.resume)
+    words = job_flags.arguments(job.options, jobs.runs / "mine", job.resume)
     assert {"--preset=demo-plain", "--no-long_skips", "--max_train_steps=30", "--resume_from_checkpoint=latest"} <= set(words)
     assert [word for word in words if "output_dir" in word] == [f"--output_dir={jobs.runs / 'mine'}"]
 
@@ -454,9 +456,9 @@ def test_bad_flags_are_told_in_one_line_and_leave_nothing(jobs: Jobs, options: A
 
 def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
     sly = {**FLAGS, "label_column": "--output_dir=/tmp/elsewhere", "image_column": "--help"}
-    words = jobs_module._arguments(jobs.check("mine", sly), jobs.runs / "mine")
+    words = job_flags.arguments(jobs.check("mine", sly), jobs.runs / "mine")
     assert [word for word in words if word.startswith("--output_dir")] == [f"--output_dir={jobs.runs / 'mine'}"]
-    assert jobs_module._parse(sly, jobs.runs / "mine")["label_column"] == "--output_dir=/tmp/elsewhere"
+    assert job_flags.parse(sly, jobs.runs / "mine")["label_column"] == "--output_dir=/tmp/elsewhere"
 
 
 def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:

@@ -1,0 +1,83 @@
+"""Processes of jobs: started so that they outlive the page, found again, ended."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+
+from app import job_flags, judging
+from app.job_files import EVALUATION, JOB, LOG, Job, read_job
+from models.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SAME_START_S = 2.0  # two readings of a process's start differ by less
+
+_children: dict[int, subprocess.Popen] = {}  # of this page, to be reaped
+
+
+def launch(run: Path) -> None:
+    """Start a queued job's process."""
+    job = replace(read_job(run), started_at=time.time())
+    process = trained_outside().get(run)  # a page that was killed right after the start did not write it down
+    if process is None:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            with (run / LOG).open("ab") as log:
+                job = replace(job, log_begins=log.tell())
+                words = judging.command(job.options, run) if job.kind == EVALUATION else job_flags.command(job.options, run, job.resume)
+                child = subprocess.Popen(
+                    [sys.executable, *words],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # what ends the page is not for the training
+                )
+        except (OSError, ValueError) as error:
+            write_json(run / JOB, asdict(replace(job, error=f"it could not be started ({error})")))
+            return
+        _children[child.pid], process = child, psutil.Process(child.pid)
+    write_json(run / JOB, asdict(replace(job, pid=process.pid, process_began=process.create_time())))
+
+
+def process_of(run: Path, job: Job) -> psutil.Process | None:
+    """The process of a job while it lives: it began when the job says, or (the clock may have been set since) says itself whose it is."""
+    if job.pid is None:
+        return None
+    child = _children.get(job.pid)
+    if child and child.poll() is not None:
+        _children.pop(job.pid, None)
+    try:
+        process = psutil.Process(job.pid)
+        same = abs(process.create_time() - job.process_began) < SAME_START_S or job_flags.output_dir(run) in process.cmdline()
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def kill(process: psutil.Process | None) -> None:
+    """At once, with all that it started."""
+    if process is not None:
+        with suppress(psutil.Error):
+            for each in (*process.children(recursive=True), process):
+                with suppress(psutil.Error):
+                    each.kill()
+
+
+def trained_outside() -> dict[Path, psutil.Process]:
+    """Folders of runs -> the processes that train them, as the command lines tell; for what no job file knows."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = [part for word in process.info["cmdline"] or () for part in word.split("=", 1)]
+        if {Path(word).name for word in words} & {f"{script}.py" for script in job_flags.SCRIPTS.values()}:
+            flags = dict(pairwise(words))
+            folder = flags.get("--output_dir") or f"runs/{flags.get('--preset')}"
+            found[(Path(process.info["cwd"] or ROOT) / folder).resolve()] = process
+    return found

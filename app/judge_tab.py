@@ -1,0 +1,97 @@
+"""Judge: distances and probes of checkpoints as jobs, and a leaderboard of everything that was measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from app import judging, render
+from app.catalog import autoencoders, checkpoints, results, variants
+from app.jobs import Jobs
+from app.plots import text
+from app.site import QUIET, Site, page_errors
+
+SAME_PROTOCOL = (
+    *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
+    *("sampler", "steps", "guidance_scale", "labels", "precision"),
+)
+HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "IS")
+ABOUT = (
+    "Evaluations queue with the trainings, and are watched and stopped under **Train**. "
+    "Several checkpoints are compared pairwise, on the same noise."
+)
+
+
+def judge_tab(site: Site, tab: gr.Tab) -> None:
+    """The widgets of the tab, and what they do; without jobs the leaderboard alone."""
+    if site.jobs is not None:
+        _form(site, tab)
+    board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
+    tab.select(lambda: leaderboard(site), None, board, **QUIET)
+
+
+def _form(site: Site, tab: gr.Tab) -> None:
+    gr.Markdown(ABOUT)
+    with gr.Row():
+        most = judging.MAX_CHECKPOINTS
+        chosen = gr.Dropdown(
+            [], value=[], multiselect=True, label="Checkpoints", max_choices=most, scale=3, min_width=260, elem_id="judged"
+        )
+        measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
+        measure = gr.Dropdown(measures, value="FD", label="Measure", scale=2, min_width=240, elem_id="measure")
+        words = "Against (openmoji or a folder)"
+        reference = gr.Textbox(judging.EMBEDDED, label=words, max_length=500, min_width=180, elem_id="reference")
+        number = gr.Number(2048, label="Samples", precision=0, min_width=110, elem_id="num-samples")
+    start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
+    told = gr.HTML(render.message(""), elem_id="judge-told")
+
+    def ask(names: list[str], measure: str, reference: str, number: int) -> str:
+        with page_errors():
+            options = {"measure": measure, "checkpoints": names, "reference": (reference or "").strip(), "num_samples": number}
+            status = site.jobs.judge(options)
+        place = f"{status.position} in the queue" if status.position else status.state
+        return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
+
+    start.click(ask, [chosen, measure, reference, number], told, **QUIET)
+    tab.select(lambda: gr.update(choices=[*variants(site.runs), *autoencoders(site.runs)]), None, chosen, **QUIET)
+
+
+def measured(jobs: Jobs | None, name: str) -> list[dict[str, Any]]:
+    """What the page's own evaluations found of a checkpoint."""
+    found = []
+    for status in jobs.evaluations() if jobs else ():
+        told, _ = judging.read_results(status.folder)
+        found += [each for each, judged in zip(told, status.options["checkpoints"], strict=False) if judged == name]
+    return found
+
+
+def leaderboard(site: Site) -> str:
+    """Every number, those of one protocol in one table, the best first; then what paired comparisons said."""
+    names = [*checkpoints(site.runs), *autoencoders(site.runs)]
+    rows = [(name, each) for name in names for each in results(name, site.runs)]
+    differences: list[str] = []
+    for status in site.jobs.evaluations() if site.jobs else ():
+        told, said = judging.read_results(status.folder)
+        rows += list(zip(status.options["checkpoints"], told, strict=False))
+        differences += said
+    if not rows:
+        return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'
+    tables: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
+    for name, result in rows:
+        tables.setdefault(tuple(str(result.get(key)) for key in SAME_PROTOCOL), []).append((name, result))
+    said = "".join(f'<p class="result">{text(line)}</p>' for line in dict.fromkeys(differences))
+    return "".join(map(_table, tables.values())) + (f"<h3>Paired comparisons</h3>{said}" if said else "")
+
+
+def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    metric = str(rows[0][1]["metric"])
+    sign = -1 if any(word in metric for word in HIGHER_IS_BETTER) else 1
+    ranked = sorted(rows, key=lambda row: sign * row[1]["value"])
+    lines = []
+    for name, result in ranked:
+        low, high = result.get("low"), result.get("high")
+        interval = f" [{low:.4g}, {high:.4g}]" if isinstance(low, int | float) and isinstance(high, int | float) else ""
+        facts = f"{render.count(result.get('images_seen'))} images seen, alpha_min {result.get('alpha_min') or 1:g}"
+        lines.append(f"<tr><td>{text(name)}</td><td><b>{result['value']:.4g}</b>{interval}</td><td>{text(facts)}</td></tr>")
+    note = f'<p class="protocol">{text(render.protocol(ranked[0][1]))}</p>'
+    return f"<h3>{text(metric)}</h3>{note}{render.facts_table(('Checkpoint', 'Value (95 %)', ''), lines)}"

@@ -1,0 +1,131 @@
+"""Evaluations that the page runs as jobs: which there are, their command lines, and what became of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.catalog import find, folders
+from models.files import read_json
+
+RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
+MAX_CHECKPOINTS = 4
+MOST_SAMPLES = 50_000
+EMBEDDED = "openmoji"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the table.
+
+    Attributes:
+        about: for people.
+        script: of `eval/`, which judges one checkpoint; several are compared by eval/compare.py, where it can.
+        flags: that make it this measure.
+        paints: it is about images, which a masked autoencoder does not draw.
+    """
+
+    about: str
+    script: str
+    flags: tuple[str, ...]
+    paints: bool = True
+
+
+LITE0 = "--feature_extractor=efficientnet-lite0"
+MEASURES = {
+    "FD": Measure("Fréchet distance through EfficientNet-Lite0 (FD)", "fid", (LITE0, "--mixed_precision=auto")),
+    "KD": Measure("FD and the kernel distance, for few samples (KD)", "fid", (LITE0, "--mixed_precision=auto", "--kid")),
+    "FID": Measure("FID and KID: Inception, whose weights are downloaded once", "fid", ("--mixed_precision=auto", "--kid")),
+    "probes": Measure("Probes of every block: kNN, linear, rank", "probe", ("--mixed_precision=auto",), paints=False),
+}
+
+
+def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Options of an evaluation, as `job.json` keeps them.
+
+    Args:
+        options: "measure", a key of `MEASURES`; "checkpoints", names of the catalogue, several of them for a comparison on the same
+            noise; "reference", "openmoji" or a folder of images; "num_samples", of each checkpoint, or images to probe with.
+
+    Raises:
+        ValueError: another name, or a number out of range.
+    """
+    measure, names = options.get("measure"), options.get("checkpoints")
+    if not isinstance(measure, str) or measure not in MEASURES:
+        raise ValueError(f"there is no measure {str(measure)[:50]!r}; choose from {', '.join(MEASURES)}")
+    if not isinstance(names, list) or not 1 <= len(names) <= MAX_CHECKPOINTS:
+        raise ValueError(f"choose 1 to {MAX_CHECKPOINTS} checkpoints to judge")
+    if not MEASURES[measure].paints and len(names) > 1:
+        raise ValueError("probes look at one checkpoint at a time; choose one")
+    number = options.get("num_samples", 2048)
+    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 or not 2 <= number <= MOST_SAMPLES:
+        raise ValueError(f"the number of samples cannot be {str(number)[:50]}; give a whole number from 2 to {MOST_SAMPLES:,}")
+    reference = options.get("reference", EMBEDDED)
+    if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
+        raise ValueError("the reference must be openmoji or a folder of images")
+    paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
+    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+
+
+def _folder(name: Any, measure: Measure, runs: Path) -> str:
+    known = folders(runs)
+    if not measure.paints and isinstance(name, str) and name in known:
+        return str(known[name].resolve())
+    source = find(name, runs)
+    if source.step is not None:
+        raise ValueError(f"{name} is an earlier step; only the newest weights of a run are judged")
+    return f"{source.folder.resolve()}" + ("" if source.averaged or not (source.folder / "ema").is_dir() else "@raw")
+
+
+def command(options: dict[str, Any], folder: Path) -> list[str]:
+    """What to run, without the interpreter, from the project's root; the numbers go to `folder`."""
+    measure, paths = MEASURES[options["measure"]], options["paths"]
+    number, reference = options["num_samples"], options["reference"]
+    if measure.script == "probe":
+        limits = [f"--max_train_images={number}", f"--max_test_images={number}"]
+        return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", f"--output={folder}", *limits, "--no-pictures",
+                f"--json={folder / RESULT}", *measure.flags]  # fmt: skip
+    common = [f"--reference={reference}", f"--num_samples={number}", *measure.flags]
+    if len(paths) > 1:
+        return ["eval/compare.py", *paths, *common, f"--output={folder}"]
+    return ["eval/fid.py", *_checkpoint(paths[0]), *common, f"--json={folder / RESULT}"]
+
+
+def _checkpoint(path: str) -> list[str]:
+    return [f"--checkpoint={path.removesuffix('@raw')}", *["--no-ema"] * path.endswith("@raw")]
+
+
+def title(options: dict[str, Any]) -> str:
+    """In words."""
+    return f"{options['measure']} of {' and '.join(options['checkpoints'])}"
+
+
+def is_done(folder: Path) -> bool:
+    """Whether an evaluation came to its end."""
+    return (folder / RESULT).is_file() or (folder / COMPARISON).is_file()
+
+
+def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What an evaluation found.
+
+    Returns:
+        For each checkpoint "metric", "value" and the protocol, and of a comparison what it says of the differences, one line each.
+    """
+    try:
+        if (folder / RESULT).is_file():
+            return [read_json(folder / RESULT)], []
+        told = read_json(folder / COMPARISON)
+        return [_as_result(entry) for entry in told["entries"]], [_difference(row) for row in told["differences"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], []
+
+
+def _as_result(entry: dict[str, Any]) -> dict[str, Any]:
+    """The first number of a contender, as eval/fid.py would have told it."""
+    metric = next(iter(entry["metrics"]))
+    return {"metric": metric, **entry["metrics"][metric], **{key: value for key, value in entry.items() if key != "metrics"}}
+
+
+def _difference(row: dict[str, Any]) -> str:
+    one, other = (Path(row[key]).name for key in ("contender", "against"))
+    interval = f"{row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
+    return f"{row['metric']}: {one} against {other} {interval}, {row['verdict']} (paired on the same noise, 95 %)"

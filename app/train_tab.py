@@ -1,0 +1,213 @@
+"""Train: start a run or a pair, watch it, stop, go on, put away."""
+
+import threading
+from typing import Any
+
+import gradio as gr
+
+from app import render
+from app.catalog import variants
+from app.job_files import TRAINING
+from app.job_flags import ALL_PRESETS, advice, choices
+from app.jobs import Jobs, Status
+from app.site import AT_ONCE, QUIET, Site, page_errors
+from app.train_view import details_of, overview_of, place_of, possible, time_words, title_of
+
+REFRESH_S = 2.0
+FIRST_PRESET = "demo-decayed"
+NO_PRESET, AS_PRESET = "no preset", "as it comes"
+YES_NO = {AS_PRESET: None, "on": True, "off": False}
+DELETE, REALLY = "Delete", "Really delete all its files?"
+# fields of the form -> the training scripts' flags; what is left empty is the preset's, or the script's own
+NUMBERS = {
+    "resolution": "Resolution (px)",
+    "patch_size": "Patch (px)",
+    "alpha_min": "alpha_min",
+    "max_train_steps": "Steps",
+    "max_train_minutes": "or minutes",
+    "train_batch_size": "Batch",
+    "learning_rate": "Learning rate",
+    "seed": "Seed",
+}
+
+
+def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
+    """The widgets of the tab, and what they do."""
+    jobs = site.jobs
+    with gr.Accordion("A new training", open=True):
+        with gr.Row():
+            name = gr.Textbox(label="Name of the run", placeholder="my-first", max_length=64, min_width=180, elem_id="run-name")
+            presets = [(NO_PRESET, ""), *((key, key) for key in ALL_PRESETS)]
+            about = ALL_PRESETS[FIRST_PRESET].about
+            preset = gr.Dropdown(presets, value=FIRST_PRESET, label="Preset", info=about, scale=3, min_width=240, elem_id="preset")
+            pair = gr.Checkbox(False, label="A pair: plain and decayed, everything else equal", min_width=220, elem_id="pair")
+        with gr.Row():
+            words = "openmoji, a folder, or a name of the hub"
+            data = gr.Textbox(label="Images", placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
+            backbone = gr.Dropdown([], label="Backbone", value=None, min_width=110, elem_id="backbone")
+            size = gr.Dropdown([], label="Size", value=None, min_width=90, elem_id="size")
+            skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
+            begin = gr.Dropdown([], value=None, label="Begin with the weights of", min_width=200, elem_id="init-from")
+        with gr.Row():
+            # texts: an empty field is the preset's value, which stands in it in grey
+            numbers = {
+                flag: gr.Textbox(
+                    label=label, placeholder=_preset_value(FIRST_PRESET, flag), max_length=20, min_width=95, elem_id=f"flag-{flag}"
+                )
+                for flag, label in NUMBERS.items()
+            }
+        advised = gr.HTML(render.message(""), elem_id="advice")
+        with gr.Row():
+            start = gr.Button("Start", variant="primary", min_width=140, elem_id="start-training")
+            check = gr.Button("Check, and estimate the time", min_width=180, elem_id="check-training")
+    overview = gr.HTML("", elem_id="jobs", apply_default_css=False)
+    with gr.Row(equal_height=True):
+        run = gr.Dropdown([], value=None, label="Run", scale=2, min_width=200, elem_id="run")
+        beside = gr.Dropdown([], value=None, label="Curves beside", scale=2, min_width=200, elem_id="beside")
+    with gr.Row():
+        stop = gr.Button("Stop (saves)", interactive=False, min_width=110, elem_id="stop-training")
+        resume = gr.Button("Go on", interactive=False, min_width=110, elem_id="resume-training")
+        archive = gr.Button("Archive", interactive=False, min_width=110, elem_id="archive-training")
+        delete = gr.Button(DELETE, interactive=False, variant="stop", min_width=110, elem_id="delete-training")
+    with gr.Row():
+        more = gr.Textbox(label="Steps to go on to", placeholder="as before", max_length=12, min_width=140, elem_id="more-steps")
+        new_name = gr.Textbox(label="New name", max_length=64, min_width=160, elem_id="new-name")
+        rename = gr.Button("Rename", interactive=False, min_width=110, elem_id="rename-training")
+        put_away = gr.Dropdown([], value=None, label="In the archive", min_width=160, elem_id="archived")
+        unarchive = gr.Button("Bring back from the archive", min_width=160, elem_id="unarchive")
+    told = gr.HTML(render.message(""), elem_id="told")
+    details = gr.HTML("", elem_id="run-details", apply_default_css=False)
+    timer = gr.Timer(REFRESH_S, active=False)  # begins with the first look at this tab
+    seen = gr.State([])  # what was sent last
+    form = [name, preset, pair, data, backbone, size, skips, begin, *numbers.values()]
+    buttons = [stop, resume, archive, delete, rename]
+
+    def options_of(preset: str, data: str, backbone: str, size: str, skips: str, begin: str, *values: Any) -> dict[str, Any]:
+        """Flags of the training script."""
+        data = (data or "").strip()
+        source = {"train_data_dir": data} if _is_folder(jobs, data) else {"dataset_name": data or None}
+        options = {"preset": preset, **source, "backbone": backbone, "size": size, "long_skips": YES_NO[skips], "init_from": begin}
+        options |= {flag: (value or "").strip() for flag, value in zip(NUMBERS, values, strict=True)}
+        return {option: value for option, value in options.items() if value not in (None, "")}
+
+    def describe_preset(preset: str) -> tuple[Any, ...]:
+        info = ALL_PRESETS[preset].about if preset in ALL_PRESETS else "the flags below, and the script's own defaults"
+        return gr.update(info=info), *(gr.update(placeholder=_preset_value(preset, flag)) for flag in NUMBERS)
+
+    def offer() -> tuple[Any, ...]:
+        """What the form offers; it takes the libraries to know it."""
+        empty = [("as the preset has it", "")]
+        return *(gr.update(choices=empty + [(name, name) for name in choices(option)]) for option in ("backbone", "size")), gr.update(
+            choices=[("nothing", ""), *((name, name) for name in variants(site.runs))]
+        )
+
+    def on_start(name: str, preset: str, pair: bool, *values: Any) -> tuple[Any, ...]:
+        with page_errors():
+            options = options_of(preset, *values)
+            started = jobs.start_pair(name, options) if pair else [jobs.start(name, options)]
+            words = ", ".join(f"{each.name} {place_of(each)}" for each in started)
+            return render.message(f"Started: {words}."), *look(started[0].name, started[-1].name if pair else None)
+
+    def on_check(name: str, preset: str, pair: bool, *values: Any) -> str:
+        with page_errors():
+            options = options_of(preset, *values)
+            jobs.check(name or "estimate", options)
+            minutes = jobs.estimate(options)
+        time_told = "How long it takes is known after the first run of this network on such images"
+        if minutes is not None:
+            time_told = f"About {time_words(60 * minutes * (2 if pair else 1))} here, after what earlier runs took"
+        return render.message(f"This can be started. {time_told}. {advice(options)}")
+
+    def fresh(chosen: str | None, other: str | None, seen: list[str]) -> tuple[Any, ...]:
+        """`look`, without what is there already: an open list stays open."""
+        values = look(chosen, other)
+        now = [repr(value) for value in values]
+        same = [i < len(seen) and seen[i] == now[i] for i in range(len(now))]
+        return now, *(gr.skip() if known else value for known, value in zip(same, values, strict=True))
+
+    def look(chosen: str | None, other: str | None) -> tuple[Any, ...]:
+        """All that shows how the runs stand."""
+        statuses = jobs.all()
+        names = [status.name for status in statuses]
+        trainings = [status.name for status in statuses if status.kind == TRAINING]
+        chosen = chosen if chosen in names else next(iter(names), None)
+        other = other if other in trainings and other != chosen else None
+        status = next((each for each in statuses if each.name == chosen), None)
+        labels = [(title_of(each), each.name) for each in statuses]
+        return (
+            overview_of(jobs, statuses),
+            gr.update(choices=labels, value=chosen),
+            gr.update(choices=[name for name in trainings if name != chosen], value=other),
+            details_of(jobs, status, other),
+            *(gr.update(interactive=on) for on in possible(status)),
+            gr.update(choices=jobs.archived()),
+        )
+
+    looked = [overview, run, beside, details, *buttons, put_away]
+
+    def act(words: str, change: Any) -> Any:
+        """A handler that changes the chosen run, says so, and looks again."""
+
+        def handle(chosen: str | None, other: str | None, *values: Any) -> tuple[Any, ...]:
+            with page_errors():
+                if not chosen:
+                    raise ValueError("choose a run first")
+                after = change(chosen, *values)
+                name = after.name if isinstance(after, Status) else chosen
+                return render.message(f"{name}: {words}."), gr.update(value=DELETE), *look(name, other)
+
+        return handle
+
+    def first_or_really(label: str, chosen: str | None, other: str | None) -> tuple[Any, ...]:
+        """The first click asks, the second one deletes."""
+        if label != REALLY:
+            return gr.skip(), gr.update(value=REALLY), *[gr.skip()] * len(looked)
+        return act("deleted", jobs.delete)(chosen, other)
+
+    def from_archive(put_away: str | None, other: str | None) -> tuple[Any, ...]:
+        with page_errors():
+            back = jobs.unarchive(put_away)
+        return render.message(f"{back.name}: back from the archive."), gr.update(value=DELETE), *look(back.name, other)
+
+    def resumed(chosen: str, more: str) -> Status:
+        return jobs.resume(chosen, {"max_train_steps": more.strip()} if more and more.strip() else None)
+
+    changed = [told, delete, *looked]
+    preset.input(describe_preset, preset, [preset, *numbers.values()], **QUIET)
+    start.click(on_start, form, [advised, *looked], **QUIET)
+    check.click(on_check, form, advised, **QUIET)
+    stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **QUIET)
+    resume.click(act("goes on", resumed), [run, beside, more], changed, **QUIET)
+    rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **QUIET)
+    archive.click(act("put into the archive", jobs.archive), [run, beside], changed, **QUIET)
+    delete.click(first_or_really, [delete, run, beside], changed, **QUIET)
+    unarchive.click(from_archive, [put_away, beside], changed, **QUIET)
+    gr.on([run.input, beside.input], look, [run, beside], looked, **QUIET)
+    run.input(lambda: DELETE, None, delete, **AT_ONCE)
+    timer.tick(fresh, [run, beside, seen], [seen, *looked], **QUIET)
+    page.load(look, [run, beside], looked, **QUIET)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **AT_ONCE)
+    tab.select(offer, None, [backbone, size, begin], **QUIET)
+
+
+def warm_up(jobs: Jobs) -> None:
+    """Import the training scripts in a thread, so that the first check does not wait for it."""
+
+    def work() -> None:
+        try:
+            jobs.check("warm-up", {"preset": "demo-plain"})
+        except ValueError as error:
+            print(f"trainings cannot be checked: {error}", flush=True)
+
+    threading.Thread(target=work, daemon=True, name="warm-up").start()
+
+
+def _is_folder(jobs: Jobs, data: str) -> bool:
+    """Whether the form's images are a folder; names of the hub have no such parts."""
+    return data.startswith(("/", "~", ".")) or data.endswith("/") or bool(data and jobs.data and (jobs.data / data).is_dir())
+
+
+def _preset_value(preset: str, flag: str) -> str:
+    """What stands in an empty field."""
+    value = ALL_PRESETS[preset].flags.get(flag) if preset in ALL_PRESETS else None
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,116 @@
+"""Trainings as HTML: the table of all, and the curves of one or two."""
+
+import base64
+from collections.abc import Sequence
+
+from app import judging, render
+from app.job_files import EVALUATION, QUEUED, RUNNING, TRAINING
+from app.jobs import Jobs, Progress, Status
+from app.plots import Line, plot, text
+
+NO_RUN = '<p class="empty small">No run yet. Give one a name, choose a preset, and press <b>Start</b>.</p>'
+NO_CURVES = '<p class="empty small">Curves begin with the first logged step.</p>'
+
+
+def title_of(status: Status) -> str:
+    """What people call a job."""
+    return judging.title(status.options) if status.kind == EVALUATION else status.name
+
+
+def place_of(status: Status) -> str:
+    """Whether it runs, or where it waits."""
+    return f"waits, {status.position} in the queue" if status.state == QUEUED else f"is {status.state}"
+
+
+def possible(status: Status | None) -> tuple[bool, ...]:
+    """Which of stop, go on, archive, delete and rename make sense."""
+    if status is None:
+        return (False,) * 5
+    idle, training = not status.active, status.kind == TRAINING
+    return status.active, idle and training, idle and training, idle, idle and training
+
+
+def time_words(seconds: float) -> str:
+    """A time, roughly."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def overview_of(jobs: Jobs, statuses: Sequence[Status]) -> str:
+    """All runs in one table."""
+    if not statuses:
+        return NO_RUN
+    rows = []
+    for status in statuses:
+        done = ""
+        if status.kind == TRAINING:
+            progress = jobs.progress(status.name)
+            done = f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")
+            if status.state == RUNNING and progress.seconds_left is not None:
+                done += f", {time_words(progress.seconds_left)} left"
+        state = f"{status.position} in the queue" if status.state == QUEUED else status.state
+        rows.append(
+            f'<tr><td>{text(title_of(status))}</td><td><span class="state {status.state}">{state}</span></td>'
+            f"<td>{done}</td><td>{text(status.message)}</td></tr>"
+        )
+    return render.facts_table(("Run", "State", "Steps", ""), rows)
+
+
+def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
+    """Curves, newest samples and last words of a run."""
+    if status is None:
+        return ""
+    log = "\n".join(jobs.progress(status.name).log[-12:])
+    words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
+    if status.kind == EVALUATION:
+        found, differences = judging.read_results(status.folder)
+        lines = [*map(render.result_words, found), *map(text, differences)]
+        told = "".join(f'<p class="result">{line}</p>' for line in lines)
+        return f'<h3>{text(title_of(status))}</h3><p class="status">{text(status.message)}</p>{told}{words}'
+    progress = jobs.progress(status.name)
+    bar = f'<progress max="{progress.of}" value="{progress.step}" aria-label="Training"></progress>' if progress.of else ""
+    facts = [f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")]
+    facts += [f"{progress.images_per_s:.0f} images/s"] if progress.images_per_s else []
+    facts += [f"{time_words(progress.seconds_left)} left"] if progress.seconds_left is not None else []
+    facts += [text(status.message)]
+    runs = [(status.name, progress), *([(other, jobs.progress(other))] if other else [])]
+    curves = f'<div class="plots">{_curves(runs)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
+    samples = "".join(_sample(name, each) for name, each in runs)
+    return f'<h3>{text(status.name)}</h3><div class="status">{bar}<span>{" · ".join(facts)}</span></div>{curves}{samples}{words}'
+
+
+def _curves(runs: Sequence[tuple[str, Progress]]) -> str:
+    """Loss, speed, rank and norms of one or two runs."""
+
+    def lines(value: str) -> list[Line]:
+        return [Line(name, _steps(run), [each.get(value) for each in run.curve], i) for i, (name, run) in enumerate(runs)]
+
+    norms = []
+    for colour, (name, run) in enumerate(runs):
+        blocks = max((len(each.get("block_norms") or ()) for each in run.curve), default=0)
+        for block in range(blocks):
+            values = [(each.get("block_norms") or [None] * blocks)[block] for each in run.curve]
+            norms.append(Line(name if block == blocks - 1 else "", _steps(run), values, colour, faint=block < blocks - 1))
+    return (
+        plot(lines("loss"), "Loss", "step")
+        + plot(lines("images_per_s"), "Images a second", "step", low=0.0)
+        + plot(lines("effective_rank"), "Effective rank of the middle", "step")
+        + plot(norms, "Norm of every block, the last one strong", "step", logarithmic=True)
+    )
+
+
+def _steps(run: Progress) -> list[int]:
+    return [line["step"] for line in run.curve]
+
+
+def _sample(name: str, progress: Progress) -> str:
+    if progress.sample is None:
+        return ""
+    try:
+        url = "data:image/png;base64," + base64.b64encode(progress.sample.read_bytes()).decode()
+    except OSError:
+        return ""
+    step = progress.sample.stem.removeprefix("step-")
+    what = text(f"{name}, step {step}")
+    return f'<figure class="samples"><figcaption>{what}</figcaption><img src="{url}" alt="Samples of {what}"></figure>'
