@@ -1,6 +1,7 @@
 """Networks and data, as probes are asked for them -> labelled features of both splits, and how they came about."""
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -190,11 +191,12 @@ def _notes(encoder: Encoder, train: ImageData, test: ImageData) -> list[str]:
     about, notes = encoder.about, []
     if about.get("timm_weights") == "random":
         notes.append("the network has random weights; give --timm_weights to judge trained ones")
-    if "checkpoint" in about and about["training_data"] != train.name:
+    at_home = "checkpoint" in about and os.path.normpath(about["training_data"] or "") == os.path.normpath(train.name)
+    if "checkpoint" in about and not at_home:
         notes.append(f"the network was trained on {about['training_data']}, and is judged on {train.name}")
-    elif about.get("training_split") == "all":
+    if at_home and about["training_split"] == "all":
         notes.append("the network has seen the test images in its training")
-    if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.num_classes and about["training_data"] == train.name:
+    if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.num_classes and at_home:
         notes.append("the network was trained with these labels as a condition; here it is told none")
     return notes
 

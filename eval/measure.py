@@ -128,6 +128,7 @@ def few_shot(labelled: Labelled, place: Place, shares: Sequence[float], seed: in
             {
                 "share": each,
                 "images": len(rows),
+                "place": "chosen with all labels",
                 "value": float(np.mean(accuracies)),
                 "std": float(np.std(accuracies, ddof=1)),
                 "draws": accuracies,

@@ -20,18 +20,20 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: features of different images, numbers that are not finite, features that are all the same.
     """
-    _check(x, y)
-    x, y = (side.double() - side.double().mean(0) for side in (x, y))
-    return (_cross(x, y) / (_cross(x, x) * _cross(y, y)).sqrt()).item()
+    return cka_matrix([x, y])[0, 1].item()
 
 
 def cka_matrix(features: list[Tensor]) -> np.ndarray:
-    """`linear_cka` of every pair: (L, L), symmetric, 1 on the diagonal."""
-    matrix = np.eye(len(features))
-    for i, x in enumerate(features):
-        for j in range(i):
-            matrix[i, j] = matrix[j, i] = linear_cka(x, features[j])
-    return matrix
+    """`linear_cka` of every pair: (L, L), symmetric, 1 on the diagonal; raises as that."""
+    for x in features:
+        _check(features[0], x)
+    centred = [x.double() - x.double().mean(0) for x in features]
+    products = np.zeros((len(features), len(features)))
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred[: i + 1]):
+            products[i, j] = products[j, i] = _cross(x, y)
+    norms = np.sqrt(np.diag(products))
+    return products / np.outer(norms, norms)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from models.files import written_aside
 from models.rank import effective_rank
 
 METRICS = "metrics.jsonl"
-EXPLODED = 1e4  # root mean square of a block's output: healthy ones stay below 100
+EXPLODED = 1e4  # root mean square of a block's output; below 4 in the trainings of `make demo`
 
 
 class MetricsFile:
