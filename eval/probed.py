@@ -20,7 +20,10 @@ METRIC = "linear probe accuracy"  # what marks such a file
 COMPARABLE = ("train_labels", "test_labels", "temperature")
 # ... and what they should
 NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema")
-ABOUT = "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would move them too."
+ABOUT = (
+    "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would "
+    "move them too."
+)
 
 
 @dataclass(frozen=True)
