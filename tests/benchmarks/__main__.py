@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from eval.encoders import MAEEncoder, block_features
 from eval.frechet import frechet_distance
+from eval.knn import knn_predictions
 from models import create_model
+from models.compat import import_torchvision
 from models.files import Parser, one_line_errors, write_json
 from models.precision import autocast, precision
 from tests.inception import write_inception
+from training.augment import crop_and_resize, random_boxes
+from training.data import ImageData, in_unit_range
 from training.objectives import FlowMatching
 
 Work = Callable[[], object]
@@ -134,13 +140,52 @@ def fid(num_images: int) -> Case:
     return Case(about, ours, theirs, pairs=1, warm_ups=0, of_torch=False)
 
 
+def crops(_: int) -> Case:
+    """Random-resized crops of 64 images of 224 px, from bytes to floats, against torchvision's one by one."""
+    import_torchvision()
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    images = torch.randint(256, (64, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    boxes = random_boxes(64, 224, 0.2, torch.Generator().manual_seed(0))
+    floats, places = images.float().contiguous() / 127.5 - 1, torch.stack(boxes, 1).tolist()
+
+    def theirs() -> object:
+        size, way = [224, 224], InterpolationMode.BICUBIC
+        return torch.stack([resized_crop(image, *place, size, way, antialias=True) for image, place in zip(floats, places, strict=True)])
+
+    return Case("crops / torchvision's", lambda: in_unit_range(crop_and_resize(images, boxes), None), theirs, pairs=10, of_torch=False)
+
+
+def neighbours(_: int) -> Case:
+    """The votes of 20 neighbours among 10,000 images with 384 features, for 2,000 others, against scikit-learn's brute force."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, z, y = torch.randn(10_000, 384), torch.randn(2000, 384), torch.randint(10, (10_000,))
+    brute = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07))
+    brute.fit(x.numpy(), y.numpy())
+    ours = partial(knn_predictions, x, y, z, (20,))
+    return Case("neighbours / scikit-learn's", ours, lambda: brute.predict(z.numpy()), pairs=10, of_torch=False)
+
+
+def places(_: int) -> Case:
+    """The features of 12 blocks in three poolings against those of one block in one: 64 images of 64 px through a ViT-S."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8)
+    data = ImageData(pixels, labels=None, class_names=(), name="noise", split="train", fingerprint="")
+    encoder = MAEEncoder(create_model("mae", "S", image_size=64, patch_size=8), {"backbone": "mae"}, 64)
+    features = partial(block_features, encoder, data, mixed_precision="auto")
+    return Case("features of 36 places / of one", features, lambda: features((11,), ("mean",)), pairs=10, of_torch=False)
+
+
 def call(*command: object) -> None:
     """Run a script of the project in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-CASES: dict[str, Callable[[int], Case]] = {"alpha": alpha, "control": control, "frechet": frechet, "fid": fid}
+CASES: dict[str, Callable[[int], Case]] = {
+    "alpha": alpha, "control": control, "frechet": frechet, "fid": fid, "crops": crops, "neighbours": neighbours, "places": places,
+}  # fmt: skip
 
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
@@ -218,7 +263,7 @@ def main() -> None:
             more = f", of processor time {found['processor_ratio_median']:.3f}"
             if "ours_peak_bytes" in found:
                 more += f", of peak memory {found['ours_peak_bytes'] / found['theirs_peak_bytes']:.3f}"
-            print(f"{name:8} {case.about}: {found['ratio_median']:.3f}{interval}{more}", flush=True)
+            print(f"{name:10} {case.about}: {found['ratio_median']:.3f}{interval}{more}", flush=True)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{psutil.cpu_count()} CPU threads, {platform.machine()}"
         machine = {"device": device, "precision": precision("auto"), "versions": {"torch": version("torch")}}
         if parsed.json:
