@@ -17,6 +17,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--runs", type=Path, default=RUNS, help="folder of your runs (default: %(default)s)")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (default: %(default)s)")
     flags.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    flags.add_argument("--root-path", default="", help="path under which a proxy shows the page, such as /shortcuts (default: none)")
+    flags.add_argument("--auth", metavar="NAME:PASSWORD", help="let nobody in without these (default: everybody who reaches the address)")
+    flags.add_argument("--no-training", action="store_true", help="for public pages: nothing can be trained, judged or deleted")
+    flags.add_argument("--data", type=Path, help="folder that images to train on must lie in (default: all that you may read)")
+    flags.add_argument("--at-most", type=int, default=1, help="trainings and evaluations at once; the others wait (default: %(default)s)")
     return flags
 
 
@@ -43,16 +48,26 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody
+        name, _, password = (parsed.auth or "").partition(":")
+        if parsed.auth is not None and not (name and password):
+            raise ValueError("--auth must be NAME:PASSWORD, neither of them empty")
+        if parsed.at_most < 1:
+            raise ValueError(f"--at-most is {parsed.at_most}; it must be at least 1")
+        if parsed.data is not None and not parsed.data.is_dir():
+            raise ValueError(f"--data {parsed.data} is not a folder")
         from app.jobs import Jobs
         from app.site import Site
         from app.ui import build, theme
         from app.votes import Votes
 
-        site = Site(parsed.runs, Jobs(parsed.runs), Votes(parsed.runs))
+        jobs = None if parsed.no_training else Jobs(parsed.runs, parsed.at_most, parsed.data)
+        site = Site(parsed.runs, jobs, Votes(parsed.runs))
         page = build(site)
         page.launch(
             server_name=parsed.host,
             server_port=parsed.port,
+            root_path=parsed.root_path or None,
+            auth=(name, password) if parsed.auth else None,
             theme=theme(),
             css_paths=HERE / "page.css",
             head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
@@ -64,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             prevent_thread_lock=True,
         )
         print(f"Fading Shortcuts is ready on {page.local_url}", flush=True)
-        site.prepare_welcome()
+        site.prepare()
         page.block_thread()
 
 

@@ -142,6 +142,10 @@ class Jobs:
         values = parse(options, run)
         return {option: values[option] for option in options}
 
+    def warm_up(self) -> None:
+        """Import the training scripts, so that the first check does not wait for it."""
+        parse({"preset": "demo-plain"}, self.runs / "warm-up")
+
     def start(self, name: str, options: dict[str, Any]) -> Status:
         """Queue a training; it starts at once if there is a place.
 

@@ -35,7 +35,7 @@ MEASURES = {
     "FD": Measure("Fréchet distance through EfficientNet-Lite0 (FD)", "fid", (LITE0, "--mixed_precision=auto")),
     "KD": Measure("FD and the kernel distance, for few samples (KD)", "fid", (LITE0, "--mixed_precision=auto", "--kid")),
     "FID": Measure("FID and KID: Inception, whose weights are downloaded once", "fid", ("--mixed_precision=auto", "--kid")),
-    "probes": Measure("Probes of every block: kNN, linear, rank", "probe", ("--mixed_precision=auto",), paints=False),
+    "probes": Measure("Probes of every block: kNN, linear, rank", "probe", ("--mixed_precision=auto", "--k=10,20"), paints=False),
 }
 
 
@@ -82,8 +82,9 @@ def command(options: dict[str, Any], folder: Path) -> list[str]:
     number, reference = options["num_samples"], options["reference"]
     if measure.script == "probe":
         limits = [f"--max_train_images={number}", f"--max_test_images={number}"]
-        return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", f"--output={folder}", *limits, "--no-pictures",
-                f"--json={folder / RESULT}", *measure.flags]  # fmt: skip
+        parts = [] if reference == EMBEDDED else ["--test_share=0.2"]  # a folder may have no second split
+        places = [f"--output={folder}", "--no-pictures", f"--json={folder / RESULT}"]
+        return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", *limits, *parts, *places, *measure.flags]
     common = [f"--reference={reference}", f"--num_samples={number}", *measure.flags]
     if len(paths) > 1:
         return ["eval/compare.py", *paths, *common, f"--output={folder}"]

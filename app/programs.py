@@ -1,10 +1,13 @@
 """The page for programs: named endpoints, documented at its foot."""
 
+import dataclasses
 from typing import Any
 
 import gradio as gr
 
 from app.catalog import card, checkpoints, results, variants
+from app.jobs import Jobs, Status
+from app.judge_tab import measured
 from app.recipe import of_image
 from app.render import NO_LABEL, png_url
 from app.sampler import Frame, sample
@@ -101,7 +104,7 @@ def programs(site: Site) -> None:
                         "labels": list(each.class_names),
                         "training": each.training,
                         "variants": [other for other in names if other.startswith(f"{name} ")],
-                        "results": results(name, site.runs),
+                        "results": [*results(name, site.runs), *measured(site.jobs, name)],
                         "sha256": source.hash,
                     }
                 )
@@ -110,3 +113,95 @@ def programs(site: Site) -> None:
     gr.api(compare_checkpoints, api_name="compare", concurrency_limit=None)
     gr.api(sample_checkpoint, api_name="sample", concurrency_limit=None)
     gr.api(list_checkpoints, api_name="checkpoints")
+    if site.jobs is not None:
+        _trainings(site.jobs)
+
+
+def _trainings(jobs: Jobs) -> None:
+    """The endpoints that change something."""
+
+    def told(status: Status) -> dict:
+        fields = {each.name: getattr(status, each.name) for each in dataclasses.fields(status)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items() if name != "folder"}
+
+    def start_training(name: str, options: dict, pair: bool = False) -> list[dict]:
+        """Queue a training, or a plain and a decayed one with everything else equal.
+
+        Parameters:
+            name: of the run; of a pair NAME-plain and NAME-decayed are made of it.
+            options: flags of training/train_diffusion.py or training/train_mae.py with their values, such as
+                {"preset": "demo-decayed", "max_train_steps": 100}.
+            pair: whether it is a pair; the options are the decayed one's.
+
+        Returns:
+            For each run what /training tells.
+        """
+        with page_errors():
+            return [told(each) for each in (jobs.start_pair(name, options) if pair else [jobs.start(name, options)])]
+
+    def stop_training(name: str) -> dict:
+        """Ask a training to save and leave, or take it out of the queue; an evaluation is ended.
+
+        Parameters:
+            name: of the run.
+
+        Returns:
+            What /training tells.
+        """
+        with page_errors():
+            return told(jobs.stop(name))
+
+    def resume_training(name: str, max_train_steps: int = 0) -> dict:
+        """Queue a training once more, from its last checkpoint.
+
+        Parameters:
+            name: of the run.
+            max_train_steps: another number of steps in all; 0 leaves it.
+
+        Returns:
+            What /training tells.
+        """
+        with page_errors():
+            return told(jobs.resume(name, {"max_train_steps": max_train_steps} if max_train_steps else None))
+
+    def training(name: str) -> dict:
+        """How a training or an evaluation stands.
+
+        Parameters:
+            name: of the run.
+
+        Returns:
+            "name", "kind", "state" (queued, running, stopping, finished, failed, interrupted), "message", "position" in the queue,
+            "options", "started_at" (seconds since 1970), "log" of a failed one; "step", "of" and "seconds_left".
+        """
+        with page_errors():
+            progress = jobs.progress(name)
+            return {**told(jobs.status(name)), "step": progress.step, "of": progress.of, "seconds_left": progress.seconds_left}
+
+    def trainings() -> list[dict]:
+        """All runs and evaluations: first those that run, then the queue in its order, then the others.
+
+        Returns:
+            For each what /training tells, without its steps.
+        """
+        with page_errors():
+            return [told(each) for each in jobs.all()]
+
+    def judge(checkpoints: list[str], measure: str = "FD", reference: str = "openmoji", num_samples: int = 2048) -> dict:
+        """Queue an evaluation.
+
+        Parameters:
+            checkpoints: names of /checkpoints; several are compared on the same noise.
+            measure: FD, KD, FID or probes.
+            reference: "openmoji", or a folder of images.
+            num_samples: images of each checkpoint, or to probe with.
+
+        Returns:
+            What /training tells; the numbers appear in /checkpoints.
+        """
+        with page_errors():
+            options = {"checkpoints": checkpoints, "measure": measure, "reference": reference, "num_samples": num_samples}
+            return told(jobs.judge(options))
+
+    for endpoint in (start_training, stop_training, resume_training, training, trainings, judge):
+        gr.api(endpoint, api_name=endpoint.__name__)

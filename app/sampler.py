@@ -111,10 +111,10 @@ def _put_weights(model: Any, source: Source) -> None:
         raise ValueError(f"{source.snapshot.name} of {source.folder.name} is damaged and cannot be loaded") from error
 
 
-_cache = PipelineCache()
+loaded = PipelineCache()
 
 
-def sample(comparison: Comparison, runs: Path, cache: PipelineCache = _cache) -> Iterator[Frame]:
+def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Iterator[Frame]:
     """Sample the sides of a comparison; image i of each comes from noise seeded seed + i.
 
     All take a step at once, each on its part of the cores. Closing the iterator ends the sampling within a step.

@@ -1,6 +1,7 @@
 """What all tabs of the page share."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +45,12 @@ class Site:
         labels = known[pair[0]].class_names
         return Comparison(Settings(label=labels[0] if labels else None, seed=0), tuple(Side(name) for name in dict.fromkeys(pair)))
 
-    def prepare_welcome(self) -> None:
-        """Sample what visitors see first; this loads the libraries and the pair, too."""
+    def prepare(self) -> None:
+        """Load the libraries in threads: sample what visitors see first, and make the check of trainings ready."""
         if first := self.first_comparison():
             self._welcome.append(self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True))
+        if self.jobs is not None:
+            threading.Thread(target=self.jobs.warm_up, daemon=True, name="warm-up").start()
 
     @property
     def welcome(self) -> Sampling | None:

@@ -1,6 +1,5 @@
 """Train: start a run or a pair, watch it, stop, go on, put away."""
 
-import threading
 from typing import Any
 
 import gradio as gr
@@ -188,18 +187,6 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     page.load(look, [run, beside], looked, **QUIET)
     tab.select(lambda: gr.Timer(active=True), None, timer, **AT_ONCE)
     tab.select(offer, None, [backbone, size, begin], **QUIET)
-
-
-def warm_up(jobs: Jobs) -> None:
-    """Import the training scripts in a thread, so that the first check does not wait for it."""
-
-    def work() -> None:
-        try:
-            jobs.check("warm-up", {"preset": "demo-plain"})
-        except ValueError as error:
-            print(f"trainings cannot be checked: {error}", flush=True)
-
-    threading.Thread(target=work, daemon=True, name="warm-up").start()
 
 
 def _is_folder(jobs: Jobs, data: str) -> bool:

@@ -5,6 +5,7 @@ import gradio as gr
 from app.blind_tab import blind_tab
 from app.compare_tab import compare_tab
 from app.judge_tab import judge_tab
+from app.look_tab import look_tab
 from app.programs import programs
 from app.site import Site
 from app.train_tab import train_tab
@@ -34,6 +35,8 @@ def build(site: Site) -> gr.Blocks:
                 compare_tab(site, page)
             with gr.Tab("Blind test"):
                 blind_tab(site, page)
+            with gr.Tab("Look inside") as tab:
+                look_tab(site, tab)
             if site.jobs is not None:
                 with gr.Tab("Train") as tab:
                     train_tab(site, page, tab)

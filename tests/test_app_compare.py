@@ -37,17 +37,17 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator["BrowserContext"]:
-    """A visitor; their browser remembers as long as the test."""
+    """A visitor; their browser remembers."""
     visitor = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
     yield visitor
     visitor.close()
 
 
-@pytest.fixture
-def page(context: "BrowserContext", server: str) -> Iterator["Page"]:
-    """The page with the tiny pair chosen; nothing may be complained about in the console, or loaded from elsewhere."""
+@pytest.fixture(scope="module")
+def opened(context: "BrowserContext", server: str) -> tuple["Page", list[str]]:
+    """The page with the tiny pair chosen, and what was complained about in the console or loaded from elsewhere."""
     page, trouble = context.new_page(), []
     page.on("console", lambda message: trouble.append(message.text) if message.type == "error" and not LEFT.search(message.text) else None)
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -56,7 +56,17 @@ def page(context: "BrowserContext", server: str) -> Iterator["Page"]:
     for side, name in zip("AB", PAIR, strict=True):
         choose(page, f"Checkpoint {side}", name)
     expect(page.locator("table.cards thead")).to_contain_text(DECAYED)
+    return page, trouble
+
+
+@pytest.fixture
+def page(opened: tuple["Page", list[str]]) -> Iterator["Page"]:
+    """The visitor's page; a test leaves the two checkpoints of the pair."""
+    page, trouble = opened
+    page.get_by_label("Side by side", exact=True).check()
     choose(page, "Label", "squares")
+    for element, value in {"seed": 0, "num-images": 8, "steps": 20}.items():
+        put(page, element, value)
     yield page
     assert trouble == []
 
@@ -161,6 +171,8 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
     page.get_by_role("button", name="Remove D").click()
     expect(page.get_by_label("Checkpoint D", exact=True)).to_be_hidden()
     compare(page, "2 + 2 + 2 images in")
+    page.get_by_role("button", name="Remove C").click()
+    choose(page, "Checkpoint B", DECAYED)
 
 
 def test_stop_stops_and_a_refresh_brings_all_back(page: "Page", server: str) -> None:
@@ -238,12 +250,14 @@ def test_the_history_brings_back_and_puts_beside(page: "Page") -> None:
     choose(page, "Checkpoint B", PLAIN)
     compare(page, "seed 50")
     items = unfold(page, "history-section").locator("li")
-    expect(items).to_have_count(3)  # the first one of all is the page's own
+    expect(items.first).to_contain_text("seed 50")
+    number = items.count()
     items.nth(1).get_by_role("button", name="Add").click()
     expect(page.locator("#status")).to_contain_text("2 + 2 + 2 + 2 images in", timeout=PATIENCE_MS)
     expect(page.locator(".flag")).to_have_text(["seed 0", "seed 0"])
     np.testing.assert_array_equal(pixels(page.locator("#stage img").nth(4)), first)
     expect(page.locator("#status")).to_contain_text("the noise is not the same")
+    expect(items).to_have_count(number + 1)
     items.nth(2).get_by_role("button", name="Bring back").click()
     expect(page.locator("#stage img")).to_have_count(4)
     expect(page.locator("#seed input")).to_have_value("0")

@@ -1,0 +1,165 @@
+"""Looking inside networks: features of a generated image while it is denoised, and what masked autoencoders make of an image."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from app.catalog import autoencoders, find
+from app.libraries import load_libraries
+from app.sampler import Frame, PipelineCache, loaded, sample
+from app.settings import Comparison
+from models.files import INDEX
+
+MAX_BLOCKS, MAX_MOMENTS = 8, 6  # that are shown
+MAX_PIXELS = 50_000_000  # of an uploaded picture
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Iterator[Frame]:
+    """Sample one image of each side, and look at the features of some blocks at some moments of the way.
+
+    The features of a block become colours by their three principal components over all moments together, so a colour means the same
+    from the noise to the image; it means nothing across blocks or checkpoints.
+
+    Yields:
+        The frames of the sampling. The last one's images are, side by side after the other, the previews (M, H, W, C) and for each
+        block the patches as colours (M, h, w, 3), all uint8; its recipe tells "moments" (evaluations done) and "blocks" (of each
+        side, their numbers).
+
+    Raises:
+        ValueError: as `sample`.
+    """
+    load_libraries()
+    pipelines = [cache.get(find(side.checkpoint, runs)) for side in comparison.sides]
+    asked: dict[int, list[tuple]] = {id(pipeline.model): [] for pipeline in pipelines}
+    hooks = [
+        model.register_forward_pre_hook(lambda model, arguments: asked[id(model)].append(arguments))
+        for model in {id(pipeline.model): pipeline.model for pipeline in pipelines}.values()
+    ]
+    moments: list[int] = []
+    previews: list[list[np.ndarray]] = [[] for _ in pipelines]
+    kept: list[list[list[np.ndarray]]] = [[] for _ in pipelines]
+    frames = sample(comparison, runs, cache)
+    try:
+        with closing(frames):
+            for frame in frames:
+                wanted = {round(i * (frame.num_steps - 1) / (MAX_MOMENTS - 1)) + 1 for i in range(MAX_MOMENTS)}
+                if frame.step in wanted and frame.step not in moments:
+                    moments.append(frame.step)
+                    for i, pipeline in enumerate(pipelines):
+                        previews[i].append(frame.images[i][0])
+                        kept[i].append(_features(pipeline.model, asked[id(pipeline.model)][-1], hooks))
+                for calls in asked.values():
+                    calls.clear()
+                if frame.done:
+                    break
+                yield frame
+    finally:
+        for hook in hooks:
+            hook.remove()
+    images, blocks = [], []
+    for of_side, pictures in zip(kept, previews, strict=True):
+        chosen = _spread(len(of_side[0]), MAX_BLOCKS)
+        blocks.append(chosen)
+        images += [np.stack(pictures), *(colours(np.stack([moment[block] for moment in of_side])) for block in chosen)]
+    recipe = {**frame.recipe, "moments": moments, "blocks": blocks}
+    yield Frame(tuple(images), frame.step, frame.num_steps, frame.wall_s, recipe, True)
+
+
+def _features(model: Any, arguments: tuple, hooks: Sequence[Any]) -> list[np.ndarray]:
+    """(T, D) of every block, of the first image of a call."""
+    import torch
+
+    first = tuple(None if argument is None else argument[:1] for argument in arguments)
+    with torch.inference_mode():
+        _, features = model(*first, return_features=True)
+    return [block[0].float().cpu().numpy() for block in features]
+
+
+def colours(tokens: np.ndarray) -> np.ndarray:
+    """Patches (M, T, D) -> uint8 (M, h, w, 3): their three principal components; T that is no square becomes a row."""
+    moments, number, width = tokens.shape
+    flat = tokens.reshape(-1, width).astype(np.float64)
+    flat -= flat.mean(axis=0)
+    axes = np.linalg.svd(flat.T @ flat)[0][:, : min(3, width)]
+    axes *= np.where(axes.sum(axis=0) < 0, -1, 1)  # the sign of a component is arbitrary
+    found = flat @ axes
+    low, high = np.percentile(found, [1, 99], axis=0)
+    scaled = np.clip((found - low) / np.maximum(high - low, 1e-12), 0, 1)
+    scaled = np.pad(scaled, ((0, 0), (0, 3 - scaled.shape[1])))
+    edge = round(number**0.5)
+    height = edge if edge * edge == number else 1
+    return (255 * scaled).round().astype(np.uint8).reshape(moments, height, number // height, 3)
+
+
+def _spread(number: int, most: int) -> list[int]:
+    """At most so many of 0 .. number - 1, evenly, with both ends."""
+    most = min(number, most)
+    return sorted({round(i * (number - 1) / max(1, most - 1)) for i in range(most)})
+
+
+# ---------------------------------------------------------------------------------------------------- masked autoencoders
+
+
+def reconstruct(names: Sequence[str], runs: Path, picture: Path, mask_ratio: float, seed: int = 0) -> list[tuple[str, np.ndarray]]:
+    """What masked autoencoders see of a picture, and what they make of it; the same patches are hidden from all of one patch grid.
+
+    Args:
+        names: of the catalogue's autoencoders.
+        picture: a file from anywhere.
+        mask_ratio: share of the patches that are hidden.
+        seed: of the mask.
+
+    Returns:
+        For each its name and uint8 (3, H, W, 3): the picture, what is visible, and the reconstruction. Where pixels are normalised,
+        brightness and contrast of each hidden patch are the picture's own.
+
+    Raises:
+        ValueError: another name, a file that is no picture, a mask that hides nothing or everything.
+    """
+    load_libraries()
+    import torch
+
+    from models.pipeline import to_uint8
+
+    if not isinstance(mask_ratio, int | float) or not 0 < mask_ratio < 1:
+        raise ValueError(f"the share of hidden patches cannot be {str(mask_ratio)[:50]}; give a number between 0 and 1")
+    known, found = autoencoders(runs), []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no masked autoencoder {str(name)[:100]!r}")
+        model = _autoencoder(known[name], (known[name] / INDEX).stat().st_mtime_ns)
+        pixels = torch.from_numpy(_square(picture, model.config.image_size)).permute(2, 0, 1).float().div(127.5).sub(1)[None]
+        noise = torch.rand(1, model.num_patches, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            seen, painted = model.reconstruct(pixels, noise, mask_ratio)
+        found.append((name, to_uint8(torch.cat([pixels, seen, painted]))))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _autoencoder(folder: Path, changed_ns: int) -> Any:
+    from models.registry import load_backbone
+
+    return load_backbone(folder)
+
+
+def _square(picture: Path, edge: int) -> np.ndarray:
+    """uint8 (edge, edge, 3): the middle of a picture, resized."""
+    try:
+        with Image.open(picture, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"this picture has more than {MAX_PIXELS // 10**6} million pixels; make it smaller")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            cut = image.convert("RGBA").crop((left, top, left + side, top + side)).resize((edge, edge), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("this file is no picture that can be read; give a PNG or a JPEG") from error
+    on_white = Image.new("RGBA", cut.size, "white")
+    on_white.alpha_composite(cut)
+    return np.asarray(on_white.convert("RGB")).copy()

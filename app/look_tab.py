@@ -1,0 +1,173 @@
+"""Look inside: features while an image is denoised, what probes found in every block, reconstructions of masked autoencoders."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import render
+from app.catalog import autoencoders, card, results, variants
+from app.inside import reconstruct, sample_features
+from app.judge_tab import measured
+from app.plots import Line, plot, text
+from app.sampler import Frame
+from app.settings import MAX_SIDES, Comparison, Settings, Side
+from app.settings_panel import from_widget, label_update, labels_of
+from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.studio import DONE, FAILED
+
+
+def look_tab(site: Site, tab: gr.Tab) -> None:
+    """The widgets of the tab, and what they do."""
+    with gr.Accordion("Features of an image while it is denoised", open=True):
+        _features_section(site, tab)
+    with gr.Accordion("What probes found in every block", open=True):
+        _probes_section(site, tab)
+    with gr.Accordion("Masked autoencoders: hide patches, and paint them in", open=True):
+        _autoencoders_section(site, tab)
+
+
+def _features_section(site: Site, tab: gr.Tab) -> None:
+    first = site.first_comparison()
+    names = [side.checkpoint for side in first.sides] if first else []
+    id = gr.State(None)
+    gr.Markdown("Every patch as a colour, by the three principal components of a block's features; from the noise (above) to the image.")
+    with gr.Row():
+        many = dict(multiselect=True, max_choices=MAX_SIDES)
+        chosen = gr.Dropdown(list(variants(site.runs)), value=names, label="Checkpoints", scale=3, min_width=260, elem_id="inside", **many)
+        classes = labels_of([card(name, site.runs) for name in names])
+        label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
+        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="inside-seed")
+        start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
+    status = gr.HTML(render.message(""), elem_id="look-status")
+    maps = gr.HTML('<p class="empty small">Press <b>Look</b>.</p>', elem_id="maps", apply_default_css=False)
+
+    def ask(names: list[str], label: str, seed: int, request: gr.Request) -> str:
+        with page_errors():
+            settings = Settings(label=from_widget(label), seed=seed, num_images=1)
+            asked = Comparison(settings, tuple(map(Side, names))).settled()
+            return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
+
+    async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
+        sampling = site.studio.find(id)
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False)
+        async for _, frame, position in site.studio.watch(sampling):
+            if frame is None or not frame.done:
+                yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip()
+        words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
+        shown = await asyncio.to_thread(_maps, sampling.frame) if sampling.state == DONE else gr.skip()
+        yield shown, render.message(words), gr.update(interactive=True)
+
+    def relabel(names: list[str], label: str) -> Any:
+        with page_errors():
+            there = [card(name, site.runs) for name in names]
+            return label_update(labels_of(there), from_widget(label), there)
+
+    start.click(ask, [chosen, label, seed], id, **QUIET).success(watch, id, [maps, status, start], **WATCHING)
+    chosen.input(relabel, [chosen, label], label, **QUIET)
+    tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
+
+
+def _maps(frame: Frame) -> str:
+    """A table for each checkpoint: a row for each moment, a column for each block."""
+    recipe, images, tables = frame.recipe, list(frame.images), []
+    for i, side in enumerate(recipe["checkpoints"]):
+        blocks = recipe["blocks"][i]
+        columns, images = images[: 1 + len(blocks)], images[1 + len(blocks) :]
+        heads = ["Step", "Image", *(f"Block {block}" for block in blocks)]
+        rows = []
+        for moment, step in enumerate(recipe["moments"]):
+            what = [f"{side['name']} at step {step}: {head}" for head in heads[1:]]
+            cells = "".join(_cell(column[moment], alt) for column, alt in zip(columns, what, strict=True))
+            rows.append(f"<tr><td>{step}</td>{cells}</tr>")
+        caption = f'<h3><span class="letter" data-side="{render.SIDES[i]}">{render.SIDES[i]}</span> {text(side["name"])}</h3>'
+        tables.append(caption + render.facts_table(heads, rows))
+    return f'<div class="maps">{"".join(tables)}</div>'
+
+
+def _cell(image: Any, alt: str) -> str:
+    return f'<td><img src="{render.png_url(image)}" alt="{text(alt)}"></td>'
+
+
+def _probes_section(site: Site, tab: gr.Tab) -> None:
+    names = gr.Dropdown([], value=[], multiselect=True, label="Checkpoints that were probed", max_choices=MAX_SIDES, elem_id="probed")
+    shown = gr.HTML("", elem_id="probes", apply_default_css=False)
+
+    def offer(names: list[str]) -> tuple[Any, str]:
+        found = _probed(site)
+        names = [name for name in names if name in found] or list(found)[:2]
+        return gr.update(choices=list(found), value=names), _curves(names, found)
+
+    names.input(lambda names: _curves(names, _probed(site)), names, shown, **QUIET)
+    tab.select(offer, names, [names, shown], **QUIET)
+
+
+def _probed(site: Site) -> dict[str, dict[str, Any]]:
+    """Checkpoints -> what eval/probe.py told of them, the newest."""
+    found = {}
+    for name in [*variants(site.runs), *autoencoders(site.runs)]:
+        told = [each for each in [*measured(site.jobs, name), *results(name, site.runs)] if isinstance(each.get("results"), list)]
+        if told:
+            found[name] = told[0]
+    return found
+
+
+def _curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
+    """Accuracy and rank of every block, and the spectrum of the best one."""
+    if not names:
+        return '<p class="empty small">No checkpoint was probed yet: choose <b>Probes</b> under <b>Judge</b>.</p>'
+    accuracy, neighbours, rank, spectrum, notes = [], [], [], [], []
+    for colour, name in enumerate(names):
+        told = found[name]
+        best = told["best"]
+        rows = [row for row in told["results"] if (row["time"], row["pooling"]) == (best["time"], best["pooling"])]
+        blocks = [row["block"] for row in rows]
+        k = "20" if "20" in rows[0]["knn"] else next(iter(rows[0]["knn"]))
+        accuracy.append(Line(name, blocks, [100 * row["linear"]["value"] for row in rows], colour))
+        neighbours.append(Line(name, blocks, [100 * row["knn"][k]["value"] for row in rows], colour))
+        rank.append(Line(name, blocks, [row["rank_entropy"] for row in rows], colour))
+        values = next((row.get("spectrum") for row in rows if row["block"] == best["block"]), None) or []
+        spectrum.append(Line(name, range(1, len(values) + 1), values, colour))
+        notes.append(f'<p class="result"><b>{text(name)}</b>: {render.result_words(told)}</p>')
+    plots = (
+        plot(accuracy, "Linear probe, % right", "block")
+        + plot(neighbours, "kNN, % right", "block")
+        + plot(rank, "Effective rank (entropy)", "block")
+        + plot(spectrum, "Singular values of the best block", "number", logarithmic=True)
+    )
+    return f'<div class="plots">{plots}</div>{"".join(notes)}'
+
+
+def _autoencoders_section(site: Site, tab: gr.Tab) -> None:
+    with gr.Row():
+        names = gr.Dropdown(
+            [], value=[], multiselect=True, label="Masked autoencoders", max_choices=MAX_SIDES, min_width=240, elem_id="maes"
+        )
+        picture = gr.File(label="A picture", file_types=["image"], height=120, min_width=200, elem_id="mae-picture")
+        ratio = gr.Slider(0.05, 0.95, 0.75, step=0.05, label="Share of hidden patches", buttons=[], min_width=180, elem_id="mask-ratio")
+        seed = gr.Number(0, label="Seed of the mask", precision=0, minimum=0, min_width=110, elem_id="mask-seed")
+    start = gr.Button("Hide and paint", variant="primary", elem_id="reconstruct")
+    shown = gr.HTML("", elem_id="reconstructions", apply_default_css=False)
+
+    def paint(names: list[str], picture: str | None, ratio: float, seed: int) -> str:
+        with page_errors():
+            if not names:
+                raise ValueError("choose a masked autoencoder; train one with a preset that begins with mae")
+            if not picture:
+                raise ValueError("give a picture")
+            heads = ("", "Picture", "Visible", "Painted")
+            rows = []
+            for name, images in reconstruct(names, site.runs, Path(picture), ratio, seed):
+                cells = "".join(_cell(image, f"{name}: {head}") for image, head in zip(images, heads[1:], strict=True))
+                rows.append(f"<tr><td>{text(name)}</td>{cells}</tr>")
+            note = "Where a network predicts normalised pixels, brightness and contrast of each hidden patch are the picture's own."
+            return f'<div class="maps">{render.facts_table(heads, rows)}</div><p class="protocol">{note}</p>'
+
+    def offer(names: list[str]) -> Any:
+        known = list(autoencoders(site.runs))
+        return gr.update(choices=known, value=[name for name in names if name in known] or known[:2])
+
+    start.click(paint, [names, picture, ratio, seed], shown, **QUIET)
+    tab.select(offer, names, names, **QUIET)
