@@ -129,7 +129,8 @@ MAE_PRESETS: dict[str, Preset] = {
     ),
     **_family(
         "64px",
-        "your --train_data_dir at 64 px, S/8, 78,000 steps of 256 (400 epochs of 50,000 images)",
+        "your --train_data_dir at 64 px, S/8, 78,000 steps of 256 (400 epochs of 50,000 images), for a GPU: a CPU core with bf16 takes "
+        "19 images/s",
         {},
         alpha_min=0.6,
         **_MAE,
@@ -157,7 +158,7 @@ MAE_PRESETS: dict[str, Preset] = {
     **_family(
         "imagenet",
         "the paper's ViT-B/16 on ImageNet-1K (your --train_data_dir or --dataset_name), 800 epochs of 4096 images a step with "
-        "--num_processes 8, 193 GB of pixels in memory while they are packed",
+        "--num_processes 8, 193 GB of pixels in memory while they are packed, for GPUs: a CPU core with bf16 takes 2 images/s",
         {
             "plain": "kNN 27.4, linear probe 67.8, fine-tuned 83.6 in the paper, not measured here",
             "decayed": "kNN 63.9, linear probe 72.7, fine-tuned 82.9 in the paper (8192 images a step), not measured here",
