@@ -15,7 +15,8 @@ A residual block that fades gets a class of its own: a subclass of the one it ha
 """
 
 import importlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import islice, zip_longest
 from typing import Any, ClassVar, Self
@@ -24,15 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from models.compat import import_torchvision
-from models.shortcut import Shortcut, make_shortcuts
+from models.shortcut import PLACEMENTS, Shortcut, find_schedule, make_shortcuts, warnings_for
 
+DEFAULT_ALPHA_MIN = 0.6  # the paper's for 12 blocks
 _RECORD = "decayed_shortcuts"  # the entry in the config of a diffusers network
 _SUPPORTED = "timm's VisionTransformer and diffusers' UNet2DModel, UNet2DConditionModel and DiTTransformer2DModel"
 _HINT = f"decay_shortcuts knows {_SUPPORTED}; teach it other blocks with models.apply.register_block"
 
 
 def decay_shortcuts(
-    network: nn.Module, alpha_min: float = 0.6, schedule: str = "linear", placement: str = "both", learnable: bool = False
+    network: nn.Module, alpha_min: float | None = None, schedule: str = "linear", placement: str = "both", learnable: bool = False
 ) -> nn.Module:
     """Let the shortcuts of a network fade with depth, in place; once more replaces what was there.
 
@@ -43,7 +45,7 @@ def decay_shortcuts(
         network: timm's VisionTransformer, diffusers' UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel; or anything that
             consists of their blocks and of those given to `register_block`, executed in the order in which they are registered.
             Decay before wrapping it (DDP, FSDP) and before an optimizer takes its parameters.
-        alpha_min: in (0, 1]; at 1 no bit of the output changes. Give 1 for schedules that take none.
+        alpha_min: in (0, 1]; at 1 no bit of the output changes. 0.6 unless given, where the schedule takes one.
         schedule: a key of `models.shortcut.SCHEDULES`, over the sub-layers in the order of execution.
         placement: "both", "attention" or "mlp".
         learnable: the alphas are parameters that start at the schedule.
@@ -51,9 +53,30 @@ def decay_shortcuts(
     Returns:
         The same network.
 
+    Warns:
+        UserWarning: alphas that the depth rule advises against; a network that is none of the four, for the order of execution and
+            other residual blocks are then not known.
+
     Raises:
         ValueError: a network or a part of it that is not known, or arguments that do not fit; the network is as it was.
     """
+    set_shortcuts(network, alpha_min, schedule, placement, learnable)
+    shortcuts = shortcuts_of(network)
+    lines = [] if any(shortcut.is_meta for shortcut in shortcuts) else warnings_for([shortcut.value for shortcut in shortcuts])
+    if not any(_qualified(each) in _NETWORKS for each in _plain(network).__mro__) and not any(
+        _qualified(_plain(block)) in _RULES_GIVEN for block in _blocks(network)
+    ):
+        what = f"{len(shortcuts)} shortcuts of the {_plain(network).__name__} fade, in the order in which they are registered"
+        lines.append(f"{what}; see that this is the order of execution, and all of them (models.apply.shortcuts_of)")
+    for line in lines:
+        warnings.warn(line, stacklevel=2)
+    return network
+
+
+def set_shortcuts(network: nn.Module, alpha_min: float | None, schedule: str, placement: str, learnable: bool) -> None:
+    """What `decay_shortcuts` does, without its advice."""
+    if alpha_min is None:
+        alpha_min = DEFAULT_ALPHA_MIN if find_schedule(schedule).takes_alpha_min else 1.0
     blocks = list(_blocks(network)) if isinstance(network, nn.Module) else []
     if not blocks:
         raise ValueError(f"{type(network).__name__} holds no residual block that is known; {_HINT}")
@@ -71,7 +94,6 @@ def decay_shortcuts(
         network.__class__ = _decayed(_plain(network))
         record = dict(alpha_min=alpha_min, schedule=schedule, placement=placement, learnable=learnable)
         network.register_to_config(**{_RECORD: record})
-    return network
 
 
 def restore_shortcuts(network: nn.Module) -> nn.Module:
@@ -109,8 +131,14 @@ def register_block(block: type[nn.Module], rule: type) -> None:
         block: the class, exactly; subclasses may compute something else.
         rule: what the decayed class puts in front of it. `sublayers` says of which kind ("attention" or "mlp") the shortcuts are that
             `forward` finds in `self.shortcuts`: one for each sum, in the order of execution. No kinds: this one is no residual block.
+
+    Raises:
+        ValueError: `rule` is not such a class.
     """
+    if not (isinstance(rule, type) and callable(getattr(rule, "sublayers", None))):
+        raise ValueError(f"{rule!r} is no rule; give a class with sublayers() and forward(), such as the docstring's")
     _RULES[_qualified(block)] = rule
+    _RULES_GIVEN.add(_qualified(block))
     _decayed.cache_clear()
 
 
@@ -235,8 +263,14 @@ _RULES: dict[str, type] = {
 }
 
 
-def _is_plain(shortcut: Shortcut) -> bool:
-    return not isinstance(shortcut.alpha, Tensor) and shortcut.alpha == shortcut.branch_scale == 1
+_RULES_GIVEN: set[str] = set()  # those of `register_block`
+# of which the order of execution is known
+_NETWORKS = {
+    "timm.models.vision_transformer.VisionTransformer",
+    "diffusers.models.unets.unet_2d.UNet2DModel",
+    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
+    "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel",
+}
 
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:
@@ -258,10 +292,12 @@ class _Recorded:
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Self | tuple[Self, dict[str, Any]]:
         """Build the network, and decay it as its config says (without an entry: as `decay_shortcuts` does by itself)."""
-        record = config.get(_RECORD, {})
+        if not isinstance(config, Mapping):  # a folder or a name, as diffusers' EMAModel gives it
+            config, options = cls.load_config(config, return_unused_kwargs=True, **options)
+        record = {"alpha_min": None, "schedule": "linear", "placement": "both", "learnable": False, **config.get(_RECORD, {})}
         config = {name: value for name, value in config.items() if name != _RECORD}
         network, unused = super().from_config(config, return_unused_kwargs=True, **options)
-        decay_shortcuts(network, **record)
+        set_shortcuts(network, **record)
         return (network, unused) if return_unused_kwargs else network
 
 
@@ -303,7 +339,12 @@ def _qualified(block: type) -> str:
 def _kinds(module: nn.Module) -> tuple[str, ...]:
     """Of the sub-layers whose sums the module computes itself."""
     rule = _RULES.get(_qualified(_plain(module)))
-    return tuple(rule.sublayers(module)) if rule else ()
+    kinds = tuple(rule.sublayers(module)) if rule else ()
+    if unknown := set(kinds) - set(PLACEMENTS[1:]):
+        raise ValueError(
+            f"{rule.__name__} says that {type(module).__name__} has sub-layers {', '.join(unknown)}; the kinds are {PLACEMENTS[1:]}"
+        )
+    return kinds
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -47,6 +47,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: it holds code, or is no such file.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give the checkpoint's .pt, .pth or .safetensors")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -60,7 +62,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise
     except Exception as error:  # what is no such file makes the reader stumble in many ways
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            remedy = "only tensors and plain values are read, so get the weights as .safetensors"
+            remedy = "only tensors and plain values are read. If you trust it, save its weights alone: torch.save(torch.load(IN, "
+            remedy += "weights_only=False)['model'], OUT)"
             raise ValueError(f"{path} is refused, for it asks to run {code[1]}; {remedy}") from None
         raise ValueError(f"{path} cannot be read; it is no file of torch.save, or a damaged one") from None
     if not isinstance(found, Mapping):

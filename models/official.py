@@ -345,7 +345,7 @@ def _arguments(kind: str, told: dict[str, Any], given: dict[str, Any]) -> dict[s
                 raise ValueError(f"{heads} is not in the weights, and no published model has {width} {config[width]}; give {heads}")
             config[heads] = published[config[width]]
     if "image_size" not in config:
-        raise ValueError("there are no positions to read the image_size from; give it")
+        raise ValueError("there are no positions to read the image_size from; give it (--image_size)")
     if row.needed and row.needed[0] not in config:
         raise ValueError(f"{row.needed[0]} is not in the weights; {row.needed[1]}")
     return config

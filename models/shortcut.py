@@ -59,6 +59,11 @@ class Shortcut(nn.Module):
         return float(self.alpha.detach()) if isinstance(self.alpha, Tensor) else self.alpha
 
     @property
+    def is_meta(self) -> bool:
+        """alpha has no value yet."""
+        return isinstance(self.alpha, Tensor) and self.alpha.is_meta
+
+    @property
     def is_plain(self) -> bool:
         """x + f(x), and it stays so."""
         return not isinstance(self.alpha, Tensor) and self.alpha == 1 and self.branch_scale == 1
@@ -220,30 +225,38 @@ def warnings_for(alphas: Sequence[float]) -> list[str]:
     return lines
 
 
-def advice(num_blocks: int, alpha_min: float | None = None, schedule: str = "linear") -> str:
+def advice(num_blocks: int, alpha_min: float | None = None, schedule: str = "linear", placement: str = "both") -> str:
     """The depth rule for a transformer of `num_blocks` blocks, as text: the window of alpha_min, the alphas, alpha_eff, warnings.
 
     Args:
-        alpha_min: the one to look at; None takes the middle of the window, alpha_eff = 3e-3.
+        alpha_min: the one to look at; None takes the middle of the window, alpha_eff = 3e-3, if that is stable.
+        placement: "attention" or "mlp" let one sub-layer of each block fade, "both" both.
+
+    Raises:
+        ValueError: too few blocks, or an alpha_min outside (0, 1].
     """
-    num_sublayers = 2 * num_blocks
+    num_sublayers = num_blocks * (2 if placement == "both" else 1)
+    if num_sublayers < 2:
+        raise ValueError(f"{num_blocks} blocks have {max(0, num_sublayers)} shortcuts that fade; the depth rule needs at least 2")
     low, high = alpha_window(num_sublayers, schedule)
-    alpha_min = alpha_min_for(num_sublayers, schedule=schedule) if alpha_min is None else alpha_min
+    alpha_min = max(UNSTABLE_BELOW, alpha_min_for(num_sublayers, schedule=schedule)) if alpha_min is None else alpha_min
     alphas = SCHEDULES[schedule].alphas(num_sublayers, alpha_min)
     lines = [
-        f"{num_blocks} blocks, {num_sublayers} sub-layers, schedule {schedule}",
+        f"{num_blocks} blocks, {num_sublayers} sub-layers that fade, schedule {schedule}",
         f"window    alpha_min {low:.3f} to {high:.3f}, for alpha_eff in [{ALPHA_EFF_WINDOW[0]:g}, {ALPHA_EFF_WINDOW[1]:g})",
         f"alpha_min {alpha_min:.3f}, alpha_eff {effective_alpha(alphas):.3g}",
         f"alphas    {' '.join(f'{alpha:.3f}' for alpha in alphas)}",
         *(f"warning:  {line}" for line in warnings_for(alphas)),
     ]
     if low < UNSTABLE_BELOW:
-        part = "all" if high < UNSTABLE_BELOW else "a part"
-        lines.append(f"warning:  {part} of the window lies below {UNSTABLE_BELOW:g}, where training is unstable at any depth")
+        part = f"choose {UNSTABLE_BELOW:g} to {high:.3f}" if high >= UNSTABLE_BELOW else f"choose {UNSTABLE_BELOW:g}, or more blocks"
+        lines.append(f"warning:  of the window only {UNSTABLE_BELOW:g} and more is stable: {part}")
     return "\n".join(lines)
 
 
 def _check(num_sublayers: int, alpha_min: float) -> None:
+    if isinstance(alpha_min, bool) or not isinstance(alpha_min, int | float):
+        raise ValueError(f"alpha_min is {alpha_min!r}; it must be a number in (0, 1]")
     if num_sublayers < 1:
         raise ValueError(f"num_sublayers is {num_sublayers}; the schedule needs at least 1")
     if not 0 < alpha_min <= 1:
@@ -256,12 +269,13 @@ def main() -> None:
 
     flags = Parser(description="The depth rule: which alpha_min suits a transformer of that depth.")
     flags.add_argument("--depth", type=int, required=True, help="number of blocks, each of two sub-layers")
-    flags.add_argument("--alpha_min", type=float, help="look at this value (default: the one with alpha_eff 3e-3)")
+    flags.add_argument("--alpha_min", type=float, help="look at this value (default: the one with alpha_eff 3e-3, if it is stable)")
     names = [name for name, schedule in SCHEDULES.items() if schedule.takes_alpha_min]
     flags.add_argument("--schedule", choices=names, default="linear", help="how alpha falls (default: %(default)s)")
+    flags.add_argument("--placement", choices=PLACEMENTS, default="both", help="which sub-layers fade (default: %(default)s)")
     parsed = flags.parse_args()
     with one_line_errors():
-        print(advice(parsed.depth, parsed.alpha_min, parsed.schedule))
+        print(advice(parsed.depth, parsed.alpha_min, parsed.schedule, parsed.placement))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config  # noqa: E402
 from diffusers.models.attention_processor import Attention  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 
-from models.apply import decay_shortcuts, shortcuts_of  # noqa: E402
+from models.apply import set_shortcuts, shortcuts_of  # noqa: E402
 from models.layers import DecayedModel  # noqa: E402
 from models.shortcut import Shortcut  # noqa: E402
 
@@ -88,7 +88,7 @@ class UNet(DecayedModel):
             norm_eps=1e-6,  # DDPM's; where shortcuts fade, variances are small
             num_class_embeds=num_classes + 1 if num_classes else None,  # the last row stands for "no label"
         )
-        decay_shortcuts(self.unet, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
+        set_shortcuts(self.unet, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
         if zero_init:
             self._zero_branches()
 

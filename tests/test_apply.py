@@ -5,6 +5,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,14 @@ from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 from diffusers.models.attention_processor import Attention  # noqa: E402
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 from diffusers.models.transformers.transformer_2d import Transformer2DModel  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer  # noqa: E402
 
-from models import decay_shortcuts, effective_alpha, linear_schedule, restore_shortcuts  # noqa: E402
+from models import apply, decay_shortcuts, effective_alpha, linear_schedule, restore_shortcuts  # noqa: E402
 from models.apply import register_block, shortcuts_of  # noqa: E402
 from models.shortcut import SCHEDULES, Shortcut  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(depth rule|unstable training|shortcuts of the)")  # tiny networks are shallow
 
 
 def vit(**options: object) -> VisionTransformer:
@@ -461,7 +465,7 @@ def test_what_is_not_known_is_refused(network: Callable[[], nn.Module], message:
         (dict(alpha_min=0), r"\(0, 1\]"),
         (dict(schedule="steep"), "no shortcut schedule"),
         (dict(placement="both ends"), "no shortcut placement"),
-        (dict(schedule="sqrt-half"), "has none"),
+        (dict(alpha_min=0.5, schedule="sqrt-half"), "has none"),
     ],
 )
 def test_arguments_that_do_not_fit_leave_it_as_it_was(options: dict, message: str) -> None:
@@ -489,3 +493,43 @@ def test_unknown_names_stay_unknown() -> None:
     for name in ("DecayedNothing", "DecayedDDPMScheduler", "UNet2DModel"):
         with pytest.raises(AttributeError, match=name):
             getattr(models.apply, name)
+
+
+def test_advice_is_given_as_warnings() -> None:
+    with pytest.warns(UserWarning, match=r"alpha falls to 0\.1; below 0\.4") as told:
+        decay_shortcuts(vit(depth=12), 0.1)
+    assert len(told) == 2 and "alpha_eff" in str(told[1].message)  # too low for the depth rule as well
+    with pytest.warns(UserWarning, match=r"6 shortcuts of the Sequential fade, in the order in which they are registered"):
+        decay_shortcuts(nn.Sequential(*vit().blocks), 0.4)
+    for network in (vit(depth=12), type("Mine", (VisionTransformer,), {})(depth=12, embed_dim=24, num_heads=2)):
+        with warnings.catch_warnings(action="error"):
+            decay_shortcuts(network, 0.6)
+            copy.deepcopy(network)
+
+
+def test_schedules_without_alpha_min_need_none() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        assert {shortcut.value for shortcut in shortcuts_of(decay_shortcuts(vit(), schedule="sqrt-half"))} == {0.5**0.5}
+        assert shortcuts_of(decay_shortcuts(vit()))[-1].value == 0.6
+
+
+def test_an_averaged_network_comes_back_as_diffusers_loads_it(tmp_path: Path) -> None:
+    network = decay_shortcuts(unet(), 0.7)
+    EMAModel(network.parameters(), model_cls=type(network), model_config=network.config).save_pretrained(tmp_path)
+    loaded = EMAModel.from_pretrained(tmp_path, type(network))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.shadow_params, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("alpha_min", ["0.5", True])
+def test_an_alpha_min_that_is_no_number_is_told(alpha_min: object) -> None:
+    with pytest.raises(ValueError, match="must be a number"):
+        decay_shortcuts(vit(), alpha_min)
+
+
+def test_rules_that_are_none_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply, "_RULES", dict(apply._RULES))
+    with pytest.raises(ValueError, match="is no rule"):
+        register_block(nn.Linear, object)
+    register_block(nn.Linear, type("Rule", (), {"sublayers": lambda self: ("attn",)}))
+    with pytest.raises(ValueError, match=r"Rule says that Linear has sub-layers attn; the kinds are"):
+        decay_shortcuts(nn.Sequential(nn.Linear(2, 2)))

@@ -131,8 +131,8 @@ def test_alpha_min_for_other_schedules(name: str) -> None:
         (12, None, ["alpha_min 0.527 to 0.663", "alpha_min 0.590, alpha_eff 0.003"], 0),
         (12, 0.9, ["alpha_eff 0.288"], 1),
         (12, 0.3, ["below 0.4", "alpha_eff is 8e-06"], 2),
-        (6, 0.41, ["a part of the window lies below 0.4"], 1),
-        (4, 0.5, ["all of the window lies below 0.4", "alpha_eff is"], 2),
+        (6, 0.41, ["choose 0.4 to 0.413"], 1),
+        (4, 0.5, ["choose 0.4, or more blocks", "alpha_eff is"], 2),
     ],
 )
 def test_advice(depth: int, alpha_min: float | None, lines: list[str], warnings: int) -> None:

@@ -25,7 +25,7 @@ from training.data import Order
 from training.ema import EMA
 from training.loop import LoopOptions, describe, learning_rate
 from training.monitor import read_metrics
-from training.objectives import DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
+from training.objectives import BETA_SCHEDULES, DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
 from training.presets import PRESETS
 from training.train_diffusion import GROUPS, main
 
@@ -370,8 +370,8 @@ def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folde
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--objective ddpm --path gvp", "the objective ddpm has no path"),
-        ("--prediction_type sample", "the objective flow has no prediction_type"),
+        ("--objective ddpm --path gvp", "the objective ddpm has no --path"),
+        ("--prediction_type sample", "the objective flow has no --prediction_type"),
         ("--backbone unet --size XS --no-long_skips", "has no long_skips"),
         ("--alpha_min 0.5 --alpha_eff 0.01", "not both"),
         ("--shortcut_schedule sqrt-half --alpha_min 0.5", "leave it away"),
@@ -407,6 +407,15 @@ def test_another_time_is_no_beginning(whole_run: Path, image_folder: Path, tmp_p
         assert told in capsys.readouterr().err
 
 
+def test_other_shortcuts_than_those_of_the_beginning_are_told(
+    train: Callable, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(tmp_path / "same", "--init_from", whole_run, "--max_train_steps", 1)
+    assert "was trained with" not in capsys.readouterr().out
+    train(tmp_path / "other", "--init_from", whole_run, "--max_train_steps", 1, "--alpha_min", 1)
+    assert "was trained with alpha 1 -> 0.6, and this trains plain shortcuts" in capsys.readouterr().out
+
+
 def test_published_weights_with_a_variance_are_a_beginning(train: Callable, tiny_dit: Callable, tmp_path: Path) -> None:
     published = tiny_dit(image_size=8, depth=8, dim=192, num_heads=3, num_classes=2, long_skips=False, learn_sigma=True)
     Pipeline(published, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "published")
@@ -440,6 +449,15 @@ def test_min_snr_weighs_as_it_would_weigh_the_data(prediction_type: str) -> None
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
     expected = snr.clamp(max=5) * off.square().mean((1, 2, 3))
     torch.testing.assert_close(weights * (prediction - target).square().mean((1, 2, 3)), expected, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_samplers_take_the_noise_of_the_training(beta_schedule: str) -> None:
+    objective = DDPM(beta_schedule=beta_schedule, prediction_type="v_prediction", clip=False)
+    assert torch.equal(objective.scheduler.alphas_cumprod, objective.noising.alphas_cumprod)
+    assert objective.scheduler.config.prediction_type == "v_prediction" and not objective.scheduler.config.clip_sample
+    with pytest.raises(ValueError, match="take --prediction_type v_prediction"):
+        DDPM(beta_schedule="squaredcos_cap_v2", clip=False)
 
 
 def test_logit_normal_times() -> None:

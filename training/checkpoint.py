@@ -1,6 +1,7 @@
 """A run on disk: resumable checkpoints, and the pipeline that anyone can load."""
 
 import copy
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -35,27 +36,39 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, limit: int |
     """Write `checkpoints/step-N` aside, rename it when whole, then delete the oldest beyond `limit`. Every process calls this."""
     target = run / "checkpoints" / f"step-{step}"
     aside = target.with_name(f".{target.name}.partial")
-    if accelerator.is_main_process:
-        for leftover in target.parent.glob(".step-*"):
-            remove(leftover)
-    accelerator.wait_for_everyone()
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
         write_json(aside / MANIFEST, {"step": step, "files": manifest})
-        remove(target)
+        _drop(target)
         aside.rename(target)
         for old in checkpoints(run)[: -limit if limit else 0]:
-            remove(old)
+            _drop(old)
     accelerator.wait_for_everyone()
 
 
 def drop_after(run: Path, checkpoint: Path) -> None:
     """Delete the checkpoints of later steps than this one."""
     for later in (path for path in checkpoints(run) if step_of(path) > step_of(checkpoint)):
-        remove(later)
+        _drop(later)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Delete a checkpoint if it is there; half of one never bears its name."""
+    if checkpoint.is_dir():
+        gone = checkpoint.with_name(f".{checkpoint.name}.old-{os.getpid()}")
+        checkpoint.rename(gone)
+        remove(gone)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a process that was killed had not yet renamed, or not yet deleted."""
+    for folder in (run, run / "samples", run / "checkpoints"):
+        for pattern in (".*.partial*", ".*.old-*"):
+            for leftover in folder.glob(pattern):
+                remove(leftover)
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -116,6 +129,11 @@ def _write(run: Path, parts: dict[str, Any], index: dict[str, Any]) -> None:
         with written_aside(run / name) as aside:
             part.save_pretrained(aside)
     write_json(run / INDEX, index)
+
+
+def exported_step(run: Path) -> int | None:
+    """The step of what `Pipeline.from_pretrained(run)` loads; the index is written last. None if nothing was exported yet."""
+    return read_json(run / INDEX)["training"]["steps"] if (run / INDEX).is_file() else None
 
 
 def averaged(model: nn.Module, ema: EMA) -> nn.Module:

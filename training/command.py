@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from models.files import Parser, read_json
-from models.registry import load_backbone, read_index
-from models.shortcut import PLACEMENTS, SCHEDULES
+from models.registry import backbone_name, load_backbone, read_index
+from models.shortcut import PLACEMENTS, SCHEDULES, describe
 from training.checkpoint import CONFIG
 from training.data import SPLITS, ImageData, load_images
 from training.options import add_options, option, read_options
@@ -116,15 +116,27 @@ def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> 
     source = load_backbone(checkpoint)
     if source.config.get("learn_sigma") and not model.config.get("learn_sigma"):  # published SiT and DiT; nothing here trains variances
         source.drop_variance()
+    told = [f"{name} was {there} and is {here}" for name, there, here in differences(source, model)]
+    if backbone_name(source) != backbone_name(model):
+        told = [f"it is a {backbone_name(source)} and this a {backbone_name(model)}"]
     ours, weights = model.state_dict(), source.state_dict()
     differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
     fresh = [name for name in differ if name.startswith(("label_embed", "unet.class_embedding"))]
     if len(differ) > len(fresh):
-        names = ", ".join(sorted(set(differ) - set(fresh))[:3])
-        remedy = "the options of the model must be those that it was trained with"
-        raise ValueError(f"--init_from {checkpoint} does not fit: {names}{', ...' * (len(differ) > 3)} differ; {remedy}")
+        what = ", ".join(told) or f"{sorted(set(differ) - set(fresh))[0]} is of another size"
+        raise ValueError(f"--init_from {checkpoint} does not fit: {what}; give this model the same")
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fresh}, strict=not fresh)
+    before, now = describe(source.shortcuts), describe(model.shortcuts)
+    if before != now:
+        say(f"warning: {checkpoint} was trained with {before}, and this trains {now}")
     return read_index(checkpoint).get("training", {}).get("images_seen", 0)
+
+
+def differences(one: nn.Module, other: nn.Module) -> list[tuple[str, Any, Any]]:
+    """(name, value, other value) of the sizes in which the configs of two backbones differ."""
+    irrelevant = ("num_classes", "alpha_min", "shortcut_schedule", "shortcut_placement", "zero_init", "learn_sigma")
+    names = [name for name in one.config if name in other.config and not name.startswith("_") and name not in irrelevant]
+    return [(name, one.config[name], other.config[name]) for name in names if one.config[name] != other.config[name]]
 
 
 def say(text: str) -> None:

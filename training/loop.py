@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from models.files import read_json, write_json
 from models.precision import precision
+from models.shortcut import SCHEDULES, UNSTABLE_BELOW, alpha_window, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
-from models.shortcut import effective_alpha, warnings_for
 from training import checkpoint as checkpoint_files
 from training.data import Order, TrainingData, seed_of
 from training.ema import EMA
@@ -156,10 +156,16 @@ def train(
         if not all(parameter.isfinite().all() for parameter in bare.parameters()):
             raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
+        publish()
+
+    def publish() -> None:
         if accelerator.is_main_process:
             seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
             export(run, bare, ema, {**seen, **source})
+
+    if step and step != checkpoint_files.exported_step(run):  # killed between the two
+        publish()
 
     order = Order(len(data), options.seed)
     saved = step
@@ -283,6 +289,8 @@ def check(options: LoopOptions) -> Path:
 
 def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
+    if accelerator.is_main_process:
+        checkpoint_files.remove_leftovers(run)
     if options.resume_from_checkpoint is None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -307,5 +315,18 @@ def describe(name: str, model: nn.Module) -> str:
     alphas = model.alphas
     first = f"{name} with {model.num_parameters() / 1e6:.1f} M parameters, {describe_shortcuts(model.shortcuts)} "
     first += f"over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
-    told = [f"warning: {line}" for line in warnings_for(alphas)]
-    return "\n".join([first, *told, *["python -m models.shortcut --depth BLOCKS shows what it advises"] * bool(told)])
+    return "\n".join([first, *(f"warning: {line}" for line in warnings_for(alphas)), *_advised(model)])
+
+
+def _advised(model: nn.Module) -> list[str]:
+    """The window of alpha_min for this very network, where its own lies outside."""
+    schedule, fading = model.config.shortcut_schedule, [shortcut for shortcut in model.shortcuts if not shortcut.is_plain]
+    if not warnings_for(model.alphas) or not SCHEDULES[schedule].takes_alpha_min:
+        return []
+    kinds = {shortcut.kind for shortcut in fading}
+    low, high = alpha_window(sum(shortcut.kind in kinds for shortcut in model.shortcuts), schedule)
+    return [
+        f"--alpha_min {max(low, UNSTABLE_BELOW):.3f} to {high:.3f} would be advised"
+        if high > UNSTABLE_BELOW
+        else "more blocks would be advised"
+    ]

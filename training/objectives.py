@@ -117,11 +117,17 @@ class DDPM(Diffusion):
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}; it must be above 0, such as 5")
         first, last = (0.00085, 0.012) if beta_schedule == "scaled_linear" else (1e-4, 0.02)
+        if beta_schedule == "squaredcos_cap_v2" and prediction_type == "epsilon" and not clip:
+            raise ValueError(
+                "the last timestep of beta_schedule squaredcos_cap_v2 is all noise, from which an error in epsilon is blown up "
+                "20,000 times, and latents cannot be clipped; take --prediction_type v_prediction, or another --beta_schedule"
+            )
         self.noising = DDPMScheduler(
-            DDPM_TIMESTEPS,
-            first,
-            last,
-            beta_schedule,
+            # by name: diffusers forgets what is given by position when another scheduler is made from the config
+            num_train_timesteps=DDPM_TIMESTEPS,
+            beta_start=first,
+            beta_end=last,
+            beta_schedule=beta_schedule,
             prediction_type=prediction_type,
             clip_sample=clip,
             timestep_spacing="trailing",  # few steps begin where training did: at the last timestep (arXiv 2305.08891)
@@ -188,5 +194,5 @@ def create_objective(name: str, **options: Any) -> Diffusion:
     given = {key: value for key, value in options.items() if value is not None}
     unknown = sorted(given.keys() - inspect.signature(OBJECTIVES[name]).parameters)
     if unknown:
-        raise ValueError(f"the objective {name} has no {', '.join(unknown)}; leave that away or choose another objective")
+        raise ValueError(f"the objective {name} has no --{', --'.join(unknown)}; leave that away or choose another objective")
     return OBJECTIVES[name](**given)

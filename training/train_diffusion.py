@@ -63,7 +63,7 @@ class ObjectiveOptions:
     time_distribution: str | None = option(None, "flow: of the training times; uniform unless given", choices=tuple(TIME_DISTRIBUTIONS))
     prediction_type: str | None = option(None, "ddpm: what the network predicts; epsilon unless given", choices=PREDICTION_TYPES)
     beta_schedule: str | None = option(None, "ddpm: of the noise; linear unless given", choices=BETA_SCHEDULES)
-    snr_gamma: float | None = option(None, "ddpm: min-SNR weighting, such as 5 (arXiv 2303.09556)", least=0)
+    snr_gamma: float | None = option(None, "ddpm: min-SNR weighting, such as 5 (arXiv 2303.09556)")
     class_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", least=0, most=1)
 
 
