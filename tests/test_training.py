@@ -1,6 +1,7 @@
 """The loop: exact resumption, processes, signals, files, bad input."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run_scrip
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
     state = load_file(find_checkpoint(run, "latest") / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(train: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls, objective = iter(range(100)), FlowMatching.__call__
+
+    def broken_at(*bad: int) -> Callable:
+        def call(*arguments: object) -> tuple:
+            loss, logs = objective(*arguments)
+            return loss * (torch.nan if next(calls) in bad else 1), logs
+
+        return call
+
+    monkeypatch.setattr(FlowMatching, "__call__", broken_at(1))
+    train(tmp_path / "skipped", "--max_train_steps", 4, "--skip_nonfinite")
+    assert [math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "skipped")] == [True, True]
+    weights = load_file(tmp_path / "skipped/model/diffusion_pytorch_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    monkeypatch.setattr(FlowMatching, "__call__", broken_at(*range(100)))
+    with pytest.raises(SystemExit, match="1"):
+        train(tmp_path / "ended", "--max_train_steps", 50, "--skip_nonfinite", "--checkpointing_steps", 3)
+    assert len(read_metrics(tmp_path / "ended")) == 9, "it did not end after 20 steps"
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:

@@ -29,6 +29,8 @@ from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
 
+MAX_SKIPPED = 20  # steps in a row that may be left out
+
 # Options that may differ when a run is resumed; all others decide what is computed.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
@@ -64,6 +66,7 @@ class LoopOptions:
     adam_beta2: float = option(0.999, "AdamW", least=0, most=1)
     adam_weight_decay: float = option(0.0, "AdamW", least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 leaves them", least=0)
+    skip_nonfinite: bool = option(False, "leave out a step whose gradients are not finite, instead of ending; 20 in a row still end")
     ema_decay: float = option(0.9999, "of the averaged weights, after min(., (1 + step) / (10 + step)); 0: none", least=0, most=1)
     random_flip: bool = option(False, "mirror half of the images")
     checkpointing_steps: int = option(1000, "steps between checkpoints; the last step always gets one", least=1)
@@ -168,7 +171,7 @@ def train(
         publish()
 
     order = Order(len(data), options.seed)
-    saved = step
+    saved, skipped = step, 0
     line_began, line_step = time.monotonic(), step
     bar = tqdm(
         total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
@@ -185,11 +188,18 @@ def train(
                 with accelerator.accumulate(model):
                     loss, _ = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients and options.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                    if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite):
+                        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+                        if options.skip_nonfinite and not norm.isfinite():
+                            optimizer.zero_grad()  # then AdamW has nothing to do
+                            skipped, loss = skipped + 1, torch.zeros_like(loss)
+                        else:
+                            skipped = 0
                     optimizer.step()
                     optimizer.zero_grad()
                     losses.add(loss)
+            if skipped == MAX_SKIPPED:
+                raise broken(f"gradients are not finite in {skipped} steps in a row, up to step {step}")
             step += 1
             ema.update(bare.parameters(), step)
             bar.update()
