@@ -143,7 +143,7 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         "temperature": probes.temperature,
         "neighbours": "cosine, weighted, exact",
         "linear_probe": f"softmax regression on standardised features, {STEPS} steps over all images, weight decay chosen on held-out "
-        "parts of the training set (10 % each, of every class), then fitted to all of it",
+        "parts of the training set (10 % each, runs of neighbours of every class), then fitted to all of it",
         "rank_images": min(RANK_IMAGES, len(looked.labelled.train_y)),  # of the training set, for rank, spectrum and norm
         "similarity_images": min(SIMILARITY_IMAGES, len(looked.labelled.test_y)),  # of the test set, for CKA and CKNNA
         "reference_network": probes.reference_network,

@@ -163,13 +163,14 @@ def test_ridge_equals_sklearn() -> None:
 # ---------------------------------------------------------------------------------------------------------------- held out
 
 
-def test_held_out_parts_are_dealt_by_class() -> None:
+def test_held_out_parts_are_cut_by_class() -> None:
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 2)
     parts = held_out_parts(labels, folds=10, parts=10)
     assert torch.stack(parts).sum(0).tolist() == [1] * 72  # each image is held out once
     for part in parts:
         assert (part & (labels == 0)).sum() == 5 and (part & (labels == 1)).sum() == 2
         assert (~part & (labels == 2)).sum() >= 1  # some are left to learn from
+    assert all(part[:50].roll(1).ne(part[:50]).sum() == 2 for part in parts), "neighbours stay together"
     assert not torch.equal(parts[0], held_out_parts(labels, seed=1)[0])
     assert [len(held_out_parts(torch.arange(num) % 2)) for num in (100, 5000, 50_000)] == [5, 2, 1]
 
