@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from models.files import INDEX, read_json, remove, sha256, write_json, written_aside
 from models.pipeline import Pipeline
 from training.ema import EMA
 
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk: RuntimeError is torch.save's
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 
@@ -33,10 +35,18 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(accelerator: Accelerator, run: Path, step: int, limit: int | None) -> None:
-    """Write `checkpoints/step-N` aside, rename it when whole, then delete the oldest beyond `limit`. Every process calls this."""
+    """Write `checkpoints/step-N` aside, rename it when whole, then delete the oldest beyond `limit`. Every process calls this.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before stay.
+    """
     target = run / "checkpoints" / f"step-{step}"
     aside = target.with_name(f".{target.name}.partial")
-    accelerator.save_state(str(aside))
+    try:
+        accelerator.save_state(str(aside))
+    except WRITE_ERRORS as error:
+        remove(aside)
+        raise not_written(target, error) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -109,6 +119,13 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
+def not_written(path: Path, error: Exception) -> OSError:
+    """What to tell of a failure that libraries tell in many ways."""
+    free = shutil.disk_usage(path.parent).free / 2**20
+    reason = " ".join(str(error).split())
+    return OSError(f"{path} cannot be written ({reason}); {free:,.0f} MiB are free there; what was saved before is whole")
+
+
 def export_pipeline(run: Path, pipeline: Pipeline, ema: EMA) -> None:
     """Write `model/`, `ema/`, `scheduler/`, once `vae/`, and the index: `Pipeline.from_pretrained(run)` loads them."""
     parts = {"model": pipeline.model, "ema": averaged(pipeline.model, ema), "scheduler": pipeline.scheduler}
@@ -126,8 +143,11 @@ def export_network(run: Path, model: nn.Module, ema: EMA, class_names: Sequence[
 
 def _write(run: Path, parts: dict[str, Any], index: dict[str, Any]) -> None:
     for name, part in parts.items():
-        with written_aside(run / name) as aside:
-            part.save_pretrained(aside)
+        try:
+            with written_aside(run / name) as aside:
+                part.save_pretrained(aside)
+        except WRITE_ERRORS as error:
+            raise not_written(run / name, error) from error
     write_json(run / INDEX, index)
 
 

@@ -1,0 +1,132 @@
+"""Trainings that are killed: whenever it happens, no whole checkpoint is lost, and what is resumed equals what was never stopped."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, script_environment
+from training.train_diffusion import main
+
+STEPS = 6
+FLAGS = [
+    "--resolution", "8", "--patch_size", "4", "--alpha_min", "0.6", "--train_batch_size", "4", "--mixed_precision", "no",
+    "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--logging_steps", "1",
+    "--sample_steps", "3", "--report_to", "none", "--random_flip",
+]  # fmt: skip
+
+# Imports once, then every training is a fork of it. Before the N-th thing that it does to the files of its run it kills itself:
+# opening, renaming and deleting are what Python tells its auditors.
+FORKS = """
+import json, os, signal, sys
+from pathlib import Path
+import training.train_diffusion
+from models.files import read_json
+from training.checkpoint import _damage, checkpoints, step_of
+
+flags, folder, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+def train(run, kill_at=None, more=()):
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    seen = 0
+    def watch(event, arguments):
+        nonlocal seen
+        if event in CHANGES and isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(str(run)):
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    sys.stdout = open(os.devnull, "w")
+    training.train_diffusion.main([*flags, "--output_dir", str(run), *more])
+    sys.__stdout__.flush()
+    (folder / "changes").write_text(str(seen))
+    os._exit(0)
+
+assert train(folder / "whole") == 0
+changes = int((folder / "changes").read_text())
+for kill in range(1, changes + 1) if kills == "all" else [max(1, round(share * changes)) for share in kills]:
+    run = folder / f"killed-{kill}"
+    assert train(run, kill) == signal.SIGKILL, kill
+    left = checkpoints(run)
+    assert not any(map(_damage, left)), left
+    resumed = train(run, None, ["--resume_from_checkpoint", "latest"] if left else [])
+    print(json.dumps({"kill": kill, "of": changes, "step": step_of(left[-1]) if left else 0, "resumed": resumed}), flush=True)
+"""
+
+
+def kill_and_resume(images: Path, folder: Path, kills: object) -> list[dict]:
+    """Train, killed before every file operation of `kills` (shares of all of them, or "all"), and resume; returns what was done."""
+    flags = ["--train_data_dir", str(images), *FLAGS]
+    command = [sys.executable, "-c", FORKS, json.dumps(flags), str(folder), json.dumps(kills)]
+    done = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def told(run: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def assert_equal_runs(run: Path, whole: Path) -> None:
+    """Weights, averages, optimizer, log and pictures of both are the same, and nothing else lies there."""
+    files = [{str(path.relative_to(each)) for path in each.rglob("*")} for each in (run, whole)]
+    assert files[0] == files[1]
+    for path in sorted(files[1]):
+        if path.endswith(".safetensors"):
+            ours, theirs = load_file(run / path), load_file(whole / path)
+            assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours), path
+        elif path.endswith((".png", ".bin")):
+            assert (run / path).read_bytes() == (whole / path).read_bytes(), path
+    assert told(run) == told(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(image_folder: Path, tmp_path: Path) -> None:
+    everything = os.environ.get("FADING_SHORTCUTS_ALL_CRASHES")  # several minutes
+    done = kill_and_resume(image_folder, tmp_path, "all" if everything else [(i + 0.5) / 12 for i in range(12)])
+    assert {each["step"] for each in done} >= {0, 2, 4}, "the kills did not cover the run"
+    for each in done:
+        assert each["resumed"] == 0, each
+        assert_equal_runs(tmp_path / f"killed-{each['kill']}", tmp_path / "whole")
+    print(f"{len(done)} kills")
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """file_limit(bytes): no file may grow larger, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [3_000_000, 30_000_000], ids=["model", "optimizer"])
+def test_a_full_disk_is_told_and_nothing_whole_is_lost(
+    size: int, image_folder: Path, tmp_path: Path, file_limit: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--train_data_dir", str(image_folder), *FLAGS, "--sample_steps", "0", "--output_dir", str(run)]
+    AcceleratorState._reset_state(True)
+    main([*flags, "--max_train_steps", "2"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
+    AcceleratorState._reset_state(True)
+    file_limit(size)
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, "--resume_from_checkpoint", "latest"])
+    file_limit(resource.RLIM_INFINITY)
+    error = capsys.readouterr().err
+    assert "step-4 cannot be written" in error and "MiB are free there" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "metrics.jsonl"} == before
+    AcceleratorState._reset_state(True)
+    main([*flags, "--resume_from_checkpoint", "latest"])
+    assert [line["step"] for line in told(run)] == list(range(1, STEPS + 1))
