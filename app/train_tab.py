@@ -110,12 +110,12 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     def on_check(name: str, preset: str, pair: bool, *values: Any) -> str:
         with page_errors():
             options = options_of(preset, *values)
-            jobs.check(name or "estimate", options)
+            checked = jobs.check(name or "estimate", options)
             minutes = jobs.estimate(options)
         time_told = "How long it takes is known after the first run of this network on such images"
         if minutes is not None:
             time_told = f"About {time_words(60 * minutes * (2 if pair else 1))} here, after what earlier runs took"
-        return render.message(f"This can be started. {time_told}. {advice(options)}")
+        return render.message(f"This can be started. {time_told}. {advice(checked)}")
 
     def fresh(chosen: str | None, other: str | None, seen: list[str]) -> tuple[Any, ...]:
         """`look`, without what is there already: an open list stays open."""

@@ -30,7 +30,7 @@ def build(site: Site) -> gr.Blocks:
             f"<h1>{TITLE}</h1><p>Generative models on the same noise: plain shortcuts beside shortcuts that fade with depth.</p>",
             elem_id="title",
         )
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Compare"):
                 compare_tab(site, page)
             with gr.Tab("Blind test"):

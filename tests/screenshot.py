@@ -28,8 +28,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def app_server(runs: Path, *flags: str) -> Iterator[str]:
-    """Run `python -m app` until it is ready; yields its address."""
+def app_server(runs: Path, *flags: str, mkdir: bool = False) -> Iterator[str]:
+    """Run `python -m app` until it is ready; yields its address. With `mkdir` over a new folder of runs."""
+    if mkdir:
+        runs.mkdir(parents=True)
     port = free_port()
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

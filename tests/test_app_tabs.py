@@ -1,0 +1,340 @@
+"""Blind test, Look inside, Train and Judge, in a real browser and through the endpoints for programs; real trainings of tiny models."""
+
+import base64
+import csv
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import Browser, expect
+
+from app.inside import colours, reconstruct
+from app.jobs import Jobs
+from app.recipe import KEY
+from app.site import Site
+from app.ui import build
+from app.votes import Votes
+from models import create_model
+from models.files import read_json, write_json
+from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
+from tests.tiny_pair import PAIR, write_pair
+from training.checkpoint import export_network
+from training.ema import EMA
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+expect.set_options(timeout=20_000)
+slow = pytest.mark.slow
+TINY = {"resolution": 8, "patch_size": 4, "alpha_min": 0.6, "train_batch_size": 4}
+FLAGS = {"dataset_name": "openmoji"}
+MAES = "runs/mae-plain", "runs/mae-decayed"
+
+
+def write_autoencoders(runs: Path) -> None:
+    for name, alpha_min in zip(MAES, (1.0, 0.6), strict=True):
+        torch.manual_seed(0)
+        model = create_model("mae", "XS", image_size=16, patch_size=4, alpha_min=alpha_min)
+        export_network(runs.parent / name, model, EMA(model.parameters(), 0.0), (), {"steps": 1, "images_seen": 2, "data": "x"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_pair(tmp_path_factory.mktemp("tabs") / "runs")
+    write_autoencoders(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path, image_folder: Path) -> Iterator[str]:
+    """Address of a page whose trainings read images from one folder only."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with app_server(runs, "--data", str(image_folder.parent)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Browser, server: str) -> tuple["Page", list[str]]:
+    """The page, and what was complained about in the console."""
+    page, trouble = browser.new_page(viewport={"width": 1280, "height": 1000}), []
+    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    open_page(page, server)
+    return page, trouble
+
+
+@pytest.fixture
+def page(opened: tuple["Page", list[str]]) -> Iterator["Page"]:
+    page, trouble = opened
+    yield page
+    assert trouble == []
+
+
+def visit(page: "Page", tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+
+
+def pick(page: "Page", element: str, *options: str) -> None:
+    """Choose from a dropdown, of which several may be chosen."""
+    box = page.locator(f"#{element} input")
+    for option in options:
+        box.click()
+        page.get_by_role("option", name=option, exact=True).click()
+    page.keyboard.press("Escape")
+
+
+def write(page: "Page", element: str, value: object) -> None:
+    page.locator(f"#{element} :is(textarea, input)").first.fill(str(value))
+
+
+def press(page: "Page", name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+# -------------------------------------------------------------------------------------------------------------- blind test
+
+
+@slow
+def test_votes_are_blind_counted_once_and_exported(page: "Page", runs: Path, tmp_path: Path) -> None:
+    visit(page, "Blind test")
+    for element, name in zip(("blind-0", "blind-1"), PAIR, strict=True):
+        pick(page, element, name)
+    told = page.locator("#blind-status")
+    left = []
+    for i in range(2):
+        press(page, "Show a pair")
+        expect(told).to_contain_text("Which side is better?", timeout=PATIENCE_MS)
+        expect(page.locator("#blind-stage img")).to_have_count(12)
+        markup = page.locator("#blind-stage").inner_html()
+        assert not any(word in markup for word in ("tiny", "plain", "decayed", "seed", "α"))
+        source = page.locator("#blind-stage img").first.get_attribute("src")
+        assert KEY.encode() not in base64.b64decode(source.partition(",")[2])
+        press(page, ("Left is better", "Both bad")[i])
+        expect(told).to_contain_text("Your vote")
+        left.append(told.inner_text().split("Left was ")[1].split(",")[0])
+        expect(page.get_by_role("button", name="Left is better")).to_be_disabled()
+    assert set(left) <= set(PAIR)
+    expect(page.locator("#tallies tbody tr")).to_have_count(1)
+    expect(page.locator("#tallies tbody td:last-child")).to_have_text("1")
+    with page.expect_download() as download:
+        page.locator("#votes-csv").click()
+    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert [row["choice"] for row in rows] == ["left", "both bad"] and rows[0]["winner"].startswith(f"{left[0]} (")
+    with closing(sqlite3.connect(runs / "votes.sqlite")) as base:
+        assert base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+# ------------------------------------------------------------------------------------------------------------- look inside
+
+
+def test_colours_follow_the_principal_components() -> None:
+    ramp = np.linspace(-1, 1, 16).repeat(8).reshape(2, 64, 1)
+    tokens = ramp * np.array([[3.0, 0.0, 4.0]]) + 1e-9 * np.random.default_rng(0).normal(size=(2, 64, 3))
+    maps = colours(tokens)
+    assert maps.shape == (2, 8, 8, 3) and maps.dtype == np.uint8
+    first = maps[..., 0].astype(int).ravel()
+    assert (np.diff(first) >= 0).all() and (first.min(), first.max()) == (0, 255), "one component, over both moments together"
+    assert colours(np.ones((1, 6, 2))).shape == (1, 1, 6, 3)
+
+
+def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(picture)
+    (_, one), (_, other) = reconstruct(MAES, runs, picture, 0.5)
+    np.testing.assert_array_equal(one[0], np.asarray(Image.open(picture)))
+    np.testing.assert_array_equal(one[1], other[1])
+    visible = (one[1] == one[0]).all(axis=-1)
+    assert 0.4 < visible.mean() < 0.6
+    np.testing.assert_array_equal(one[2][visible], one[0][visible])
+    (tmp_path / "no.png").write_bytes(b"GIF89a")
+    for names, file, ratio in ((["runs/x"], picture, 0.5), (MAES, picture, 1.0), (MAES, tmp_path / "no.png", 0.5)):
+        with pytest.raises(ValueError) as error:
+            reconstruct(names, runs, file, ratio)
+        assert "\n" not in str(error.value)
+
+
+@slow
+def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path) -> None:
+    visit(page, "Look inside")
+    press(page, "Look")
+    expect(page.locator("#look-status")).to_contain_text("Done", timeout=PATIENCE_MS)
+    expect(page.locator("#maps table")).to_have_count(2)
+    assert page.locator("#maps img").count() == 2 * 6 * (1 + 8), "moments x (image and blocks)"
+    expect(page.locator("#maps img").nth(3)).to_have_attribute("alt", "openmoji-plain at step 1: Block 2")
+    page.locator("#mae-picture input[type=file]").set_input_files(next(image_folder.glob("*/*.png")))
+    expect(page.locator("#mae-picture")).to_contain_text(".png")
+    press(page, "Hide and paint")
+    expect(page.locator("#reconstructions img")).to_have_count(6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+@slow
+def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", runs: Path, image_folder: Path) -> None:
+    visit(page, "Train")
+    write(page, "run-name", "../escape")
+    write(page, "data", image_folder.name)
+    for flag, value in {**TINY, "max_train_steps": 100_000}.items():
+        write(page, f"flag-{flag}", value)
+    press(page, "Start")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("the name of a run must be")
+    page.get_by_test_id("toast-close").click()
+    write(page, "run-name", "pair")
+    page.get_by_label("A pair").check()
+    press(page, "Check, and estimate the time")
+    expect(page.locator("#advice")).to_contain_text("advises alpha_min from 0.36 to 0.53", timeout=PATIENCE_MS)
+    press(page, "Start")
+    expect(page.locator("#advice")).to_contain_text("pair-plain is running, pair-decayed waits, 1 in the queue")
+    options = [read_json(runs / name / "job.json")["options"] for name in ("pair-plain", "pair-decayed")]
+    assert [each.pop("alpha_min") for each in options] == [1.0, 0.6] and options[0] == options[1]
+
+    expect(page.locator("#run-details svg").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator("#run-details")).to_contain_text("left")
+    pid = read_json(runs / "pair-plain/job.json")["pid"]
+    press(page, "Stop (saves)")
+    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("stopped; the last checkpoint", timeout=PATIENCE_MS)
+    assert not Path(f"/proc/{pid}").exists()
+    expect(page.locator("#jobs tr", has_text="pair-decayed")).to_contain_text("running", timeout=PATIENCE_MS)
+    step = read_json(runs / "pair-plain/model_index.json")["training"]["steps"]
+
+    write(page, "more-steps", step + 3)
+    press(page, "Go on")
+    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("1 in the queue")
+    pick(page, "run", "pair-decayed")
+    expect(page.locator("#run-details h3")).to_have_text("pair-decayed")
+    press(page, "Stop (saves)")
+    expect(page.locator("#jobs tr", has_text="pair-decayed")).to_contain_text("interrupted", timeout=PATIENCE_MS)
+    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text(f"all {step + 3} steps are done", timeout=PATIENCE_MS)
+    pick(page, "beside", "pair-plain")
+
+    write(page, "new-name", "renamed")
+    press(page, "Rename")
+    expect(page.locator("#told")).to_contain_text("renamed: is its name now")
+    assert (runs / "renamed").is_dir() and not (runs / "pair-decayed").exists()
+    press(page, "Archive")
+    expect(page.locator("#told")).to_contain_text("put into the archive")
+    assert (runs / ".archive/renamed").is_dir()
+    pick(page, "archived", "renamed")
+    press(page, "Bring back from the archive")
+    expect(page.locator("#told")).to_contain_text("back from the archive")
+    press(page, "Delete")
+    press(page, "Really delete all its files?")
+    expect(page.locator("#told")).to_contain_text("renamed: deleted")
+    assert not (runs / "renamed").exists()
+    visit(page, "Compare")
+
+
+@slow
+def test_judging_is_a_job_whose_result_stands_in_the_leaderboard(page: "Page", runs: Path) -> None:
+    folder = runs / ".evaluations" / "0123abcd"
+    options = {"measure": "FD", "checkpoints": list(PAIR), "paths": [], "reference": "openmoji", "num_samples": 64}
+    write_json(folder / "job.json", {"options": options, "queued_at": 1.0, "pid": 2**22 - 1, "process_began": 0.0, "kind": "evaluation"})
+    about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "images_seen": 5, "alpha_min": 1.0}
+    entries = [{"name": name, "metrics": {"FD": {"value": 7.5 - i, "low": 1.0, "high": 9.0}}, **about} for i, name in enumerate(PAIR)]
+    row = {"contender": PAIR[1], "against": PAIR[0], "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    write_json(folder / "comparison.json", {"entries": entries, "differences": [row]})
+    visit(page, "Judge")
+    board = page.locator("#leaderboard")
+    expect(board.locator("tr", has_text=PAIR[1])).to_contain_text("6.5 [1, 9]")
+    expect(board).to_contain_text("tiny-decayed against tiny-plain -1 [-2, -0.5], better (paired on the same noise, 95 %)")
+    pick(page, "judged", PAIR[0])
+    write(page, "reference", "/etc")
+    press(page, "Judge")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("outside")
+    page.get_by_test_id("toast-close").click()
+
+
+@slow
+def test_programs_train_and_judge_too(server: str, runs: Path, image_folder: Path) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(server, verbose=False)
+    options = {
+        **TINY,
+        "train_data_dir": image_folder.name,
+        "max_train_steps": 2,
+        "logging_steps": 1,
+        "sample_steps": 0,
+        "report_to": "none",
+    }
+    (started,) = client.predict("by-program", options, api_name="/start_training")
+    judged = client.predict([PAIR[0]], "FD", image_folder.name, 24, api_name="/judge")
+    assert (started["state"], started["options"]["alpha_min"]) == ("running", 0.6)
+    assert (judged["kind"], judged["state"], judged["position"]) == ("evaluation", "queued", 1)
+    until(lambda: client.predict("by-program", api_name="/training")["state"] == "finished")
+    assert client.predict("by-program", api_name="/training")["step"] == 2
+    until(lambda: client.predict(judged["name"], api_name="/training")["state"] in ("finished", "failed"))
+    told = client.predict(judged["name"], api_name="/training")
+    assert told["state"] == "finished", told
+    known = {each["name"]: each for each in client.predict(api_name="/checkpoints")}
+    assert known["runs/by-program"]["training"]["steps"] == 2
+    assert any(each["metric"] == "FD" and each["num_samples"] == 24 for each in known[PAIR[0]]["results"])
+    before = sorted(path.name for path in runs.parent.iterdir())
+    for name in ("../x", "/tmp/x", "a/b", "..", "x\0", "", ".hidden", "runs"):
+        for endpoint, arguments in (("start_training", (options,)), ("stop_training", ()), ("training", ()), ("resume_training", ())):
+            if name == "runs" and endpoint == "start_training":
+                continue
+            with pytest.raises(AppError, match=r"the name of a run must be|there is no run"):
+                client.predict(name, *arguments, api_name=f"/{endpoint}")
+    sly = (
+        {"train_data_dir": "/etc"},
+        {"dataset_name": "openmoji", "output_dir": "/tmp/x"},
+        {"dataset_name": "openmoji", "init_from": "/etc"},
+    )
+    for options in sly:
+        with pytest.raises(AppError, match=r"outside|the page gives it|there is no checkpoint"):
+            client.predict("sly", {**options, "max_train_steps": 1}, api_name="/start_training")
+    assert sorted(path.name for path in runs.parent.iterdir()) == before and not (runs / "sly").exists()
+
+
+@slow
+def test_a_page_that_is_killed_loses_nothing(runs: Path, image_folder: Path, tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    options = {**TINY, "train_data_dir": str(image_folder), "max_train_steps": 100_000, "report_to": "none"}
+    with ExitStack() as stack:
+        url = stack.enter_context(app_server(tmp_path / "runs", mkdir=True))
+        Client(url, verbose=False).predict("long", options, api_name="/start_training")
+        port = url.split(":")[2][:-1]
+        page = next(each for each in psutil.process_iter(["cmdline"]) if {"app", port} <= set(each.info["cmdline"] or ()))
+        page.kill()
+    with app_server(tmp_path / "runs", "--root-path", "/under", "--auth", "me:secret") as url:
+        client = Client(url, auth=("me", "secret"), verbose=False)
+        assert client.predict("long", api_name="/training")["state"] == "running"
+        assert client.predict("long", api_name="/stop_training")["state"] in ("stopping", "interrupted")
+        until(lambda: client.predict("long", api_name="/training")["state"] == "interrupted")
+        with pytest.raises(Exception, match=r"auth|401|Could not"):
+            Client(url, verbose=False)
+
+
+def test_a_public_page_changes_nothing(runs: Path) -> None:
+    everything, public = (build(Site(runs, jobs, Votes(runs))) for jobs in (Jobs(runs), None))
+    reading = {"/compare", "/sample", "/checkpoints"}
+    assert set(public.get_api_info()["named_endpoints"]) == reading < set(everything.get_api_info()["named_endpoints"])
+    tabs = {block.label for block in public.blocks.values() if isinstance(block, gr.Tab)}
+    assert tabs == {"Compare", "Blind test", "Look inside", "Judge"}
+
+
+def until(condition: object, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.5)
