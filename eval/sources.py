@@ -90,7 +90,7 @@ def require_one_size(name: str, size: tuple[int, int] | None, reference: Source)
     """Raise ValueError where images (width, height) and a reference's have different sizes: their sharpness would be judged."""
     if None not in (size, reference.size) and size != reference.size:
         sizes = "{} x {} pixels, and {} of {} x {}".format(*size, reference.name, *reference.size)
-        raise ValueError(f"{name} has images of {sizes}; give --resolution, or a folder or data set as --reference, which is resized")
+        raise ValueError(f"{name} has images of {sizes}; name the real ones by --reference, which resizes folders and data sets")
 
 
 def _is_parquet(folder: Path) -> bool:

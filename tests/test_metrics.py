@@ -68,6 +68,18 @@ def test_frechet_of_a_set_to_itself_is_zero(num: int) -> None:
     assert 0 <= distance(x, x.copy()) < 1e-6
 
 
+@pytest.mark.parametrize("num", [60, 900])  # singular covariances, and full ones
+def test_frechet_keeps_what_spectra_of_many_orders_end_with(num: int) -> None:
+    """The trace of the root is the sum of the singular values of X Y^T of the centred sets, which are exact without any square."""
+    draws = np.random.default_rng(10).normal(size=(2, num, 120)) * np.exp(-np.linspace(0, 18, 120) / 2)
+    x, y = ((draw - draw.mean(0)) / math.sqrt(num - 1) for draw in draws)
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = (x**2).sum() + (y**2).sum() - 2 * root
+    zero = np.zeros(120)
+    assert frechet_distance(zero, x.T @ x, zero, y.T @ y) == pytest.approx(expected, abs=1e-11)
+    assert frechet_distance(zero, x.T @ x, zero, x.T @ x) < 1e-11
+
+
 def test_frechet_is_symmetric_and_sees_a_shift() -> None:
     x, y = features(4, 60, 32), features(5, 50, 32)
     assert distance(x, y) == pytest.approx(distance(y, x), rel=1e-10)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -193,6 +194,7 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; what came of them is told below
     table = _open(name, split)
     if image_column not in table.column_names:
         raise ValueError(f"{name} has no column {image_column!r}; --image_column may be one of {', '.join(table.column_names)}")

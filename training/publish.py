@@ -57,10 +57,11 @@ def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[di
     patch = f"patch {model.config.patch_size}, " if "patch_size" in model.config else ""
     hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
     numbers = "\n".join(
-        f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}: {result['num_samples']:,} samples against "
-        f"{result['reference_num']:,} images of {result['reference']} ({result['reference_split']}), {result['sampler']}, "
+        f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}{_interval(result)}: "
+        f"{result['num_samples']:,} samples against {result['reference_num']:,} images of {result['reference']} "
+        f"({result['reference_split']}), {result['sampler']}, "
         f"{result['steps']} steps, guidance {result['guidance_scale']:g}, seeds from {result['seed']}, labels {result['labels']}, "
-        f"{result['precision']}, one training seed, no interval. {' '.join(result['notes'])}"
+        f"{result['precision']}, one training seed. {' '.join(result['notes'])}"
         for result in evaluations
         if "feature_extractor" in result  # probes have no line here
     )
@@ -77,6 +78,11 @@ A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-laye
 
 {numbers or "No numbers were measured."}
 """
+
+
+def _interval(result: dict[str, Any]) -> str:
+    """In brackets, where there is one."""
+    return f" [{result['low']:.1f}, {result['high']:.1f}] ({result['level']:.0%} over samples)" if "low" in result else ""
 
 
 def main() -> None:
