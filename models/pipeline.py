@@ -26,7 +26,7 @@ from diffusers import (  # noqa: E402
     UniPCMultistepScheduler,
 )
 
-from models.files import INDEX, require_memory  # noqa: E402
+from models.files import INDEX, read_json, require_memory  # noqa: E402
 from models.guidance import Guidance  # noqa: E402
 from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
 from models.registry import load_backbone, read_index  # noqa: E402
@@ -51,6 +51,7 @@ DDPM_SAMPLERS: dict[str, Callable[[Any], Any]] = {
 SAMPLER_NAMES = tuple(dict.fromkeys([*SAMPLERS, *DDPM_SAMPLERS]))
 _STORED = {each.__name__: each for each in (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, DDPMScheduler, DDIMScheduler)}
 MAX_SEED = 2**63 - 1
+MAX_TIMESTEPS = 100_000
 
 
 class Step(NamedTuple):
@@ -120,6 +121,9 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"{path} samples no images: its {INDEX} names no scheduler; judge its features with eval/probe.py")
         model = load_backbone(path, ema, torch_dtype)
         try:
+            timesteps = read_json(path / "scheduler" / "scheduler_config.json").get("num_train_timesteps", 1000)
+            if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
+                raise ValueError(f"its scheduler has {timesteps} timesteps; 1 to {MAX_TIMESTEPS:,} are loaded")
             scheduler = _STORED[index["scheduler"][1]].from_pretrained(path / "scheduler")
             vae = load_vae(path / "vae", torch_dtype) if (path / "vae").is_dir() else None
             options = {name: index[name] for name in ("path", "guidance_channels") if name in index}

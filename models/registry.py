@@ -1,10 +1,11 @@
 """The one table of backbones and their sizes."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ class Backbone:
         """The class."""
         return getattr(import_module(self.module), self.class_name)
 
+
+# What is loaded at most: far above every published network, and far below what would stop the machine.
+LARGEST = {"depth": 256, "decoder_depth": 256, "layers_per_block": 64, "image_size": 8192, "num_classes": 10**6}
+MOST, MOST_POSITIONS = 2**16, 2**28
 
 # XS is for CPUs and 32 px; the others are those of DiT / SiT, U-ViT, DDPM (CIFAR-10) and MAE.
 BACKBONES: dict[str, Backbone] = {
@@ -155,6 +160,31 @@ def read_index(path: str | Path) -> dict[str, Any]:
     return read_json(path / INDEX)
 
 
+def check_config(kind: type[nn.Module], config: Any) -> None:
+    """Look through what a file says of a network, before time and memory are taken for it.
+
+    Raises:
+        ValueError: not what its arguments are, or larger than any network of ours.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"its config is a {type(config).__name__}, not names and values")
+    for name, hint in get_type_hints(kind.__init__).items():
+        value = tuple(config[name]) if isinstance(config.get(name), list) else config.get(name)
+        if name not in config:
+            continue
+        allowed = {float: int | float, Sequence: tuple}.get(get_origin(hint) or hint, hint)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hint in (int, float)):
+            raise ValueError(f"{name} is {str(value)[:50]!r} in its config, and must be a {getattr(hint, '__name__', hint)}")
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, int | float)]
+        if isinstance(value, tuple) and (len(numbers) < len(value) or len(value) > LARGEST["depth"]):
+            raise ValueError(f"{name} is {str(value)[:50]} in its config, and must be a few numbers")
+        if any(not abs(number) <= LARGEST.get(name, MOST) for number in numbers):
+            raise ValueError(f"{name} is {str(value)[:50]} in its config, more than the {LARGEST.get(name, MOST):,} that are loaded")
+    patch, widths = config.get("patch_size", 1), (config.get("dim", 1), config.get("decoder_dim", 1))
+    if patch < 1 or (config.get("image_size", 1) / patch) ** 2 * max(widths) > MOST_POSITIONS:
+        raise ValueError(f"image_size {config.get('image_size')} in patches of {patch} makes more tokens than are loaded")
+
+
 def load_backbone(path: str | Path, ema: bool = True, torch_dtype: torch.dtype = torch.float32) -> nn.Module:
     """The network of a run or of a shipped checkpoint, whatever its task, in evaluation mode.
 
@@ -169,7 +199,9 @@ def load_backbone(path: str | Path, ema: bool = True, torch_dtype: torch.dtype =
     path, index = Path(path), read_index(path)
     folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
     try:
-        return backbone_class(index["model"][1]).from_pretrained(folder, torch_dtype=torch_dtype).eval()
+        kind = backbone_class(index["model"][1])
+        check_config(kind, read_json(folder / "config.json"))
+        return kind.from_pretrained(folder, torch_dtype=torch_dtype).eval()
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 

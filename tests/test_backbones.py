@@ -1,6 +1,8 @@
 """What every backbone does alike: schedules, ablations, training, sampling, saving."""
 
 import itertools
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Pipeline, create_model, effective_alpha
-from models.registry import BACKBONES, backbone_class, names
+from models.registry import BACKBONES, backbone_class, check_config, names
 from models.shortcut import PLACEMENTS, SCHEDULES
 from training.objectives import DDPM, FlowMatching
 
@@ -132,3 +134,54 @@ def test_classes_are_found_by_name() -> None:
         assert backbone_class(row.class_name) is row.load()
     with pytest.raises(ValueError, match="no backbone class"):
         backbone_class("object")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_configs_of_our_networks_are_loaded(backbone: str) -> None:
+    for size in BACKBONES[backbone].sizes:
+        with torch.device("meta"):
+            model = create_model(backbone, size, image_size=448 if backbone == "mae" else 64)
+        check_config(type(model), json.loads(model.to_json_string()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(depth=10**9), "more than the 256"),
+        (dict(dim=10**9), "more than the 65,536"),
+        (dict(image_size=8192, patch_size=1), "more tokens"),
+        (dict(patch_size=0), "more tokens"),
+        (dict(num_heads=-(10**9)), "more than"),
+        (dict(depth="12"), "must be a int"),
+        (dict(depth=True), "must be a int"),
+        (dict(alpha_min=float("nan")), "more than"),
+        (dict(alpha_min=[0.5]), "must be a float"),
+        (dict(shortcut_schedule=["linear"]), "must be a str"),
+        (dict(long_skips=1), "must be a bool"),
+    ],
+)
+def test_hostile_configs_are_refused_before_anything_is_built(changed: dict, message: str, tmp_path: Path) -> None:
+    Pipeline(tiny("dit"), FlowMatching().scheduler).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, **changed}))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(tmp_path)
+    assert time.monotonic() - began < 5
+
+
+def test_a_hostile_scheduler_is_refused(tmp_path: Path) -> None:
+    Pipeline(tiny("dit"), DDPM().scheduler).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 10**13}))
+    with pytest.raises(ValueError, match="10000000000000 timesteps"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_configs_that_are_none_are_refused(tmp_path: Path) -> None:
+    Pipeline(tiny("unet"), FlowMatching().scheduler).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    for text, message in (("[]", "is a list"), ("{", "not valid JSON"), (json.dumps({**config, "channels": [8] * 10**4}), "a few numbers")):
+        (tmp_path / "model/config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Pipeline.from_pretrained(tmp_path)

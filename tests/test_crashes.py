@@ -94,7 +94,7 @@ def assert_equal_runs(run: Path, whole: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(image_folder: Path, tmp_path: Path) -> None:
     everything = os.environ.get("FADING_SHORTCUTS_ALL_CRASHES")  # several minutes
-    done = kill_and_resume(image_folder, tmp_path, "all" if everything else [(i + 0.5) / 12 for i in range(12)])
+    done = kill_and_resume(image_folder, tmp_path, "all" if everything else [(i + 0.5) / 8 for i in range(8)])
     assert {each["step"] for each in done} >= {0, 2, 4}, "the kills did not cover the run"
     for each in done:
         assert each["resumed"] == 0, each
