@@ -277,6 +277,7 @@ class Jobs:
             known = flag_names(options)
             options = {option: value for option, value in options.items() if option in known}  # config.json tells more than flags
             values, before = parse(options, run), json_of(run / CONFIG)
+            options |= {option: values[option] for option in changes}  # as the script reads them
             if values["max_train_steps"] is not None and saved_step(run) >= values["max_train_steps"]:
                 raise ValueError(f"{name} has taken all its {values['max_train_steps']:,} steps; give it more of them")
             if values["lr_scheduler"] == "cosine" and before.get("max_train_steps", values["max_train_steps"]) != values["max_train_steps"]:

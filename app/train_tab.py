@@ -16,7 +16,7 @@ REFRESH_S = 2.0
 FIRST_PRESET = "demo-decayed"
 NO_PRESET, AS_PRESET = "no preset", "as it comes"
 YES_NO = {AS_PRESET: None, "on": True, "off": False}
-DELETE, REALLY = "Delete", "Really delete all its files?"
+DELETE = "Delete"
 # fields of the form -> the training scripts' flags; what is left empty is the preset's, or the script's own
 NUMBERS = {
     "resolution": "Resolution (px)",
@@ -120,6 +120,9 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     def fresh(chosen: str | None, other: str | None, seen: list[str]) -> tuple[Any, ...]:
         """`look`, without what is there already: an open list stays open."""
         values = look(chosen, other)
+        for choice in values[1:3]:
+            if choice["value"] in (chosen, other):
+                del choice["value"]  # the visitor may choose another one meanwhile
         now = [repr(value) for value in values]
         same = [i < len(seen) and seen[i] == now[i] for i in range(len(now))]
         return now, *(gr.skip() if known else value for known, value in zip(same, values, strict=True))
@@ -158,9 +161,10 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         return handle
 
     def first_or_really(label: str, chosen: str | None, other: str | None) -> tuple[Any, ...]:
-        """The first click asks, the second one deletes."""
-        if label != REALLY:
-            return gr.skip(), gr.update(value=REALLY), *[gr.skip()] * len(looked)
+        """The first click asks, the second one deletes, if it is about the same run still."""
+        really = f"Really delete {chosen}?"
+        if chosen and label != really:
+            return gr.skip(), gr.update(value=really), *[gr.skip()] * len(looked)
         return act("deleted", jobs.delete)(chosen, other)
 
     def from_archive(put_away: str | None, other: str | None) -> tuple[Any, ...]:

@@ -235,7 +235,7 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
     press(page, "Bring back from the archive")
     expect(page.locator("#told")).to_contain_text("back from the archive")
     press(page, "Delete")
-    press(page, "Really delete all its files?")
+    press(page, "Really delete renamed?")
     expect(page.locator("#told")).to_contain_text("renamed: deleted")
     assert not (runs / "renamed").exists()
     visit(page, "Compare")

@@ -312,9 +312,9 @@ def test_a_run_of_a_shell_is_resumed_with_what_its_config_tells(jobs: Jobs) -> N
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     full = Jobs(jobs.runs, at_most=0)
-    assert full.resume("mine", {"max_train_steps": 30}).state == QUEUED
+    assert full.resume("mine", {"max_train_steps": "30"}).state == QUEUED
     job = Job(**json.loads((jobs.runs / "mine" / JOB).read_text()))
-    assert "versions" not in job.options and "images_a_step" not in job.options
+    assert job.options["max_train_steps"] == 30 and "versions" not in job.options and "images_a_step" not in job.options
     words = job_flags.arguments(job.options, jobs.runs / "mine", job.resume)
     assert {"--preset=demo-plain", "--no-long_skips", "--max_train_steps=30", "--resume_from_checkpoint=latest"} <= set(words)
     assert [word for word in words if "output_dir" in word] == [f"--output_dir={jobs.runs / 'mine'}"]
