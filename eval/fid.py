@@ -108,9 +108,12 @@ def judge_checkpoint(
             save_npz(output.save_npz, images)
     extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)} if trained_on else {}
     grey = ["the checkpoint draws grey images; all three channels are the same"] if channels == 1 else []
+    changed = []
+    if trained_on and trained_on[0].fingerprint != pipeline.config.training.get("data_fingerprint"):
+        changed = [f"memorisation: {trained_on[0].name} is not quite what the checkpoint was trained on; its images or labels have changed"]
     averaged = inputs.ema and (Path(checkpoint) / "ema").is_dir()
     protocol = checkpoint_protocol(checkpoint, pipeline, sampling, averaged, counts)
-    return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey], output)
+    return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey, *changed], output)
 
 
 def judge_images(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions, output: OutputOptions) -> dict[str, Any]:
