@@ -19,7 +19,7 @@ from eval.measure import best_row
 from eval.pictures import save
 from models.files import Parser, one_line_errors, read_json, written_aside
 from models.shortcut import effective_alpha
-from training.campaign import COMPARISONS, RESULTS
+from training.comparisons import COMPARISONS, RESULTS
 
 Result = Mapping[str, Any]
 # name -> value in a result (None where it was not asked for), and whether less is better

@@ -10,7 +10,8 @@ import pytest
 
 from eval import tables
 from training import campaign
-from training.campaign import COMPARISONS, PROBE, Comparison, Judge, main, runs_of
+from training.campaign import main, runs_of
+from training.comparisons import COMPARISONS, PROBE, Comparison, Judge
 from training.presets import MAE_PRESETS, PRESETS
 
 TRAINING = [

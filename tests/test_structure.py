@@ -13,7 +13,7 @@ BACKBONES = {"dit", "uvit", "unet", "mae"}
 
 def is_script(path: Path) -> bool:
     """Entry scripts are the roof: they may use everything, and nothing imports them."""
-    return path.name.startswith("train_") or path.name in {"campaign.py", "fid.py", "probe.py", "compare.py", "demo.py"}
+    return path.name in {"train_diffusion.py", "train_mae.py", "campaign.py", "fid.py", "probe.py", "compare.py", "demo.py"}
 
 
 def imports(path: Path) -> set[str]:

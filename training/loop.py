@@ -31,10 +31,11 @@ from training.processes import StopSignals
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
 
-# Options that may differ when a run is resumed; all others decide what is computed.
+# Options that may differ when a run is resumed; all others decide what is computed. Another number of processes is made up for by
+# another accumulation: images_a_step stays.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "probe_every".split()
+    "gradient_accumulation_steps probe_every".split()
 )
 
 Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -313,6 +314,9 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if changed:
         what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
         raise ValueError(f"{run} cannot be resumed with other options ({what}); give the first ones, or start another run")
+    if before.get("gradient_accumulation_steps") != config["gradient_accumulation_steps"]:
+        processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+        accelerator.print(f"going on with {processes}: the same images and noise as before; sums have another order, so last digits differ")
     accelerator.load_state(str(checkpoint))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here

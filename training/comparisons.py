@@ -1,0 +1,99 @@
+"""Named comparisons: which presets are held against each other, and by what. `python -m training.campaign` runs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "eval" / "results"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A command that judges a run.
+
+    Attributes:
+        script: from the project's root; it takes --checkpoint and --json.
+        data: its flag for the images.
+        flags: the others.
+    """
+
+    script: str
+    data: str
+    flags: tuple[str, ...] = ()
+
+
+PROBE = Judge("eval/probe.py", "--dataset", ("--few_shot", "0.01,0.1"))
+# at the depth of noise where features of diffusion models are known to be best, and around it
+DIFFUSION_PROBE = Judge("eval/probe.py", "--dataset", ("--times", "0.5,0.7,0.9", "--max_train_images", "20000"))
+FD = Judge("eval/fid.py", "--reference", ("--feature_extractor", "efficientnet-lite0", "--kid", "--num_samples", "10000"))
+FEW_FD = Judge(FD.script, FD.data, (*FD.flags[:-1], "2000"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the table.
+
+    Attributes:
+        about: what it asks.
+        arms: name -> preset, and flags beside it; the first arm is what the others are compared with.
+        judges: name -> command.
+    """
+
+    about: str
+    arms: dict[str, tuple[str, dict[str, Any]]]
+    judges: dict[str, Judge]
+
+
+def _presets(family: str, *arms: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {arm: (f"{family}-{arm}", {}) for arm in arms}
+
+
+_ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_MAE_ROWS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "no-skips": {"long_skips": False},
+    "no-zero-init": {"zero_init": False},
+    "cosine": {"shortcut_schedule": "cosine"},
+    "constant": {"shortcut_schedule": "constant"},
+    "sqrt-half": {"shortcut_schedule": "sqrt-half"},
+    "sqrt-half-branch": {"shortcut_schedule": "sqrt-half-branch"},
+    "attention": {"shortcut_placement": "attention"},
+    "mlp": {"shortcut_placement": "mlp"},
+    "learned": {"learnable_alpha": True},
+}
+COMPARISONS: dict[str, Comparison] = {
+    "mae-64px": Comparison(
+        "MAE-S/8 on 64 px photographs: do features get better?", _presets("mae-64px", "plain", "skips", "decayed"), {"probe": PROBE}
+    ),
+    "dit-64px": Comparison(
+        "DiT-S/4 on 64 px photographs: do images and features get better?",
+        _presets("dit-64px", "plain", "skips", "decayed", "rule"),
+        {"fd": FD, "probe": DIFFUSION_PROBE},
+    ),
+    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}),
+    "mae-64px-alpha": Comparison(
+        "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
+    ),
+    "mae-64px-ablation": Comparison(
+        "the paper's ablation rows, MAE-S/8", {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()}, {"probe": PROBE}
+    ),
+    "mae-64px-depth": Comparison(
+        "the depth rule, alpha_eff = 3e-3, at 6 and at 12 blocks",
+        {
+            f"{size}-{name}": ("mae-64px-decayed", {"size": size, "patch_size": 8, **flags})
+            for size in ("XS", "S")
+            for name, flags in (("skips", {"alpha_min": 1.0}), ("rule", {"alpha_eff": 3e-3}))
+        },
+        {"probe": PROBE},
+    ),
+    "mae-32px": Comparison(
+        "MAE-XS/4 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
+        _presets("mae-32px", "plain", "skips", "decayed"),
+        {"probe": PROBE},
+    ),
+    "demo": Comparison(
+        "the pair of `make demo`, for a try: a minute a run, and no evidence",
+        _presets("demo", "plain", "decayed"),
+        {"fd": FEW_FD},
+    ),
+}
