@@ -34,7 +34,9 @@ class SettingsPanel:
                     self.checkpoints.append(
                         gr.Dropdown(names, value=chosen, label=f"Checkpoint {letter}", elem_id=f"checkpoint-{letter.lower()}")
                     )
-                    override = gr.Checkbox(False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}")
+                    override = gr.Checkbox(
+                        False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}", elem_classes="quiet"
+                    )
                     with gr.Group(visible=False) as group:
                         self.own.append(_widgets(f" of {letter}", labels_of([])))
                     if i >= FEWEST:

@@ -79,14 +79,17 @@ def main() -> None:
     flags.add_argument("--width", help="pixels (default: %(default)s)", type=int, default=1280)
     flags.add_argument("--height", help="pixels (default: %(default)s)", type=int, default=1000)
     flags.add_argument("--dark", action="store_true")
+    flags.add_argument("--tab", default="Compare", help="(default: %(default)s)")
     flags.add_argument("--view", choices=("Side by side", "Slider", "Flicker", "Difference"), default="Side by side")
     parsed = flags.parse_args()
     with app_server(parsed.runs.resolve()) as url, chromium() as browser:
         page = browser.new_page(viewport={"width": parsed.width, "height": parsed.height}, color_scheme="dark" if parsed.dark else "light")
         open_page(page, url)
         page.get_by_label(parsed.view, exact=True).check()
+        page.get_by_role("tab", name=parsed.tab, exact=True).click()
+        page.wait_for_timeout(2000)  # until lists are filled and transitions over
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=parsed.output, full_page=True)
+        page.screenshot(path=parsed.output)
     print(f"wrote {parsed.output}")
 
 
