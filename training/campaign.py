@@ -69,11 +69,12 @@ class Run:
         if not self.trained:
             script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
             flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
+            look = ["--probe_every", str(every)] if (every := COMPARISONS[self.comparison].probe_every) else []
             resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
             source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
             end = ["--max_train_minutes", f"{seconds / 60:.3f}"] if math.isfinite(seconds) else []
             run = ["--seed", str(self.seed), "--output_dir", str(self.folder), *end]
-            return [script, "--preset", self.preset, *flags, source, data, *run, *more, *resume]
+            return [script, "--preset", self.preset, *flags, source, data, *run, *look, *more, *resume]
         for name, judge in COMPARISONS[self.comparison].judges.items():
             if not self.judged(name).is_file():
                 return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]

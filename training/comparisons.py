@@ -37,11 +37,13 @@ class Comparison:
         about: what it asks.
         arms: name -> preset, and flags beside it; the first arm is what the others are compared with.
         judges: name -> command.
+        probe_every: steps between quick looks at the features, for curves over images seen; 0 for none.
     """
 
     about: str
     arms: dict[str, tuple[str, dict[str, Any]]]
     judges: dict[str, Judge]
+    probe_every: int = 0
 
 
 def _presets(family: str, *arms: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -63,12 +65,13 @@ _MAE_ROWS: dict[str, dict[str, Any]] = {
 }
 COMPARISONS: dict[str, Comparison] = {
     "mae-64px": Comparison(
-        "MAE-S/8 on 64 px photographs: do features get better?", _presets("mae-64px", "plain", "skips", "decayed"), {"probe": PROBE}
+        "MAE-S/8 on 64 px photographs: do features get better?", _presets("mae-64px", "plain", "skips", "decayed"), {"probe": PROBE}, 1000
     ),
     "dit-64px": Comparison(
         "DiT-S/4 on 64 px photographs: do images and features get better?",
         _presets("dit-64px", "plain", "skips", "decayed", "rule"),
         {"fd": FD, "probe": DIFFUSION_PROBE},
+        500,
     ),
     "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}),
     "mae-64px-alpha": Comparison(
@@ -90,6 +93,7 @@ COMPARISONS: dict[str, Comparison] = {
         "MAE-XS/4 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
         _presets("mae-32px", "plain", "skips", "decayed"),
         {"probe": PROBE},
+        500,
     ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",
