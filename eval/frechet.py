@@ -37,8 +37,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         ValueError: shapes that do not fit together, numbers that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = _checked(mu1, sigma1, mu2, sigma2)
-    root, _ = _root(sigma1)
-    return _distance(mu1, np.trace(sigma1), mu2, np.trace(sigma2), np.linalg.eigvalsh(root.T @ sigma2 @ root))
+    inner = _inner(*_root(sigma1), sigma2)
+    return _distance(mu1, np.trace(sigma1), mu2, np.trace(sigma2), _eigenvalues(inner))
 
 
 def frechet_influence(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> tuple[float, np.ndarray]:
@@ -57,11 +57,13 @@ def frechet_influence(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray)
         infinitesimal jackknife, Efron 1982; where N is not far above D it is up to 1.6 times too wide).
     """
     mu1, sigma1, mu2, sigma2 = _checked(*mean_and_covariance(features), mu2, sigma2)
-    root, pivots = _root(sigma1)
-    squares, vectors = np.linalg.eigh(root.T @ sigma2 @ root)  # (R,), (R, R)
+    factor, pivots, rank = _root(sigma1)
+    found = torch.linalg.eigh(torch.from_numpy(_inner(factor, pivots, rank, sigma2)))
+    squares, vectors = (part.numpy() for part in found)  # (R,), (R, R)
     value = _distance(mu1, np.trace(sigma1), mu2, np.trace(sigma2), squares)
     centred = np.asarray(features, np.float64) - mu1  # (N, D)
-    whitened = solve_triangular(root[pivots], centred[:, pivots].T, lower=True).T @ vectors  # (N, R), of covariance 1
+    kept = pivots[:rank]  # R features, of which the others follow
+    whitened = solve_triangular(factor[:rank, :rank], centred[:, kept].T, lower=True).T @ vectors  # (N, R), of covariance 1
     influence = 2 * centred @ (mu1 - mu2) + (centred**2).sum(1) - whitened**2 @ np.sqrt(squares.clip(0))
     return value, influence - influence.mean()
 
@@ -85,13 +87,14 @@ def frechet_infinity(
     least = least or max(num // 4, min(dim, num // 2))
     _, _, mu2, sigma2 = _checked(mu2, sigma2, mu2, sigma2)
     features = np.asarray(features, np.float64)
-    turned = features @ _root(sigma2)[0]  # (N, R): its covariance is L^T sigma1 L
+    factor, pivots, rank = _root(sigma2)
+    turned = features[:, pivots] @ factor[:, :rank]  # (N, R): its covariance is L^T sigma1 L
     random = np.random.default_rng(seed)
     inverse, distances = [], []
     for size in np.linspace(least, num, points).astype(int):
         chosen = random.permutation(num)[:size]
         subset = features[chosen]
-        squares = np.linalg.eigvalsh(np.atleast_2d(np.cov(turned[chosen], rowvar=False)))
+        squares = _eigenvalues(np.atleast_2d(np.cov(turned[chosen], rowvar=False)))
         inverse.append(1 / size)
         distances.append(_distance(subset.mean(0), subset.var(0, ddof=1).sum(), mu2, np.trace(sigma2), squares))
     (_, intercept), covariance = np.polyfit(inverse, distances, 1, cov=True)
@@ -116,9 +119,20 @@ def _distance(mu1: np.ndarray, trace1: float, mu2: np.ndarray, trace2: float, sq
     return max(0.0, float(difference @ difference + trace1 + trace2 - 2 * np.sqrt(squares.clip(0)).sum()))
 
 
-def _root(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """L (D, R) with L L^T = sigma, of its rank R; and the R rows that make a lower triangle of it."""
-    factor, pivots, rank, _ = lapack.dpstrf((sigma + sigma.T) / 2, lower=1)  # what is left after the rank is rounding
-    root = np.empty((len(sigma), rank))
-    root[pivots - 1] = np.tril(factor)[:, :rank]
-    return root, pivots[:rank] - 1
+def _root(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Lower triangle L (D, D), order of the features (D,) and rank R: L L^T is sigma in that order, and L is 0 right of column R."""
+    factor, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    factor = np.asfortranarray(np.tril(factor))
+    factor[:, rank:] = 0  # what is left is rounding
+    return factor, pivots - 1, rank
+
+
+def _inner(factor: np.ndarray, pivots: np.ndarray, rank: int, sigma: np.ndarray) -> np.ndarray:
+    """L^T sigma L (R, R), of which the lower triangle is filled."""
+    ordered = np.asfortranarray(sigma[np.ix_(pivots, pivots)])
+    return lapack.dsygst(ordered, factor, itype=2, lower=1, overwrite_a=1)[0][:rank, :rank]
+
+
+def _eigenvalues(inner: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix, of which the lower triangle is read."""
+    return torch.linalg.eigvalsh(torch.from_numpy(inner)).numpy()
