@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--auth", metavar="NAME:PASSWORD", help="let nobody in without these (default: everybody who reaches the address)")
     flags.add_argument("--no-training", action="store_true", help="for public pages: nothing can be trained, judged or deleted")
     flags.add_argument("--data", type=Path, help="folder that images to train on must lie in (default: all that you may read)")
+    flags.add_argument("--num-processes", type=int, default=1, help="of each training, one for each GPU (default: %(default)s)")
     flags.add_argument("--at-most", type=int, default=1, help="trainings and evaluations at once; the others wait (default: %(default)s)")
     return flags
 
@@ -51,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         name, _, password = (parsed.auth or "").partition(":")
         if parsed.auth is not None and not (name and password):
             raise ValueError("--auth must be NAME:PASSWORD, neither of them empty")
-        if parsed.at_most < 1:
-            raise ValueError(f"--at-most is {parsed.at_most}; it must be at least 1")
+        if min(parsed.at_most, parsed.num_processes) < 1:
+            raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
         if parsed.data is not None and not parsed.data.is_dir():
             raise ValueError(f"--data {parsed.data} is not a folder")
         from app.jobs import Jobs
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         from app.ui import build, theme
         from app.votes import Votes
 
-        jobs = None if parsed.no_training else Jobs(parsed.runs, parsed.at_most, parsed.data)
+        jobs = None if parsed.no_training else Jobs(parsed.runs, parsed.at_most, parsed.data, parsed.num_processes)
         site = Site(parsed.runs, jobs, Votes(parsed.runs))
         page = build(site)
         page.launch(

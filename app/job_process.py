@@ -21,8 +21,16 @@ SAME_START_S = 2.0  # two readings of a process's start differ by less
 _children: dict[int, subprocess.Popen] = {}  # of this page, to be reaped
 
 
-def launch(run: Path) -> None:
-    """Start a queued job's process."""
+def launcher(num_processes: int) -> list[str]:
+    """`accelerate launch`, with everything said that it would guess otherwise; one process for each GPU, or one on the CPU."""
+    cores = os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // num_processes)
+    several = ["--multi_gpu"] * (num_processes > 1)
+    given = [f"--num_processes={num_processes}", "--num_machines=1", f"--num_cpu_threads_per_process={cores}"]
+    return ["-m", "accelerate.commands.launch", "--quiet", *given, "--mixed_precision=no", "--dynamo_backend=no", *several]
+
+
+def launch(run: Path, num_processes: int = 1) -> None:
+    """Start a queued job's process; a training has so many."""
     job = replace(read_job(run), started_at=time.time())
     process = trained_outside().get(run)  # a page that was killed right after the start did not write it down
     if process is None:
@@ -30,7 +38,10 @@ def launch(run: Path) -> None:
         try:
             with (run / LOG).open("ab") as log:
                 job = replace(job, log_begins=log.tell())
-                words = judging.command(job.options, run) if job.kind == EVALUATION else job_flags.command(job.options, run, job.resume)
+                if job.kind == EVALUATION:
+                    words = judging.command(job.options, run)
+                else:
+                    words = [*launcher(num_processes), *job_flags.command(job.options, run, job.resume)]
                 child = subprocess.Popen(
                     [sys.executable, *words],
                     cwd=ROOT,
@@ -60,6 +71,16 @@ def process_of(run: Path, job: Job) -> psutil.Process | None:
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.Error:
         return None
+
+
+def ask_to_stop(run: Path, process: psutil.Process) -> None:
+    """A training saves and leaves. Its launcher would die of the signal without handing it on, so those that train get it."""
+    with suppress(psutil.Error):
+        word = job_flags.output_dir(run)
+        trainers = [each for each in process.children(recursive=True) if word in each.cmdline()]
+        for each in trainers or [process]:
+            with suppress(psutil.Error):
+                each.terminate()
 
 
 def kill(process: psutil.Process | None) -> None:

@@ -12,13 +12,12 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock
 
 from app import judging
@@ -49,7 +48,7 @@ from app.job_files import (
     wanted_steps,
 )
 from app.job_flags import MAX_TEXT, OWN_OPTIONS, flag_names, parse, plain
-from app.job_process import ROOT, kill, launch, process_of, trained_outside
+from app.job_process import ROOT, ask_to_stop, kill, launch, process_of, trained_outside
 from app.libraries import load_libraries
 from models.files import remove, write_json
 
@@ -127,10 +126,12 @@ class Jobs:
         runs: folder of the runs; made with the first.
         at_most: how many run at once.
         data: folder that images to train on must lie in; None allows every folder that the page's user may read.
+        num_processes: of each training, one for each GPU.
     """
 
-    def __init__(self, runs: Path, at_most: int = 1, data: Path | None = None) -> None:
+    def __init__(self, runs: Path, at_most: int = 1, data: Path | None = None, num_processes: int = 1) -> None:
         self.runs, self.at_most, self.data = runs.resolve(), at_most, data.resolve() if data else None
+        self.num_processes = num_processes
 
     def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """What `start` would say, without starting; returns the options as they will be stored.
@@ -250,8 +251,7 @@ class Jobs:
             else:
                 write_json(run / JOB, asdict(replace(job, stop_asked_at=time.time())))
                 if process is not None:
-                    with suppress(psutil.NoSuchProcess):
-                        process.terminate()
+                    ask_to_stop(run, process)
         return self.status(name)
 
     def resume(self, name: str, changes: dict[str, Any] | None = None) -> Status:
@@ -384,7 +384,7 @@ class Jobs:
         rates = {run: rate for run in alike if (rate := rate_of(metrics_of(run)))}
         if rates and wanted["max_train_steps"]:
             newest = max(rates, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
-            images = wanted["max_train_steps"] * wanted["train_batch_size"] * wanted["gradient_accumulation_steps"]
+            images = wanted["max_train_steps"] * wanted["train_batch_size"] * wanted["gradient_accumulation_steps"] * self.num_processes
             minutes.append(images / rates[newest] / 60)
         return min(minutes, default=None)
 
@@ -476,7 +476,7 @@ class Jobs:
         statuses = self._statuses()
         queue = sorted((status for status in statuses if status.state == QUEUED), key=lambda status: status.position)
         for status in queue[: max(0, self._places(statuses))]:
-            launch(status.folder)
+            launch(status.folder, self.num_processes)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -226,12 +226,12 @@ import os, subprocess, sys, time
 from pathlib import Path
 from app import job_files, job_process, jobs
 
-def launch(run):  # a real process, but one that begins at once
+def launch(run, num_processes):  # a real process, but one that begins at once
     time.sleep(0.05)
     process = subprocess.Popen(["sleep", "100"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     job_process._children[process.pid] = process
     jobs.write_json(run / jobs.JOB, jobs.asdict(jobs.replace(job_files.read_job(run), pid=process.pid, started_at=time.time(),
-        process_began=jobs.psutil.Process(process.pid).create_time())))
+        process_began=job_process.psutil.Process(process.pid).create_time())))
     print(run.name, process.pid, flush=True)
 
 jobs.launch = launch
