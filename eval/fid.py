@@ -182,7 +182,8 @@ def describe(result: dict[str, Any]) -> str:
     if "memorisation" in result:
         copies = result["memorisation"]
         line += f" | nearer to a training image than {copies['closer']['value']:.0%} of {copies['against']}"
-        line += f", {copies['copied']['value']:.1%} nearer than all but {copies['copied']['expected']:.0%}"
+        if copies["copied"]:
+            line += f", {copies['copied']['value']:.1%} nearer than all but {copies['copied']['expected']:.0%}"
     if result["sampler"]:
         line += f" | {result['sampler']}, {result['steps']} steps, guidance {result['guidance_scale']:g}, seed {result['seed']}"
         line += f", {result['precision']}{', EMA' if result['ema'] else ''}"

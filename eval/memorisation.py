@@ -45,19 +45,20 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray 
     Returns:
         "closer": the chance that a generated image is nearer to the training set than a real new one is (ties count half): 1/2 for a
         model that draws from the distribution, 1 for one that copies. "copied": the share of generated images nearer than the
-        nearest 1 % of real ones: 0.01 for the former. Both with 95 % intervals over the generated images.
+        nearest 1 % of real ones: 0.01 for the former; None where so many real images have an exact twin that no image could be
+        nearer. Both with 95 % intervals over the generated images.
     """
     ours = nearest(generated, train)[1][:, 0]
     real = np.sort(nearest(train, train, skip_self=True)[1][:, 0] if held_out is None else nearest(held_out, train)[1][:, 0])
     beyond = (len(real) - (np.searchsorted(real, ours, "left") + np.searchsorted(real, ours, "right")) / 2) / len(real)  # (N,)
-    copied = ours < np.quantile(real, RARE)
+    threshold = float(np.quantile(real, RARE))
 
     def as_json(estimate: Estimate) -> dict[str, float]:
         return dict(zip(("value", "low", "high"), (estimate.value, *estimate.interval()), strict=True))
 
     return {
         "closer": as_json(Estimate(float(beyond.mean()), beyond - beyond.mean(), limits=(0, 1))),
-        "copied": {**as_json(share(copied)), "expected": RARE},
+        "copied": {**as_json(share(ours < threshold)), "expected": RARE} if threshold > 0 else None,
         "median_distance": float(np.median(ours)),
         "median_distance_real": float(np.median(real)),
         "against": "each training image among the others" if held_out is None else f"{len(held_out)} held-out images",

@@ -269,6 +269,13 @@ def test_memorisation_tells_copying_from_sampling(with_held_out: bool) -> None:
     assert half["copied"]["value"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_copies_are_not_counted_where_training_images_have_twins() -> None:
+    """No image is nearer than 0: a share of 0 % would say that nothing is copied, whatever is."""
+    train = np.random.default_rng(7).normal(size=(100, 8))
+    train[:10] = train[10:20]
+    assert memorisation(train, train, None)["copied"] is None
+
+
 # ----------------------------------------------------------------------------------------------------------- effective rank
 
 
