@@ -274,8 +274,17 @@ def results(name: str, runs: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError):
             continue
         if isinstance(told, dict) and isinstance(told.get("metric"), str) and isinstance(told.get("value"), int | float):
-            found.append(told)
+            found += numbers_of(told)
     return found
+
+
+def numbers_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every number of a result file, each with the protocol of all: FD, KD, precision, ... may come of one pass."""
+    others = result.get("metrics")
+    if not isinstance(others, dict):
+        return [result]
+    shared = {key: value for key, value in result.items() if key not in ("metrics", "value", "low", "high")}
+    return [{**shared, "metric": name, **each} for name, each in others.items() if isinstance(each, dict) and "value" in each]
 
 
 def _count_parameters(weights: Path) -> int:

@@ -136,7 +136,8 @@ def saved_step(run: Path) -> int:
 
 def wanted_steps(run: Path, job: Job | None) -> int | None:
     """The job's, as a run that goes on may go further than it was to at first; else as the config has it from the preset."""
-    return (job.options.get("max_train_steps") if job else None) or json_of(run / CONFIG).get("max_train_steps")
+    told = (job.options.get("max_train_steps") if job else None) or json_of(run / CONFIG).get("max_train_steps")
+    return told if isinstance(told, int) else None  # files may say anything
 
 
 def log_of(run: Path, begins: int, most: int | None = LOG_LINES) -> tuple[str, ...]:

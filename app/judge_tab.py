@@ -38,9 +38,9 @@ def _form(site: Site, tab: gr.Tab) -> None:
             [], value=[], multiselect=True, label="Checkpoints", max_choices=most, scale=3, min_width=260, elem_id="judged"
         )
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
-        measure = gr.Dropdown(measures, value="FD", label="Measure", scale=2, min_width=240, elem_id="measure")
+        measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
         words = "Against (openmoji or a folder)"
-        reference = gr.Textbox(judging.EMBEDDED, label=words, max_length=500, min_width=180, elem_id="reference")
+        reference = gr.Textbox(judging.EMBEDDED, label=words, max_length=500, min_width=220, elem_id="reference")
         number = gr.Number(2048, label="Samples", precision=0, min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")
@@ -61,7 +61,8 @@ def measured(jobs: Jobs | None, name: str) -> list[dict[str, Any]]:
     found = []
     for status in jobs.evaluations() if jobs else ():
         told, _ = judging.read_results(status.folder)
-        found += [each for each, judged in zip(told, status.options["checkpoints"], strict=False) if judged == name]
+        for numbers, judged in zip(told, status.options["checkpoints"], strict=False):
+            found += numbers if judged == name else []
     return found
 
 
@@ -72,7 +73,8 @@ def leaderboard(site: Site) -> str:
     differences: list[str] = []
     for status in site.jobs.evaluations() if site.jobs else ():
         told, said = judging.read_results(status.folder)
-        rows += list(zip(status.options["checkpoints"], told, strict=False))
+        for name, numbers in zip(status.options["checkpoints"], told, strict=False):
+            rows += [(name, each) for each in numbers]
         differences += said
     if not rows:
         return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'
@@ -91,7 +93,9 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for name, result in ranked:
         low, high = result.get("low"), result.get("high")
         interval = f" [{low:.4g}, {high:.4g}]" if isinstance(low, int | float) and isinstance(high, int | float) else ""
-        facts = f"{render.count(result.get('images_seen'))} images seen, alpha_min {result.get('alpha_min') or 1:g}"
+        weights = {True: "EMA, ", False: "raw weights, "}.get(result.get("ema"), "")
+        facts = f"{weights}{render.count(result.get('images_seen'))} images seen, alpha_min {result.get('alpha_min') or 1:g}"
         lines.append(f"<tr><td>{text(name)}</td><td><b>{result['value']:.4g}</b>{interval}</td><td>{text(facts)}</td></tr>")
-    note = f'<p class="protocol">{text(render.protocol(ranked[0][1]))}</p>'
+    shared = {key: value for key, value in ranked[0][1].items() if key not in ("ema", "images_seen")}
+    note = f'<p class="protocol">{text(render.protocol(shared))}</p>'
     return f"<h3>{text(metric)}</h3>{note}{render.facts_table(('Checkpoint', 'Value (95 %)', ''), lines)}"

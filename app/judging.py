@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.catalog import find, folders
+from app.catalog import find, folders, numbers_of
 from models.files import read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
@@ -105,25 +105,20 @@ def is_done(folder: Path) -> bool:
     return (folder / RESULT).is_file() or (folder / COMPARISON).is_file()
 
 
-def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_results(folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """What an evaluation found.
 
     Returns:
-        For each checkpoint "metric", "value" and the protocol, and of a comparison what it says of the differences, one line each.
+        For each checkpoint its numbers, each with "metric", "value" and the protocol; and what a comparison says of the differences, one
+        line each.
     """
     try:
         if (folder / RESULT).is_file():
-            return [read_json(folder / RESULT)], []
+            return [numbers_of(read_json(folder / RESULT))], []
         told = read_json(folder / COMPARISON)
-        return [_as_result(entry) for entry in told["entries"]], [_difference(row) for row in told["differences"]]
+        return [numbers_of(entry) for entry in told["entries"]], [_difference(row) for row in told["differences"]]
     except (OSError, ValueError, KeyError, TypeError):
         return [], []
-
-
-def _as_result(entry: dict[str, Any]) -> dict[str, Any]:
-    """The first number of a contender, as eval/fid.py would have told it."""
-    metric = next(iter(entry["metrics"]))
-    return {"metric": metric, **entry["metrics"][metric], **{key: value for key, value in entry.items() if key != "metrics"}}
 
 
 def _difference(row: dict[str, Any]) -> str:

@@ -65,7 +65,9 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
     if status.kind == EVALUATION:
         found, differences = judging.read_results(status.folder)
-        lines = [*map(render.result_words, found), *map(text, differences)]
+        names = status.options["checkpoints"]
+        lines = [f"{text(name)}: {render.result_words(each)}" for name, numbers in zip(names, found, strict=False) for each in numbers]
+        lines += map(text, differences)
         told = "".join(f'<p class="result">{line}</p>' for line in lines)
         return f'<h3>{text(title_of(status))}</h3><p class="status">{text(status.message)}</p>{told}{words}'
     progress = jobs.progress(status.name)
