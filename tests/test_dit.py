@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import DiT, create_model, linear_schedule
-from models.layers import patchify, sincos_positions, unpatchify
+from models.layers import patchify, scaled_dot_product_attention, sincos_positions, unpatchify
 
 Make = Callable[..., nn.Module]
 
@@ -165,3 +165,11 @@ def test_positions_encode_column_then_row() -> None:
     assert torch.equal(positions[1, :4], positions[4, :4])  # same column
     assert torch.equal(positions[1, 4:], positions[2, 4:])  # same row
     torch.testing.assert_close(positions[2, :2], torch.tensor([2.0, 2.0 / 100]).sin())
+
+
+def test_attention_in_bf16_is_that_in_fp32_rounded_once() -> None:
+    q, k, v = (torch.randn(2, 3, 16, 8).bfloat16() for _ in range(3))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_dot_product_attention(q, k, v)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())

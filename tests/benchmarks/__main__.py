@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ from models import create_model
 from models.compat import import_torchvision
 from models.files import Parser, one_line_errors, write_json
 from models.precision import autocast, precision
+from tests.benchmarks.published import CLASSES, published_loop, write_folder
 from tests.inception import write_inception
 from training.augment import crop_and_resize, random_boxes
-from training.data import ImageData, in_unit_range
+from training.data import ImageData, Order, in_unit_range
+from training.ema import EMA
 from training.objectives import FlowMatching
 
 Work = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 32
+XS = dict(image_size=32, patch_size=4)
 FEATURES = 2048  # Inception's
 
 
@@ -59,18 +63,24 @@ class Case:
     of_torch: bool = True
 
 
-def training_step(alpha_min: float) -> Work:
+def training_step(alpha_min: float, **options: Any) -> Work:
     """A training step of DiT-XS at 32 px, patch 4, batch 32, in the precision that pays here."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = create_model("dit", "XS", image_size=32, patch_size=4, num_classes=9, alpha_min=alpha_min).to(device)
+    model = create_model("dit", "XS", **XS, num_classes=CLASSES, alpha_min=alpha_min, **options).to(device)
+    return step_of(model, model)
+
+
+def step_of(model: nn.Module, network: Callable[..., torch.Tensor]) -> Work:
+    """Forward, backward and AdamW; `network` calls the model as ours are called."""
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = {"images": torch.rand(BATCH, 3, 32, 32, device=device) * 2 - 1, "labels": torch.randint(9, (BATCH,), device=device)}
-    generator, objective = torch.Generator(device).manual_seed(0), FlowMatching(9)
+    batch = {"images": torch.rand(BATCH, 3, 32, 32, device=device) * 2 - 1, "labels": torch.randint(CLASSES, (BATCH,), device=device)}
+    generator, objective = torch.Generator(device).manual_seed(0), FlowMatching(CLASSES)
 
     def step() -> None:
         with autocast(device, precision("auto")):
-            loss, _ = objective(model, batch, generator)
+            loss, _ = objective(network, batch, generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,6 +88,54 @@ def training_step(alpha_min: float) -> Work:
             torch.cuda.synchronize()
 
     return step
+
+
+def whole_step() -> tuple[Work, np.ndarray, np.ndarray]:
+    """As `training_step`, with what else our loop does: the next images of 576 in packed bytes, flips, clipping, averages."""
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (576, 32, 32, 3), np.uint8), np.arange(576) % CLASSES
+    data = ImageData(images, labels=labels, class_names=tuple("abcdefghi"), name="noise", split="train", fingerprint="")
+    model = create_model("dit", "XS", **XS, num_classes=CLASSES, alpha_min=0.5, long_skips=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ema, objective, order, device = EMA(model.parameters(), 0.9999), FlowMatching(CLASSES), Order(len(data), seed=0), torch.device("cpu")
+    taken = count()
+
+    def step() -> None:
+        number = next(taken)
+        generator = torch.Generator().manual_seed(number)
+        batch = data.batch(order.indices(number * BATCH, BATCH), device, generator, flip=True)
+        with autocast(device, precision("auto")):
+            loss, _ = objective(model, batch, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model.parameters(), number + 1)
+
+    return step, images, labels
+
+
+def loop(_: int) -> Case:
+    """A step of our whole loop against the published one: DiT-XS without long skips, 32 px, 576 images, on a CPU."""
+    temporary = tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-")
+    ours, images, labels = whole_step()
+    write_folder(Path(temporary.name), images, labels)
+    theirs = published_loop(Path(temporary.name), BATCH, depth=8, dim=192, num_heads=3, **XS)
+    return Case("whole step / the published loop's", ours, lambda kept=temporary: theirs(), pairs=20, warm_ups=3, of_torch=False)
+
+
+def diffusers(_: int) -> Case:
+    """Our training step against one of diffusers' DiT of the same size, both in the precision that pays here."""
+    import_torchvision()
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, patch_size=4, sample_size=32)
+    model = DiTTransformer2DModel(**sizes, in_channels=3, out_channels=3, num_embeds_ada_norm=CLASSES).to(device)
+    network = lambda x, t, labels: model(x, timestep=1000 * t, class_labels=labels).sample  # noqa: E731
+    return Case("our step / diffusers' DiT", training_step(0.5, long_skips=False), step_of(model, network), pairs=20)
 
 
 def alpha(_: int) -> Case:
@@ -184,7 +242,8 @@ def call(*command: object) -> None:
 
 
 CASES: dict[str, Callable[[int], Case]] = {
-    "alpha": alpha, "control": control, "frechet": frechet, "fid": fid, "crops": crops, "neighbours": neighbours, "places": places,
+    "alpha": alpha, "control": control, "loop": loop, "diffusers": diffusers,
+    "frechet": frechet, "fid": fid, "crops": crops, "neighbours": neighbours, "places": places,
 }  # fmt: skip
 
 
