@@ -67,6 +67,22 @@ class Share(Estimate):
         return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
+@dataclass(frozen=True)
+class ShareDifference(Estimate):
+    """A difference of two shares of the same samples: Bonett and Price's interval (2012).
+
+    One more sample is counted for either side, so it neither shrinks to nothing where both agree on all samples, nor leaves out 0
+    because of the first few on which they do not.
+    """
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Both ends, within [-1, 1]."""
+        changes, num = np.rint(self.influence + self.value), len(self.influence) + 2  # -1, 0 or 1
+        gained, lost = ((int((changes == sign).sum()) + 1) / num for sign in (1, -1))
+        reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((gained + lost - (gained - lost) ** 2) / num)
+        return max(-1.0, gained - lost - reach), min(1.0, gained - lost + reach)
+
+
 def share(hits: np.ndarray, how: str = "") -> Share:
     """Of bool (N,)."""
     return Share(float(hits.mean()), hits - hits.mean(), how=how)
@@ -88,7 +104,9 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     if any(part is None for part in parts) or len(parts[0]) != len(parts[1]):
         raise ValueError("only numbers of one kind, over as many samples, can be paired")
     spread = {"influence" if one.influence is not None else "halves": parts[0] - parts[1]}
-    return Estimate(one.value - other.value, **spread, extra_se=float(np.hypot(one.extra_se, other.extra_se)), how=f"paired, {one.how}")
+    shares = isinstance(one, Share) and isinstance(other, Share)
+    kind, how = (ShareDifference, "paired, Bonett and Price's") if shares else (Estimate, f"paired, {one.how}")
+    return kind(one.value - other.value, **spread, extra_se=float(np.hypot(one.extra_se, other.extra_se)), how=how)
 
 
 def verdict(low: float, high: float, lower_is_better: bool) -> str:

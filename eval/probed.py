@@ -18,8 +18,10 @@ RESULT = Path("eval") / "probe.json"  # in a run
 METRIC = "linear probe accuracy"  # what marks such a file
 # What two results must share to stand in one column; the labels, in their order, tell the images at any resolution ...
 COMPARABLE = ("train_labels", "test_labels", "temperature")
+# ... but not which images were drawn of a class; earlier versions did not say
+DRAWN = "drawn"
 # ... and what they should
-NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema")
+NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema", "blocks", "pooling", "times")
 ABOUT = (
     "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would "
     "move them too."
@@ -57,8 +59,10 @@ class Probed:
         """Every accuracy of the best place by its name."""
         best = self.best
         found = {"linear probe": best["linear"], **{f"kNN, k = {k}": each for k, each in best["knn"].items()}, "ridge": best["ridge"]}
-        more = {"attentive probe": "attentive", "fine-tuned": "finetune"}
-        return {**found, **{name: self.result[key] for name, key in more.items() if key in self.result}}
+        tuned, more = self.result.get("finetune"), {"attentive probe": self.result.get("attentive")}
+        if tuned:  # longer is better, so only those of one length stand in one column
+            more[f"fine-tuned, {tuned['epochs']} epochs"] = tuned
+        return {**found, **{name: each for name, each in more.items() if each}}
 
 
 def result_of(path: str) -> Path | None:
@@ -87,7 +91,8 @@ def read_probed(paths: Sequence[str]) -> list[Probed]:
             raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; probe again with this version")
         entries.append(Probed(path, Path(path) if Path(path).is_dir() else None, result))
     for one, other in pairwise(entries):
-        differ = [f"{key} {one.result[key]} and {other.result[key]}" for key in COMPARABLE if one.result[key] != other.result[key]]
+        sides = {key: (one.result.get(key), other.result.get(key)) for key in (*COMPARABLE, DRAWN)}
+        differ = [f"{key} {ours} and {theirs}" for key, (ours, theirs) in sides.items() if ours != theirs]
         if differ:
             raise ValueError(f"{one.name} and {other.name} were not probed with the same images and settings: {'; '.join(differ)}")
     return entries
@@ -165,9 +170,9 @@ def notes_of(entries: Sequence[Probed]) -> list[str]:
     """What should be equal and is not, and what each result has noted."""
     notes = []
     for key in NOTED:
-        values = list(dict.fromkeys(entry.result.get(key) for entry in entries))
+        values = list(dict.fromkeys(str(entry.result.get(key)) for entry in entries))
         if len(values) > 1:
-            notes.append(f"not all have the same {key}: {', '.join(map(str, values))}")
+            notes.append(f"not all have the same {key}: {', '.join(values)}")
     return [*notes, *(f"{entry.name}: {note}" for entry in entries for note in entry.result["notes"])]
 
 

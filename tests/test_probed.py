@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
+from eval.intervals import difference, share, verdict
 from eval.measure import accuracy, hash_of, packed, unpacked
-from eval.probed import compare, read_probed
+from eval.probed import compare, notes_of, read_probed
 from tests.conftest import ROOT
 
 LABELS = torch.arange(400) % 2
@@ -79,8 +81,9 @@ def test_differences_are_of_pairs(run: Callable) -> None:
     (plain, decayed), row = entries, rows[0]
     assert plain.accuracies["linear probe"]["high"] > decayed.accuracies["linear probe"]["low"]
     assert row["difference"] == pytest.approx(0.03)
-    reach = 1.96 * (0.03 * 0.97 / 399) ** 0.5  # 12 of 400 differ, all in one direction
-    assert (row["low"], row["high"]) == (pytest.approx(0.03 - reach, abs=1e-5), pytest.approx(0.03 + reach, abs=1e-5))
+    gained, lost = 13 / 402, 1 / 402  # 12 of 400 differ, all in one direction; and one more for either side
+    middle, reach = gained - lost, 1.96 * ((gained + lost - (gained - lost) ** 2) / 402) ** 0.5
+    assert (row["low"], row["high"]) == (pytest.approx(middle - reach, abs=1e-5), pytest.approx(middle + reach, abs=1e-5))
     assert row["verdict"] == "better"
 
 
@@ -90,6 +93,27 @@ def test_differences_are_of_pairs(run: Callable) -> None:
 def test_there_is_a_winner_only_where_the_interval_leaves_out_0(right: float, seed: int, verdict: str, run: Callable) -> None:
     rows = compare(read_probed([run("plain", 0.70), run("other", right, seed=seed)]))
     assert {row["verdict"] for row in rows} == {verdict}
+
+
+@pytest.mark.parametrize("num", [0, 1, 3, 4, 5, 6, 9])
+def test_verdicts_on_few_pairs_are_those_of_the_exact_test(num: int) -> None:
+    """McNemar's; and where no pair differs, the difference is known to some images, not exactly."""
+    hits = np.arange(400) < 200
+    found = difference(share(np.arange(400) < 200 + num), share(hits))
+    low, high = found.interval()
+    exact = binomtest(num, num).pvalue if num else 1.0
+    assert found.value == pytest.approx(num / 400) and low < found.value < high
+    assert verdict(low, high, lower_is_better=False) == ("better" if exact < 0.05 else "undecided")
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.005, 0.0), (0.02, 0.005), (0.1, 0.05)])
+def test_intervals_of_pairs_cover(gained: float, lost: float) -> None:
+    draws = np.random.default_rng(0).random((1000, 350))
+    covered = 0
+    for draw in draws:
+        low, high = difference(share((draw < gained) | (draw > 0.5)), share((draw > 0.5) | (abs(draw - 0.3) < lost / 2))).interval()
+        covered += low <= gained - lost <= high
+    assert covered >= 940
 
 
 def test_the_chosen_place_is_compared_and_not_the_best_on_test_images(run: Callable) -> None:
@@ -112,6 +136,16 @@ def test_a_page_with_everything(run: Callable, script: Callable, tmp_path: Path)
     assert [entry["name"] for entry in kept["entries"]] == [one, other] and len(kept["differences"]) == 3
 
 
+def test_unequal_efforts_are_told_or_not_compared(run: Callable) -> None:
+    tuned = accuracy(LABELS, LABELS)
+    changes = [{"pooling": "all", "times": None, "epochs": 2}, {"pooling": "class", "times": [0.5], "epochs": 50}]
+    entries = read_probed([run(str(i), 0.7, finetune={**tuned, "epochs": each.pop("epochs")}, **each) for i, each in enumerate(changes)])
+    assert not [row for row in compare(entries) if "tuned" in row["metric"]]
+    assert [row["metric"] for row in compare([entries[0], entries[0]])][-1] == "fine-tuned, 2 epochs"
+    notes = notes_of(entries)
+    assert "not all have the same pooling: all, class" in notes and "not all have the same times: None, [0.5]" in notes
+
+
 def test_files_of_results_do_as_well(run: Callable, script: Callable) -> None:
     files = [Path(run(name, 0.7)) / "eval" / "probe.json" for name in ("one", "other")]
     code, out, _ = script(*files)
@@ -123,6 +157,7 @@ def test_files_of_results_do_as_well(run: Callable, script: Callable) -> None:
     [
         ({"test_labels": "0"}, "not probed with the same images"),
         ({"temperature": 0.1}, "temperature 0.07 and 0.1"),
+        ({"drawn": {"test_share": 0.2, "seed": 1}}, "drawn None and {'test_share': 0.2, 'seed': 1}"),  # other images of the same labels
         (None, "holds no result of eval/probe.py; probe it first"),
     ],
 )
