@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def finetune(
         time: at which a diffusion model looks, with new noise in each step; None for clean images.
         block: whose tokens are read; blocks after it take no part.
         epochs: over the training images.
-        learning_rate: of the last block and the linear layer, for 256 images a step; batch_size / 256 times that is used.
+        learning_rate: of the block that is read and the linear layer, for 256 images a step; batch_size / 256 times that is used.
 
     Returns:
         Labels (M,) of the test images.
@@ -55,12 +56,14 @@ def finetune(
     classes, y = labels.unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dim = block_shapes(encoder, test)[block][1]
+        shapes = block_shapes(encoder, test)
+        dim = shapes[block][1]
         head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, len(classes))).to(device)
     encoder = copy.deepcopy(encoder)
     encoder.network.requires_grad_(True)
-    groups = [*_groups(encoder.network, learning_rate * batch_size / 256), {"params": head.parameters()}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate * batch_size / 256, weight_decay=WEIGHT_DECAY)
+    rate = learning_rate * batch_size / 256
+    groups = [*layer_groups(encoder.network, rate, unused=len(shapes) - 1 - block), *_by_decay(head.named_parameters(), rate)]
+    optimizer = torch.optim.AdamW(groups)
     steps = max(1, epochs * len(train) // batch_size)
     warm_up = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -91,12 +94,27 @@ def finetune(
     return classes[found.cpu()]
 
 
-def _groups(network: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Parameters by the block that they are in: what comes before the blocks learns slowest. Networks without blocks learn alike."""
-    layers: dict[int, list[nn.Parameter]] = {}
+def layer_groups(network: nn.Module, rate: float, unused: int = 0) -> list[dict[str, Any]]:
+    """Parameters by the block that they are in, for AdamW: what comes before the blocks learns slowest.
+
+    Networks without blocks, or with blocks in several stages, learn alike.
+
+    Args:
+        rate: of the last block that takes part.
+        unused: how many blocks at the end take no part.
+    """
+    layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
-        block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-        last = re.search(r"(?:^|\.)(?:norm|fc_norm)\.", name) and not block
-        layers.setdefault(int(block[1]) + 1 if block else 10**6 if last else 0, []).append(parameter)
-    depth = max((layer for layer in layers if layer < 10**6), default=0)
-    return [{"params": parameters, "lr": rate * LAYER_DECAY ** max(0, depth - layer)} for layer, parameters in layers.items()]
+        block, last = re.match(r"blocks\.(\d+)\.", name), re.match(r"(?:fc_)?norm\.", name)
+        layers.setdefault(int(block[1]) + 1 if block else 10**6 if last else 0, []).append((name, parameter))
+    depth = max((layer for layer in layers if layer < 10**6), default=0) - unused
+    return [group for layer, named in layers.items() for group in _by_decay(iter(named), rate * LAYER_DECAY ** max(0, depth - layer))]
+
+
+def _by_decay(named: Iterator[tuple[str, nn.Parameter]], rate: float) -> list[dict[str, Any]]:
+    """Those with weight decay, and those without: biases, norms, alphas, class tokens and positions, as MAE has it."""
+    groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
+    for name, parameter in named:
+        free = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
+        groups[0.0 if free else WEIGHT_DECAY].append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for decay, parameters in groups.items() if parameters]

@@ -52,7 +52,7 @@ def held_out_parts(labels: Tensor, folds: int = 10, parts: int | None = None, se
             suits a few images.
 
     Returns:
-        For each part a mask (N,), True = held out. In none of them are all images of a class.
+        For each part a mask (N,), True = held out. In none of them are all images of a class, and in the first there is one at least.
 
     Raises:
         ValueError: a class with one image.
@@ -69,6 +69,7 @@ def held_out_parts(labels: Tensor, folds: int = 10, parts: int | None = None, se
             raise ValueError(f"class {label} has one training image, and choosing a penalty holds some out; add images, or leave it out")
         start = int(torch.randint(folds, (), generator=generator))
         fold[members.cpu()] = (start + torch.arange(len(members)) * folds // len(members)) % folds
+    fold -= fold.min()  # 0 unless there are few images
     return [(fold == part).to(labels.device) for part in range(parts)]
 
 

@@ -17,7 +17,7 @@ from eval.features import reference_features
 from eval.linear import held_out_parts
 from eval.measure import SIMILARITY_IMAGES, Labelled, check_labels, draw_share, spread_over
 from models.precision import precision
-from training.data import ImageData, load_images
+from training.data import EMBEDDED, ImageData, load_images
 from training.options import option
 
 POOLINGS = ("all", "mean", "patches", "class")
@@ -87,8 +87,8 @@ def numbers(text: str, kind: type, flag: str) -> tuple[Any, ...]:
         raise ValueError(f"{flag} is {text!r}; give numbers with commas between them") from None
 
 
-def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[ImageData, ImageData]:
-    """Images to fit to and images to test on, with labels.
+def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[ImageData, ImageData, dict[str, Any] | None]:
+    """Images to fit to and images to test on, with labels; and what, beside their labels, tells which were drawn: None if all are there.
 
     Raises:
         ValueError: no labels, labels that do not suffice, no second split, or what `load_images` raises.
@@ -103,9 +103,10 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
     train = load("train")
     check_labels(torch.from_numpy(train.labels), train.class_names)
     if options.test_share is not None:
-        (held,) = held_out_parts(torch.from_numpy(train.labels), round(1 / options.test_share), 1, seed)
+        held = torch.stack(held_out_parts(torch.from_numpy(train.labels), 100, round(100 * options.test_share), seed)).any(0)
         test = part_of(train, held.nonzero()[:, 0].numpy())
         train = part_of(train, (~held).nonzero()[:, 0].numpy())
+        check_labels(torch.from_numpy(train.labels), train.class_names)
     else:
         try:
             test = load("validation")
@@ -115,14 +116,16 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
             raise ValueError(f"{train.name} has no validation split; give --test_share 0.2 to test on a part of the others") from None
         if test.class_names != train.class_names:
             raise ValueError(f"the classes of {train.name} differ between its splits; both need the same ones")
-    return fewer(train, options.max_train_images, seed), fewer(test, options.max_test_images, seed)
+    few_train, few_test = fewer(train, options.max_train_images, seed), fewer(test, options.max_test_images, seed)
+    all_there = options.test_share is None and few_train is train and few_test is test
+    return few_train, few_test, None if all_there else {"test_share": options.test_share, "seed": seed}
 
 
 def fewer(data: ImageData, most: int | None, seed: int) -> ImageData:
     """About so many of the images, at random from every class, which keeps 2 at least."""
     if most is None or most >= len(data):
         return data
-    return part_of(data, draw_share(torch.from_numpy(data.labels), most / len(data), seed).sort().values.numpy())
+    return part_of(data, draw_share(torch.from_numpy(data.labels), most / len(data), seed).numpy())
 
 
 def part_of(data: ImageData, indices: np.ndarray) -> ImageData:
@@ -146,7 +149,7 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
         encoder = load_encoder(network.checkpoint, network.ema, times)
     else:
         encoder = timm_encoder(network.timm, network.timm_weights, network.resolution)
-    train, test = load_splits(data, encoder.resolution, options.seed)
+    train, test, drawn = load_splits(data, encoder.resolution, options.seed)
     check_neighbours(ks, len(train))
     encoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
     num_blocks = len(block_shapes(encoder, test))
@@ -168,8 +171,11 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
         "test_split": test.split,
         "test_num": len(test),
         "test_fingerprint": test.fingerprint,
+        "drawn": drawn,
         "num_classes": train.num_classes,
         "crop": "centre",
+        "blocks": options.blocks,
+        "pooling": options.pooling,
         "times": None if encoder.times == (None,) else list(encoder.times),
         "timesteps": _timesteps(encoder),
         "precision": "fp32" if precision(options.mixed_precision) == "no" else "bf16",
@@ -191,13 +197,15 @@ def _notes(encoder: Encoder, train: ImageData, test: ImageData) -> list[str]:
     about, notes = encoder.about, []
     if about.get("timm_weights") == "random":
         notes.append("the network has random weights; give --timm_weights to judge trained ones")
-    at_home = "checkpoint" in about and os.path.normpath(about["training_data"] or "") == os.path.normpath(train.name)
+    at_home = bool(about.get("training_data")) and os.path.realpath(about["training_data"]) == os.path.realpath(train.name)
     if "checkpoint" in about and not at_home:
         notes.append(f"the network was trained on {about['training_data']}, and is judged on {train.name}")
-    if at_home and about["training_split"] == "all":
+    if at_home and about["training_split"] in ("all", test.split):  # --test_share tests on a part of the training split
         notes.append("the network has seen the test images in its training")
     if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.num_classes and at_home:
         notes.append("the network was trained with these labels as a condition; here it is told none")
+    if train.name == EMBEDDED:
+        notes.append("emoji come in variants of one motif (392 validation images, 154 motifs), and intervals take images as independent")
     return notes
 
 
@@ -248,7 +256,7 @@ def reference_of(name: str, weights: str | None, data: DataOptions, looked: Look
         return reference_features(part_of(looked.test, chosen), extractor, weights_hash(extractor, weights), options.batch_size)
     encoder = timm_encoder(name, weights or "pretrained")
     encoder.network.to(looked.encoder.device)
-    _, test = load_splits(data, encoder.resolution, options.seed)  # the same images, at its resolution
+    _, test, _ = load_splits(data, encoder.resolution, options.seed)  # the same images, at its resolution
     test = part_of(test, chosen)
     last = len(block_shapes(encoder, test)) - 1
     (features,) = block_features(encoder, test, (last,), ("mean",), 0, options.batch_size, options.mixed_precision).values()

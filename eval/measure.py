@@ -138,11 +138,12 @@ def few_shot(labelled: Labelled, place: Place, shares: Sequence[float], seed: in
 
 
 def draw_share(labels: Tensor, part: float, seed: int) -> Tensor:
-    """Indices of a share of every class, 2 images at least, at random."""
+    """Indices of a share of every class, 2 images at least, at random; in order, so that neighbours stay neighbours."""
     generator = torch.Generator().manual_seed(seed)
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     counts = [max(2, round(part * len(each))) for each in members]
-    return torch.cat([each[torch.randperm(len(each), generator=generator)[:count]] for each, count in zip(members, counts, strict=True)])
+    drawn = [each[torch.randperm(len(each), generator=generator)[:count]] for each, count in zip(members, counts, strict=True)]
+    return torch.cat(drawn).sort().values
 
 
 def baseline(labelled: Labelled) -> float:

@@ -70,7 +70,7 @@ class ProbeOptions:
     temperature: float = option(0.07, "of their votes", least=0.001)
     attentive: bool = option(False, "also let a learned query attend to the tokens of the best block")
     finetune: int | None = option(None, "also train a copy of the network end to end, for so many epochs", least=1)
-    finetune_learning_rate: float = option(1e-3, "of its last block, for 256 images a step", least=0)
+    finetune_learning_rate: float = option(1e-3, "of the block that is read, for 256 images a step", least=0)
     few_shot: str | None = option(None, "also fit the linear probe to these shares of the training labels, such as 0.01,0.1")
     reference_network: str | None = option(None, f"align features with its: {LITE0}, which needs no download, or a network of timm")
     reference_weights: str | None = option(None, "of a reference from timm, as --timm_weights; pretrained unless given")

@@ -175,6 +175,12 @@ def test_held_out_parts_are_cut_by_class() -> None:
     assert [len(held_out_parts(torch.arange(num) % 2)) for num in (100, 5000, 50_000)] == [5, 2, 1]
 
 
+def test_the_first_part_is_never_empty() -> None:
+    for seed in range(20):
+        (part,) = held_out_parts(torch.tensor([0, 0, 1, 1]), 5, 1, seed)
+        assert 1 <= part.sum() <= 2 and not part[:2].all() and not part[2:].all()
+
+
 @pytest.mark.parametrize(("labels", "options", "message"), [([0, 0, 1], {}, "class 1 has one"), ([0, 0], {"folds": 1}, "at least 2")])
 def test_held_out_parts_refuse(labels: list[int], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -186,6 +192,7 @@ def test_shares_are_drawn_from_every_class() -> None:
     rows = draw_share(labels, 0.1, seed=0)
     assert labels[rows].bincount().tolist() == [10, 4, 2]
     assert len(rows.unique()) == 16
+    assert (rows.diff() > 0).all(), "neighbours stay neighbours, for held_out_parts"
     assert spread_over(5, 10).tolist() == [0, 1, 2, 3, 4]
     assert spread_over(100, 3).tolist() == [0, 50, 99]
 

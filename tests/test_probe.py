@@ -1,6 +1,7 @@
 """The probe script on checkpoints, networks of timm and saved features: its numbers by hand, its protocol, and what it refuses."""
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval.encoders import TEST_SEEDS, DiffusionEncoder, MAEEncoder, Place, block_features, block_tokens, load_encoder, timm_encoder
-from eval.finetune import finetune
+from eval.finetune import LAYER_DECAY, WEIGHT_DECAY, finetune, layer_groups
 from eval.knn import knn_accuracy
 from eval.linear import held_out_parts, softmax_probe
+from eval.looking import DataOptions, LookOptions, NetworkOptions, load_splits, look
 from eval.measure import unpacked
 from eval.pictures import principal_colours
 from models import effective_alpha
@@ -206,6 +208,21 @@ def test_fine_tuning_changes_a_copy(kind: str, data: Path, request: pytest.Fixtu
     assert len(again) == 30 and set(again.tolist()) <= {0, 1, 2}
 
 
+def test_the_block_that_is_read_learns_at_the_full_rate() -> None:
+    model = DiT(image_size=16, patch_size=4, num_classes=3, depth=4, dim=16, num_heads=2, alpha_min=0.5, learnable_alpha=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = layer_groups(model, 1.0, unused=1)  # block 2 is read
+    found = {names[id(parameter)]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    assert found.keys() == set(names.values())
+    for block, rate in enumerate((LAYER_DECAY**2, LAYER_DECAY, 1.0)):
+        assert found[f"blocks.{block}.mlp.fc1.weight"] == (rate, WEIGHT_DECAY) and found[f"blocks.{block}.mlp.fc1.bias"] == (rate, 0)
+    assert found["patch_embed.weight"][0] == LAYER_DECAY**3
+    assert {decay for name, (_, decay) in found.items() if name.endswith("alpha")} == {0}
+
+    stages = layer_groups(timm.create_model("convnext_atto"), 1.0)  # whose blocks are numbered anew in each of them
+    assert {group["lr"] for group in stages} == {1.0}
+
+
 # ------------------------------------------------------------------------------------------------------------------ scripts
 
 
@@ -340,6 +357,33 @@ def test_saved_features(tmp_path: Path, probe: Callable) -> None:
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"probe-{name}.png" for name in PICTURES - {"patches"}}
     code, out, err = probe("--features", layers / "2-clear.npz", "--k", 5)
     assert code == 0 and "2-clear" in out and "1-vague" not in out
+
+
+def test_images_that_the_network_was_trained_on_are_told(mae: Path, data: Path) -> None:
+    network, options = NetworkOptions(checkpoint=str(mae)), LookOptions(blocks="last")
+    aside = look(network, DataOptions(dataset=os.path.relpath(data), test_share=0.2), options, (3,))
+    assert aside.notes == ["the network has seen the test images in its training"], "they are a part of the training split"
+    assert aside.protocol["drawn"] == {"test_share": 0.2, "seed": 0}
+    validation = look(network, DataOptions(dataset=str(data)), options, (3,))
+    assert validation.notes == [] and validation.protocol["drawn"] is None
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.35, 0.4, 0.5])
+def test_a_test_share_is_what_was_asked_for(share: float, data: Path) -> None:
+    train, test, _ = load_splits(DataOptions(dataset=str(data), test_share=share), 16, seed=0)
+    assert (len(train), len(test)) == (60 - round(60 * share), round(60 * share))
+    assert np.bincount(test.labels, minlength=3).tolist() == [round(20 * share)] * 3
+
+
+def test_what_was_drawn_follows_from_labels_share_and_seed(data: Path) -> None:
+    def drawn(seed: int, **options: float) -> tuple:
+        _, test, drawn = load_splits(DataOptions(dataset=str(data), **options), 16, seed)
+        return test.labels.tolist(), drawn, test.fingerprint
+
+    assert drawn(0, max_test_images=12) == drawn(0, max_test_images=12)
+    one, other = drawn(0, max_test_images=12), drawn(1, max_test_images=12)
+    assert one[0] == other[0] and one[1] != other[1] and one[2] != other[2]
+    assert drawn(0, max_test_images=1000)[1] is None
 
 
 @pytest.mark.slow
