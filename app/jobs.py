@@ -349,10 +349,14 @@ class Jobs:
             (self.runs / ARCHIVE / name).rename(self._free(name))
         return self.status(name)
 
-    def progress(self, name: str) -> Progress:
-        """How far a run is, and the curves, pictures and words that it left so far."""
-        run = self._find(name)
-        status, job, config = self.status(name), read_job(run), json_of(run / CONFIG)
+    def progress(self, name: str, status: Status | None = None) -> Progress:
+        """How far a run is, and the curves, pictures and words that it left so far.
+
+        Args:
+            status: of the run, where it is known already.
+        """
+        run = status.folder if status else self._find(name)
+        status, job, config = status or self._status(run), read_job(run), json_of(run / CONFIG)
         lines = metrics_of(run)
         step, of = max(saved_step(run), lines[-1]["step"] if lines else 0), wanted_steps(run, job)
         rate = rate_of(lines)

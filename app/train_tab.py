@@ -1,5 +1,6 @@
 """Train: start a run or a pair, watch it, stop, go on, put away."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -83,9 +84,14 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def options_of(preset: str, data: str, backbone: str, size: str, skips: str, begin: str, *values: Any) -> dict[str, Any]:
         """Flags of the training script."""
-        data = (data or "").strip()
-        source = {"train_data_dir": data} if _is_folder(jobs, data) else {"dataset_name": data or None}
-        options = {"preset": preset, **source, "backbone": backbone, "size": size, "long_skips": YES_NO[skips], "init_from": begin}
+        options = {
+            "preset": preset,
+            **_source(jobs, (data or "").strip()),
+            "backbone": backbone,
+            "size": size,
+            "long_skips": YES_NO[skips],
+            "init_from": begin,
+        }
         options |= {flag: (value or "").strip() for flag, value in zip(NUMBERS, values, strict=True)}
         return {option: value for option, value in options.items() if value not in (None, "")}
 
@@ -193,9 +199,12 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     tab.select(offer, None, [backbone, size, begin], **QUIET)
 
 
-def _is_folder(jobs: Jobs, data: str) -> bool:
-    """Whether the form's images are a folder; names of the hub have no such parts."""
-    return data.startswith(("/", "~", ".")) or data.endswith("/") or bool(data and jobs.data and (jobs.data / data).is_dir())
+def _source(jobs: Jobs, data: str) -> dict[str, str]:
+    """The flag for the form's images: a folder of images, else a name of the hub, or what is named like one."""
+    folder = (jobs.data or Path.cwd()) / data
+    if not data or not (folder.is_dir() or data.startswith(("/", "."))):
+        return {"dataset_name": data}
+    return {"dataset_name" if any(folder.glob("*.parquet")) else "train_data_dir": data}
 
 
 def _preset_value(preset: str, flag: str) -> str:

@@ -97,6 +97,7 @@ def pick(page: "Page", element: str, *options: str) -> None:
         box.click()
         page.get_by_role("option", name=option, exact=True).click()
     page.keyboard.press("Escape")
+    page.get_by_role("option").first.wait_for(state="detached")  # it fades
 
 
 def write(page: "Page", element: str, value: object) -> None:
