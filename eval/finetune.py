@@ -115,6 +115,6 @@ def _by_decay(named: Iterator[tuple[str, nn.Parameter]], rate: float) -> list[di
     """Those with weight decay, and those without: biases, norms, alphas, class tokens and positions, as MAE has it."""
     groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
     for name, parameter in named:
-        free = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
+        free = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed", "positions"))
         groups[0.0 if free else WEIGHT_DECAY].append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for decay, parameters in groups.items() if parameters]

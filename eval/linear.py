@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from eval.knn import check_features
 
-WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # the best one lay between 1e-3 and 3e-2 wherever we looked
+WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # the best one lay between 1e-3 and 3e-1 wherever we looked
 STEPS = 20  # of the descent below
 RIDGES = tuple(10 ** (power / 2) for power in range(-12, 5))
 ATTENTIVE_LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -160,8 +160,9 @@ def _descend(x: Tensor, y: Tensor, weights: Tensor, biases: Tensor) -> tuple[Ten
     loss, spread = torch.zeros_like(biases[:, 0]), torch.zeros_like(biases[:, 0])
     gradient, biases_gradient = torch.zeros_like(weights).flatten(1), torch.zeros_like(biases)
     for rows, logits in _logits(x, weights, biases):
-        errors = torch.softmax(logits, dim=2, out=logits)  # (n, W, C)
-        likeliest = errors.amax(2)
+        errors = logits.sub_(logits.amax(2, keepdim=True)).exp_()  # (n, W, C); torch's softmax takes six times as long over 9 classes
+        likeliest = 1 / errors.sum(2)
+        errors *= likeliest.unsqueeze(2)
         spread += (likeliest * (1 - likeliest)).sum(0)
         own = torch.arange(len(errors), device=x.device), slice(None), y[rows]
         loss -= errors[own].clamp(min=torch.finfo(errors.dtype).tiny).log().sum(0)
