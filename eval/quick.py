@@ -1,6 +1,7 @@
 """A quick look at features while they are learned: neighbours and rank, always of the same images."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,8 +44,9 @@ class QuickProbe:
         self.labels = torch.from_numpy(self.data.labels)
         (self.judged,) = held_out_parts(self.labels, FOLDS, parts=1)
 
-    def __call__(self, network: nn.Module, ema: EMA) -> dict[str, float]:
-        """Of the averaged weights `probe_knn`, the accuracy of weighted neighbours in [0, 1], and `probe_rank`, the paper's entropy."""
+    def __call__(self, run: Path, step: int, network: nn.Module, ema: EMA) -> dict[str, float]:
+        """For the training's log, of the averaged weights: `probe_knn`, the accuracy of weighted neighbours in [0, 1], and `probe_rank`,
+        the paper's entropy."""
         encoder = self.encoder_of(averaged(network, ema))
         block = self.bottleneck(len(block_shapes(encoder, self.data)))
         (x,) = block_features(encoder, self.data, (block,), ("mean",), mixed_precision=self.mixed_precision).values()

@@ -36,9 +36,9 @@ class WatchOptions:
 
 def small_distance(
     options: WatchOptions, data: ImageData, class_names: Sequence[str], pipeline_of: Callable[[nn.Module, dict[str, Any]], Pipeline]
-) -> Callable[[Path, int, nn.Module, EMA], None]:
-    """What the loop calls every `metrics_during_training` steps: it tells the number, and writes it to `eval/during_training/` as
-    eval/fid.py does.
+) -> Callable[[Path, int, nn.Module, EMA], dict[str, float]]:
+    """What the loop calls every `metrics_during_training` steps: it prints the number, gives it to the log as "fd", and
+    writes it to `eval/during_training/` as eval/fid.py does.
 
     Sampling is eval/fid.py's unless told otherwise: Euler, 20 steps, no guidance, the same seeds each time, labels as frequent as in
     the reference, which are up to `REFERENCE_IMAGES` of those trained on. All processes look at these here, before the training
@@ -69,7 +69,7 @@ def small_distance(
     counts = label_counts(tuple(class_names), sampling, few)
     judge.reference  # noqa: B018 -- looks at it now
 
-    def measure(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
+    def measure(run: Path, step: int, network: nn.Module, ema: EMA) -> dict[str, float]:
         began, config = time.monotonic(), read_json(run / CONFIG)
         went_through = {
             "images_seen": config.get("images_before", 0) + step * config["images_a_step"],
@@ -85,6 +85,7 @@ def small_distance(
         result["wall_s"] = round(time.monotonic() - began, 2)
         write_json(run / "eval" / "during_training" / f"step-{step}.json", result)
         print(f"step {step}: {numbers_words(result)}, {result['num_samples']:,} samples against {reference_words(result)}", flush=True)
+        return {"fd": round(result["value"], 3)}
 
     return measure
 

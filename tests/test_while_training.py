@@ -42,6 +42,8 @@ def test_small_distances_are_written_with_their_protocol_and_change_nothing(
         assert each["low"] < each["value"] < each["high"]
         assert each["labels"].startswith("as frequent")
         assert f"FD (efficientnet-lite0) {each['value']:.4g} [" in said
+    assert [line["fd"] for line in read_metrics(watched)] == [round(each["value"], 3) for each in found]
+    assert read_json(watched / "config.json")["metrics_samples"] == 6
     assert not (other / "eval").exists()
     assert len(list((watched / "samples").iterdir())) == 2
 

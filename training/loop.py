@@ -35,16 +35,14 @@ MAX_SKIPPED = 20  # steps in a row that may be left out
 # another accumulation: images_a_step stays.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "gradient_accumulation_steps probe_every".split()
+    "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor".split()
 )
 
 Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 # f(run, model, averaged weights, what the run went through), on the main process: writes what others load
 Export = Callable[[Path, nn.Module, EMA, dict[str, Any]], None]
-# f(model, averaged weights) -> numbers for the log, on the main process
-Probe = Callable[[nn.Module, EMA], dict[str, float]]
-# f(run, step, model, averaged weights), on the main process
-Callback = Callable[[Path, int, nn.Module, EMA], None]
+# f(run, step, model, averaged weights) -> numbers for the log, if it finds any; on the main process
+Callback = Callable[[Path, int, nn.Module, EMA], dict[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,6 @@ def train(
     export: Export,
     callbacks: Sequence[tuple[int, Callback]] = (),
     parameters: Iterable[Any] | None = None,
-    probe: Probe | None = None,
 ) -> int:
     """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
 
@@ -101,9 +98,9 @@ def train(
         objective: see training/objectives.py; its `inputs` gives the model's arguments, its `bottleneck` the block whose rank is told.
         config: everything else that the run is made of; saved in config.json, and compared when resuming.
         export: called with each checkpoint.
-        callbacks: each with the number of steps after which it is called again, on the main process.
+        callbacks: each with the number of steps after which it is called again, on the main process; such a step gets a line in the
+            log, with what they tell.
         parameters: what AdamW gets, such as groups with a weight decay of their own; else the model's.
-        probe: called every `probe_every` steps; what it tells stands in the line of that step.
 
     Returns:
         The step that was reached.
@@ -205,8 +202,8 @@ def train(
             ema.update(bare.parameters(), step)
             bar.update()
 
-            probing = probe is not None and options.probe_every > 0 and step % options.probe_every == 0
-            if probing or step % options.logging_steps == 0 or step == options.max_train_steps:
+            looks = [callback for every, callback in callbacks if step % every == 0]
+            if looks or step % options.logging_steps == 0 or step == options.max_train_steps:
                 rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
                 arguments = objective.inputs(batch, generator)[0]
                 line = {
@@ -216,8 +213,10 @@ def train(
                     "lr": learning_rate(options, step - 1),
                     "images_per_s": round(rate, 2),
                     **feature_statistics(bare, arguments, objective.bottleneck),
-                    **(probe(bare, ema) if probing and accelerator.is_main_process else {}),
                 }
+                if accelerator.is_main_process:
+                    for look in looks:
+                        line |= look(run, step, bare, ema) or {}
                 metrics.write(line)
                 if max(line["block_norms"]) > EXPLODED:
                     size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
@@ -230,12 +229,6 @@ def train(
                     print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {text}", flush=True)
                 losses.reset()
                 line_began, line_step = time.monotonic(), step
-            if accelerator.is_main_process:
-                paused = time.monotonic()
-                for every, callback in callbacks:
-                    if step % every == 0:
-                        callback(run, step, bare, ema)
-                line_began += time.monotonic() - paused
             if step % options.checkpointing_steps == 0:
                 save()
                 saved = step

@@ -26,7 +26,7 @@ from training.command import DataOptions, ShortcutOptions, begin_with, parse, sa
 from training.data import ImageData
 from training.ema import EMA
 from training.latents import encode
-from training.loop import LoopOptions, Probe, check, describe, train
+from training.loop import Callback, LoopOptions, check, describe, train
 from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option
@@ -145,10 +145,12 @@ def run(
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
         sample_grid(run / "samples" / f"step-{step}.png", pipeline(averaged(network, ema)))
 
-    looks = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
+    looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
     if watch_options.metrics_during_training:
         class_names = data.class_names if num_classes else ()
         looks.append((watch_options.metrics_during_training, small_distance(watch_options, data, class_names, pipeline)))
+    if loop_options.probe_every:
+        looks.append((loop_options.probe_every, quick_probe(data, pipeline, objective, loop_options)))
 
     step = train(
         loop_options,
@@ -161,16 +163,16 @@ def run(
             **asdict(model_options),
             **asdict(shortcut_options),
             **asdict(objective_options),
+            **asdict(watch_options),
             "images_before": images_before,
         },
         lambda run, network, ema, training: export_pipeline(run, pipeline(network, training), ema),
         looks,
-        probe=quick_probe(data, pipeline, objective, loop_options) if loop_options.probe_every else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")
 
 
-def quick_probe(data: ImageData, pipeline: Callable[[nn.Module], Pipeline], objective: Diffusion, options: LoopOptions) -> Probe:
+def quick_probe(data: ImageData, pipeline: Callable[[nn.Module], Pipeline], objective: Diffusion, options: LoopOptions) -> Callback:
     """What --probe_every asks for."""
     from eval.encoders import DiffusionEncoder  # probes take seconds to import
     from eval.quick import TIME, QuickProbe

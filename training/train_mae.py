@@ -27,7 +27,7 @@ from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
 from training.data import ImageData, TrainingData
 from training.ema import EMA
-from training.loop import LoopOptions, Probe, check, describe, train
+from training.loop import Callback, LoopOptions, check, describe, train
 from training.monitor import save_grid
 from training.objectives import MaskedAutoencoding
 from training.options import option
@@ -118,7 +118,7 @@ def reconstructions(model: nn.Module, images: Tensor, mask_ratio: float) -> np.n
     return to_uint8(torch.stack([images, *model.reconstruct(images, noise, mask_ratio)], dim=1).flatten(0, 1))
 
 
-def quick_probe(data: ImageData, options: MAELoopOptions) -> Probe:
+def quick_probe(data: ImageData, options: MAELoopOptions) -> Callback:
     """What --probe_every asks for."""
     from eval.encoders import MAEEncoder  # probes take seconds to import
     from eval.quick import QuickProbe
@@ -165,11 +165,15 @@ def run(
 
     groups = (data_options, model_options, shortcut_options, task_options)
     config = {"preset": preset, "images_before": images_before}
-    shown, every = few_images(data), loop_options.sample_steps
+    shown = few_images(data)
 
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
         pictures = reconstructions(averaged(network, ema), shown, mask_ratio)
         save_grid(run / "samples" / f"step-{step}.png", pictures, 3 * PICTURES_A_ROW)
+
+    looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
+    if loop_options.probe_every:
+        looks.append((loop_options.probe_every, quick_probe(data, loop_options)))
 
     step = train(
         loop_options,
@@ -178,9 +182,8 @@ def run(
         MaskedAutoencoding(model.num_patches, mask_ratio),
         {**config, **{name: value for group in groups for name, value in asdict(group).items()}},
         lambda run, network, ema, training: export_network(run, network, ema, data.class_names, training),
-        [(every, show)] if every else [],
+        looks,
         parameter_groups(model),
-        quick_probe(data, loop_options) if loop_options.probe_every else None,
     )
     say(f"{loop_options.output_dir}: step {step} reached")
 
