@@ -21,7 +21,8 @@ COMPARABLE = ("train_labels", "test_labels", "temperature")
 # ... but not which images were drawn of a class; earlier versions did not say
 DRAWN = "drawn"
 # ... and what they should
-NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema", "blocks", "pooling", "times")
+NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema", "blocks", "pooling", "times", "reference_network")
+TUNED = ("learning_rate", "batch_size")  # of fine-tuning
 ABOUT = (
     "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would "
     "move them too."
@@ -168,11 +169,13 @@ def protocol_line(entries: Sequence[Probed]) -> str:
 
 def notes_of(entries: Sequence[Probed]) -> list[str]:
     """What should be equal and is not, and what each result has noted."""
+    results = [entry.result for entry in entries]
+    tuned = [result["finetune"] for result in results if "finetune" in result]
     notes = []
-    for key in NOTED:
-        values = list(dict.fromkeys(str(entry.result.get(key)) for entry in entries))
+    for key, several, about in (*((key, results, "") for key in NOTED), *((key, tuned, " of fine-tuning") for key in TUNED)):
+        values = list(dict.fromkeys(str(each.get(key)) for each in several))
         if len(values) > 1:
-            notes.append(f"not all have the same {key}: {', '.join(values)}")
+            notes.append(f"not all have the same {key}{about}: {', '.join(values)}")
     return [*notes, *(f"{entry.name}: {note}" for entry in entries for note in entry.result["notes"])]
 
 

@@ -139,10 +139,13 @@ def test_a_page_with_everything(run: Callable, script: Callable, tmp_path: Path)
 def test_unequal_efforts_are_told_or_not_compared(run: Callable) -> None:
     tuned = accuracy(LABELS, LABELS)
     changes = [{"pooling": "all", "times": None, "epochs": 2}, {"pooling": "class", "times": [0.5], "epochs": 50}]
-    entries = read_probed([run(str(i), 0.7, finetune={**tuned, "epochs": each.pop("epochs")}, **each) for i, each in enumerate(changes)])
+    entries = read_probed(
+        [run(str(i), 0.7, finetune={**tuned, "epochs": each.pop("epochs"), "batch_size": 64 + i}, **each) for i, each in enumerate(changes)]
+    )
     assert not [row for row in compare(entries) if "tuned" in row["metric"]]
     assert [row["metric"] for row in compare([entries[0], entries[0]])][-1] == "fine-tuned, 2 epochs"
     notes = notes_of(entries)
+    assert "not all have the same batch_size of fine-tuning: 64, 65" in notes and not [note for note in notes if "learning_rate" in note]
     assert "not all have the same pooling: all, class" in notes and "not all have the same times: None, [0.5]" in notes
 
 
