@@ -1,5 +1,6 @@
 """One feature pass over images -> every number that was asked for, with its protocol. What eval/fid.py and eval/compare.py share."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -237,7 +238,7 @@ def training_notes(pipeline: Pipeline, source: Source) -> list[str]:
     """What the checkpoint's training data mean for a number against this reference."""
     training, data = pipeline.config.training, source.data
     name = data.name if data is not None else source.about.get("reference", source.name)
-    if training.get("data") != name:
+    if os.path.realpath(training.get("data") or "") != os.path.realpath(name or ""):  # one folder has many names
         return [f"the checkpoint was trained on {training.get('data')}, and the reference is {name}"]
     if training.get("data_split") == "all" and data is not None and data.split == "validation":
         return ["the reference was part of the training data"]
