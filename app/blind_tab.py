@@ -14,7 +14,7 @@ from app.catalog import card, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import from_widget, label_update, labels_of
-from app.site import QUIET, WATCHING, Site, page_errors
+from app.site import LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import written_aside
@@ -105,7 +105,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
         button.click(lambda asked, choice=choice: vote(choice, asked), asked, [status, tallies, export, *buttons], **QUIET)
-    gr.on([one.input, other.input], relabel, [one, other, label], label, **QUIET)
+    gr.on([one.input, other.input], relabel, [one, other, label], label, **LATEST)
     page.load(refresh, [one, other], [one, other, tallies, export], **QUIET)
 
 

@@ -15,7 +15,7 @@ from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
 from app.settings_panel import SettingsPanel
-from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.site import AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
@@ -202,4 +202,4 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
     loaded.success(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(remember_view, [view, kept], kept, **AT_ONCE)
-    gr.on([each.change for each in panel.checkpoints], choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **QUIET)
+    gr.on([each.change for each in panel.checkpoints], choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)

@@ -18,6 +18,7 @@ from app.votes import Votes
 
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
 AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseconds and never fails: errors are told by the queue alone
+LATEST: dict[str, Any] = dict(**QUIET, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
 WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
 
 

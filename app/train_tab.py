@@ -10,7 +10,7 @@ from app.catalog import variants
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
-from app.site import AT_ONCE, QUIET, Site, page_errors
+from app.site import AT_ONCE, LATEST, QUIET, Site, page_errors
 from app.train_view import details_of, overview_of, place_of, possible, time_words, title_of
 
 REFRESH_S = 2.0
@@ -191,7 +191,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     archive.click(act("put into the archive", jobs.archive), [run, beside], changed, **QUIET)
     delete.click(first_or_really, [delete, run, beside], changed, **QUIET)
     unarchive.click(from_archive, [put_away, beside], changed, **QUIET)
-    gr.on([run.input, beside.input], look, [run, beside], looked, **QUIET)
+    gr.on([run.input, beside.input], look, [run, beside], looked, **LATEST)
     run.input(lambda: DELETE, None, delete, **AT_ONCE)
     timer.tick(fresh, [run, beside, seen], [seen, *looked], **QUIET)
     page.load(look, [run, beside], looked, **QUIET)
