@@ -86,6 +86,8 @@ def judge_checkpoint(
     if channels not in (1, 3):
         raise ValueError(f"{checkpoint} draws images of {channels} channels; the extractors look at 3, or at 1 as grey")
     check_sampling(pipeline, sampling)
+    if sampling.guidance_scale == 1 and (sampling.guide or (sampling.guidance_from, sampling.guidance_to) != (0, 1)):
+        raise ValueError("--guide, --guidance_from and --guidance_to do nothing at --guidance_scale 1; give a larger one, such as 2")
     if sampling.seed > MAX_SEED - output.repeats * sampling.num_samples:
         raise ValueError(f"--seed {sampling.seed} leaves no seeds for --repeats {output.repeats}; choose a smaller one")
     source = open_reference(inputs, resolution)
@@ -181,14 +183,24 @@ def describe(result: dict[str, Any]) -> str:
         line += f", mean of {result['repeats']} samplings"
     if "memorisation" in result:
         copies = result["memorisation"]
-        line += f" | nearer to a training image than {copies['closer']['value']:.0%} of {copies['against']}"
-        if copies["copied"]:
-            line += f", {copies['copied']['value']:.1%} nearer than all but {copies['copied']['expected']:.0%}"
+        closer, copied = copies["closer"], copies["copied"]
+        line += f" | nearer to the training images than real ones ({copies['against']}): {closer['value']:.0%} "
+        line += f"[{closer['low']:.0%}, {closer['high']:.0%}], 50% expected; median distance {copies['median_distance']:.3g}, "
+        line += f"of real ones {copies['median_distance_real']:.3g}; copies: "
+        line += f"{copied['value']:.1%}, {copied['expected']:.0%} expected" if copied else "not to be told, as real images have exact twins"
     if result["sampler"]:
-        line += f" | {result['sampler']}, {result['steps']} steps, guidance {result['guidance_scale']:g}, seed {result['seed']}"
+        line += f" | {result['sampler']}, {result['steps']} steps, {guidance_words(result)}, seed {result['seed']}"
         line += f", {result['precision']}{', EMA' if result['ema'] else ''}"
         line += f" | {result['images_seen'] or 0:,} images seen, alpha_min {result['alpha_min']:g}"
     return f"{line} | {result['wall_s']:.0f} s on {result['device']}"
+
+
+def guidance_words(result: dict[str, Any]) -> str:
+    """Scale, and what is not as usual about it."""
+    words = f"guidance {result['guidance_scale']:g}"
+    if result["guide"]:
+        words += f" by {result['guide']}"
+    return words if result["guidance_interval"] == "0 to 1" else f"{words} at times {result['guidance_interval']}"
 
 
 def check(inputs: InputOptions, output: OutputOptions) -> str | None:

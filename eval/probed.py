@@ -67,8 +67,10 @@ class Probed:
 
 
 def result_of(path: str) -> Path | None:
-    """The file with a contender's probes: of a run, or the file itself; None if there is none."""
-    file = Path(path) / RESULT if Path(path).is_dir() else Path(path)
+    """The file with a contender's probes: of a run or a folder of probes, or the file itself; None if there is none."""
+    file = Path(path)
+    if file.is_dir():  # a run, or what --output of eval/probe.py named
+        file = next((found for found in (file / RESULT, file / RESULT.name) if found.is_file()), file)
     if file.suffix != ".json" or not file.is_file():
         return None
     result = read_json(file)

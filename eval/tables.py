@@ -177,7 +177,7 @@ def write(folder: Path) -> list[str]:
     """
     found = read_results(folder)
     if not found:
-        raise ValueError(f"{folder} holds no results; python -m training.campaign writes some")
+        raise ValueError(f"{folder} holds no results of a campaign; python -m training.campaign writes some")
     lines = ["# What was measured", "", *INTRODUCTION, ""]
     for name, arms in found.items():
         draw(folder / name / "curves.png", arms)

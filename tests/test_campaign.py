@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from eval import tables
 from training import campaign
@@ -61,9 +62,16 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
         assert 0 <= result["probe"]["value"] <= 1
     assert results["decayed-0"]["config"]["alpha_min"] == min(results["decayed-0"]["alphas"]) == 0.5
 
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, *flags, *TRAINING, "--random_flip")
+    assert "decayed-0 was begun with other flags; give the same --data and flags" in capsys.readouterr().err
+    with FileLock(tmp_path / "runs/.demo.lock"), pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, *flags, *TRAINING)
+    assert "being worked on by another campaign" in capsys.readouterr().err
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     command(monkeypatch, *flags, *TRAINING)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == times, "done twice"
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "done twice"
 
     tables.write(tmp_path / "results")
     text = (tmp_path / "results/README.md").read_text()
@@ -79,7 +87,10 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     assert "decayed with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("flags", "told"), [(["--seeds", "a"], "whole numbers"), (["--at_once", "0"], "at least one")])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--seeds", "a"], "whole numbers"), (["--at_once", "0"], "at least one"), (["--data", "/nowhere"], "does not exist")],
+)
 def test_bad_flags_are_told(flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "demo", "--data", "openmoji", *flags)
@@ -130,5 +141,5 @@ def test_time_is_that_of_training() -> None:
 
 
 def test_folders_without_results_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no results; python -m training\.campaign"):
+    with pytest.raises(ValueError, match=r"holds no results of a campaign; python -m training\.campaign"):
         tables.write(tmp_path)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from eval import fid
 from eval.extractors import INCEPTION, LITE0, create_extractor, packaged_weights, register, timm_names
 from eval.features import ArrayImages, FolderImages, extract_features, reference_features
 from eval.generate import SamplingOptions, class_labels, generate, label_counts
@@ -545,3 +546,20 @@ def test_help_names_defaults(script) -> None:
     code, out, _ = script("--help")
     assert code == 0
     assert "(default: inception-v3-compat)" in out and "(default: 2048)" in out
+
+
+def test_guidance_that_does_nothing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--checkpoint", str(ROOT / "models/pretrained/openmoji-plain"), "--reference", "openmoji", "--guidance_to", "0.8"]
+    monkeypatch.setattr(sys, "argv", ["fid", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        fid.main()
+    assert "do nothing at --guidance_scale 1" in capsys.readouterr().err
+
+
+def test_guidance_is_told_in_words() -> None:
+    plain = dict(guidance_scale=2.0, guide=None, guidance_interval="0 to 1")
+    assert fid.guidance_words(plain) == "guidance 2"
+    assert (
+        fid.guidance_words({**plain, "guide": "runs/weak", "guidance_interval": "0.2 to 0.8"})
+        == "guidance 2 by runs/weak at times 0.2 to 0.8"
+    )

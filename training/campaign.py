@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from models.files import Parser, one_line_errors, read_json, write_json
@@ -25,6 +26,7 @@ from training.presets import MAE_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVING_S = 20.0  # what a training needs after it was told to stop
+COMMAND = "command.json"  # in a run's folder: the training that it was made for
 GRACE_S = 60.0  # after which it is ended; its last checkpoint stays
 
 
@@ -48,6 +50,27 @@ class Run:
     def __post_init__(self) -> None:
         self.preset, self.flags = COMPARISONS[self.comparison].arms[self.arm]
 
+    def training(self, data: str, more: list[str]) -> list[str]:
+        """The command that trains it, but for how long and where to begin."""
+        script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
+        flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
+        source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
+        look = ["--probe_every", str(every)] if (every := COMPARISONS[self.comparison].probe_every) else []
+        return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *look, *more]
+
+    def begin(self, data: str, more: list[str]) -> None:
+        """Make the folder, or see that it was made for the same training.
+
+        Raises:
+            ValueError: it was not.
+        """
+        command, path = self.training(data, more), self.folder / COMMAND
+        if path.is_file() and (before := read_json(path)) != command:
+            differing = " ".join(part for part in before if part not in command) or "other flags"
+            raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
+        if not path.is_file():
+            write_json(path, command)
+
     @property
     def trained(self) -> bool:
         """Whether all steps were taken."""
@@ -67,14 +90,9 @@ class Run:
     def next_command(self, data: str, seconds: float, more: list[str]) -> list[str] | None:
         """What is to be done next, or None if nothing is."""
         if not self.trained:
-            script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
-            flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
-            look = ["--probe_every", str(every)] if (every := COMPARISONS[self.comparison].probe_every) else []
-            resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
-            source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
             end = ["--max_train_minutes", f"{seconds / 60:.3f}"] if math.isfinite(seconds) else []
-            run = ["--seed", str(self.seed), "--output_dir", str(self.folder), *end]
-            return [script, "--preset", self.preset, *flags, source, data, *run, *look, *more, *resume]
+            resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
+            return [*self.training(data, more), "--output_dir", str(self.folder), *end, *resume]
         for name, judge in COMPARISONS[self.comparison].judges.items():
             if not self.judged(name).is_file():
                 return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
@@ -120,8 +138,10 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
         more: flags of every training, beside those of its preset.
 
     Raises:
-        ValueError: a command failed; its last line says why.
+        ValueError: a command failed, its last line says why; or a run was begun with other data or flags.
     """
+    for run in runs:
+        run.begin(data, more)
     waiting, busy = [run for run in runs if not run.result.is_file()], list[_Busy]()
     try:
         while True:
@@ -129,6 +149,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
             while waiting and len(busy) < at_once and left > 2 * SAVING_S:
                 run = waiting.pop(0)
                 if command := run.next_command(data, left - SAVING_S, more):
+                    tqdm.write(f"{run.folder.name}: {Path(command[0]).name}, see {run.log}")
                     busy.append(_Busy(run, _start(command, run.log, at_once), is_training="training/" in command[0]))
                 else:
                     run.gather()
@@ -201,6 +222,15 @@ def main() -> None:
         deadline = time.monotonic() + 60 * parsed.max_minutes if parsed.max_minutes else math.inf
         runs = runs_of(parsed.name, seeds, parsed.output.resolve(), parsed.results.resolve())
         done = sum(run.result.is_file() for run in runs)
+        if data.startswith(("/", ".", "~")) and not Path(data).exists():
+            raise ValueError(f"--data {data} does not exist; give a folder, a hub name, or openmoji")
+        lock = FileLock(parsed.output / f".{parsed.name}.lock", blocking=False)
+        parsed.output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            folder = parsed.output / parsed.name
+            raise ValueError(f"{folder} is being worked on by another campaign; wait for it, or give another --output") from None
         with tqdm(total=len(runs), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
             for run in work(runs, data, deadline, parsed.at_once, more):
                 bar.update()

@@ -54,9 +54,14 @@ def save_checkpoint(accelerator: Accelerator, run: Path, step: int, limit: int |
         write_json(aside / MANIFEST, {"step": step, "files": manifest})
         _drop(target)
         aside.rename(target)
-        for old in checkpoints(run)[: -limit if limit else 0]:
-            _drop(old)
+        drop_before(run, limit)
     accelerator.wait_for_everyone()
+
+
+def drop_before(run: Path, limit: int | None) -> None:
+    """Delete all but the last so many checkpoints; none if there is no limit."""
+    for old in checkpoints(run)[: -limit if limit else 0]:
+        _drop(old)
 
 
 def drop_after(run: Path, checkpoint: Path) -> None:

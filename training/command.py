@@ -14,6 +14,7 @@ from models.registry import backbone_name, load_backbone, read_index
 from models.shortcut import PLACEMENTS, SCHEDULES, describe
 from training.checkpoint import CONFIG
 from training.data import SPLITS, ImageData, load_images
+from training.loop import LoopOptions
 from training.options import add_options, option, read_options
 from training.presets import Preset
 
@@ -137,6 +138,14 @@ def differences(one: nn.Module, other: nn.Module) -> list[tuple[str, Any, Any]]:
     irrelevant = ("num_classes", "alpha_min", "shortcut_schedule", "shortcut_placement", "zero_init", "learn_sigma")
     names = [name for name in one.config if name in other.config and not name.startswith("_") and name not in irrelevant]
     return [(name, one.config[name], other.config[name]) for name in names if one.config[name] != other.config[name]]
+
+
+def say_end(step: int, options: LoopOptions) -> None:
+    """How far a training came, and how it goes on if that is not its end."""
+    if options.max_train_steps is None or step >= options.max_train_steps:
+        say(f"{options.output_dir}: step {step} reached")
+    else:
+        say(f"{options.output_dir}: step {step} of {options.max_train_steps} reached; --resume_from_checkpoint latest goes on")
 
 
 def say(text: str) -> None:

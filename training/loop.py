@@ -314,6 +314,7 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)
+        checkpoint_files.drop_before(run, options.checkpoints_total_limit)
     return checkpoint_files.step_of(checkpoint)
 
 

@@ -22,7 +22,7 @@ from models.pipeline import Pipeline
 from models.registry import backbone_name, create_model, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
-from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
+from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
 from training.data import ImageData
 from training.ema import EMA
 from training.latents import encode
@@ -169,7 +169,7 @@ def run(
         lambda run, network, ema, training: export_pipeline(run, pipeline(network, training), ema),
         looks,
     )
-    say(f"{loop_options.output_dir}: step {step} reached")
+    say_end(step, loop_options)
 
 
 def quick_probe(data: ImageData, pipeline: Callable[[nn.Module], Pipeline], objective: Diffusion, options: LoopOptions) -> Callback:

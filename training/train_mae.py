@@ -24,7 +24,7 @@ from models.pipeline import to_uint8
 from models.registry import backbone_name, create_model, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
-from training.command import DataOptions, ShortcutOptions, begin_with, parse, say
+from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
 from training.data import ImageData, TrainingData
 from training.ema import EMA
 from training.loop import Callback, LoopOptions, check, describe, train
@@ -185,7 +185,7 @@ def run(
         looks,
         parameter_groups(model),
     )
-    say(f"{loop_options.output_dir}: step {step} reached")
+    say_end(step, loop_options)
 
 
 if __name__ == "__main__":
