@@ -24,4 +24,4 @@ VOLUME /app/runs
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/', timeout=4)"]
-CMD ["python", "-m", "app", "--host", "0.0.0.0"]
+CMD ["python", "-m", "app", "--host", "0.0.0.0", "--stop-trainings"]

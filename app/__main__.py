@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import socket
+import sys
 from pathlib import Path
 
 from models.files import Parser, one_line_errors
@@ -23,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data", type=Path, help="folder that images to train on must lie in (default: all that you may read)")
     flags.add_argument("--num-processes", type=int, default=1, help="of each training, one for each GPU (default: %(default)s)")
     flags.add_argument("--at-most", type=int, default=1, help="trainings and evaluations at once; the others wait (default: %(default)s)")
+    flags.add_argument("--stop-trainings", action="store_true", help="let trainings save and end when the page ends, as containers want it")
     return flags
 
 
@@ -81,7 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(f"Fading Shortcuts is ready on {page.local_url}", flush=True)
         site.prepare()
-        page.block_thread()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            page.block_thread()
+        finally:
+            if jobs is not None and parsed.stop_trainings:
+                page.close()
+                jobs.stop_all()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ finds everything. Looking is also what moves the queue on.
 Clients give names; only the name of a folder that lies directly in the runs becomes a path.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -253,6 +254,17 @@ class Jobs:
                 if process is not None:
                     ask_to_stop(run, process)
         return self.status(name)
+
+    def stop_all(self, wait_s: float = 100) -> None:
+        """Ask all that run to save and leave, and wait until they have, at most so long; those that are queued stay so from now on."""
+        self.at_most = 0
+        for status in self._statuses():
+            if status.state == RUNNING:
+                with contextlib.suppress(ValueError):  # it has just ended, or was started elsewhere
+                    self.stop(status.name)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and any(status.state == STOPPING for status in self._statuses()):
+            time.sleep(0.2)
 
     def resume(self, name: str, changes: dict[str, Any] | None = None) -> Status:
         """Queue a run once more, with its flags, from its last whole checkpoint; from the beginning if there is none.

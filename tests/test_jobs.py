@@ -196,6 +196,16 @@ def test_only_a_second_wish_kills_and_a_double_click_is_none(jobs: Jobs, process
     assert jobs.status("deaf").state == INTERRUPTED
 
 
+def test_all_are_stopped_and_no_other_takes_their_place(jobs: Jobs, process: Callable) -> None:
+    running = [process(), process()]
+    for name, each in zip(("one", "two"), running, strict=True):
+        write_job(jobs, name, each)
+    write_job(jobs, "queued")
+    jobs.stop_all(10)
+    assert [each.wait(10) for each in running] == [-signal.SIGTERM] * 2
+    assert {status.name: status.state for status in jobs.all()} == {"one": INTERRUPTED, "two": INTERRUPTED, "queued": QUEUED}
+
+
 def test_what_was_started_in_a_shell_is_seen_and_left_alone(jobs: Jobs, process: Callable) -> None:
     run = write_run(jobs, "mine", saved=2, max_train_steps=50)
     assert jobs.status("mine").message == "does not run; the last checkpoint is of step 2"
