@@ -59,6 +59,8 @@ def watch() -> None:
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("torchvision") and declare_operators():
+    from models import compat  # where the hook is installed already, it declares them there
+
+    if importlib.util.find_spec("torchvision") and compat.declare_operators():
         Path(sysconfig.get_path("purelib"), HOOK).write_text(LINE)
         print("torchvision's extension does not fit this torch; its operators are declared whenever it is imported")

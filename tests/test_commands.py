@@ -38,3 +38,10 @@ def test_benchmarks_run(run_script: Callable, tmp_path: Path) -> None:
     case = read_json(tmp_path / "out.json")["cases"]["alpha"]
     assert case["ratio_median"] == pytest.approx(case["ours_s_median"] / case["theirs_s_median"])
     assert run_script("-m", "tests.benchmarks", "nonsense").returncode == 2
+
+
+def test_the_cure_can_be_installed_again(run_script: Callable) -> None:
+    """`make` does so when the requirements have changed."""
+    for _ in range(2):
+        done = run_script("-m", "models.compat")
+        assert done.returncode == 0, done.stderr
