@@ -100,4 +100,7 @@ def same_pixels(path: Path, frame: Frame) -> bool:
     with Image.open(path, formats=["PNG"]) as dropped:
         if dropped.size != image.shape[1::-1]:  # before a pixel is decoded
             return False
-        return np.array_equal(np.asarray(dropped).reshape(image.shape), image)
+        try:
+            return np.array_equal(np.asarray(dropped).reshape(image.shape), image)
+        except (OSError, SyntaxError) as error:  # its recipe could be read, its pixels cannot
+            raise ValueError("this file is no PNG that can be read") from error

@@ -266,6 +266,11 @@ def test_a_png_brings_its_image_back_bit_for_bit(runs: Path, tmp_path: Path) -> 
     np.testing.assert_array_equal(frame.images[1][2], np.asarray(Image.open(file)))
     assert recipe.same_pixels(file, frame)
     assert not recipe.same_pixels(file, last_frame(runs, asked(seed=frame.recipe["seed"] + 1)))
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 255  # the recipe stands before the pixels
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="no PNG that can be read"):
+        recipe.same_pixels(file, frame)
 
 
 def test_a_recipe_tells_what_changed(runs: Path, tmp_path: Path) -> None:
