@@ -30,6 +30,7 @@ NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
+FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it; `python -m training.campaign NAME` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
@@ -58,7 +59,7 @@ def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
         for arm in comparison.arms:
             for path in sorted((folder / name).glob(f"{arm}-*.json")):
                 result = read_json(path)
-                if not isinstance(result, dict) or not {"comparison", "arm", "seed", "curves"} <= result.keys():
+                if not isinstance(result, dict) or not result.keys() >= FIELDS:
                     raise ValueError(f"{path} is no result of training.campaign; move it away")
                 if result["arm"] == arm:  # one name may begin like another
                     found.setdefault(name, {}).setdefault(arm, {})[result["seed"]] = result

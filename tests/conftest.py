@@ -1,6 +1,7 @@
 """Shared by all tests: caches that vanish, tiny models, scripts run as users run them."""
 
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,22 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(
             [sys.executable, *map(str, command)], cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=300, **options
         )
+
+    return run
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """run_here("eval/fid.py", "--help"): as run_script, but in this process; returns (exit code, stdout, stderr)."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
 
     return run
 

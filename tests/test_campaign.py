@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,11 +87,28 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
         command(monkeypatch, "demo", "--data", image_folder, "--seeds", 0, "--output", tmp_path, "--results", tmp_path, "--patch_size", 5)
     error = capsys.readouterr().err
     assert "decayed with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
+    (run,) = runs_of("demo", [0], tmp_path, tmp_path)
+    run.begin(str(image_folder), [])  # the mended command is not refused
+
+
+def test_a_run_that_takes_too_long_to_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "GRACE_S", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
+    assert campaign._Busy(run, process, is_training=True).ended(left=-1)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [(["--seeds", "a"], "whole numbers"), (["--at_once", "0"], "at least one"), (["--data", "/nowhere"], "does not exist")],
+    [
+        (["--seeds", "a"], "whole numbers"),
+        (["--at_once", "0"], "at least one"),
+        (["--data", "/nowhere"], "does not exist"),
+        (["--max_minutes", "0"], "give more"),
+    ],
 )
 def test_bad_flags_are_told(flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -2,7 +2,7 @@
 
 import json
 import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +53,11 @@ class ColourExtractor(nn.Module):
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Run eval/compare.py with a quick extractor, in this process: returns (exit code, stdout, stderr)."""
+def script(run_here: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """eval/compare.py with a quick extractor: returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("eval.judge.create_extractor", lambda name, path=None, scores=False: ColourExtractor())
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval/compare.py", *map(str, arguments), "--feature_extractor", LITE0])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "eval" / "compare.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_here("eval/compare.py", *arguments, "--feature_extractor", LITE0)
 
 
 QUICK = ("--num_samples", 30, "--num_inference_steps", 2)

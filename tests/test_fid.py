@@ -3,12 +3,13 @@
 import io
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
 import urllib.error
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +70,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Run eval/fid.py as `python eval/fid.py` would, in this process: returns (exit code, stdout, stderr)."""
+def script(run_here: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """eval/fid.py with a cache of its own: returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval/fid.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "eval" / "fid.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(run_here, "eval/fid.py")
 
 
 def subprocess_script(*arguments: object) -> subprocess.CompletedProcess:

@@ -76,7 +76,7 @@ def test_batches_of_images(data: ImageData, flip: bool, labelled: bool) -> None:
 def test_moments_are_those_of_the_encoder(
     data: ImageData, vae: AutoencoderKL, encoder_calls: list[int], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", (10 * 16**2, 0))
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", {"cpu": 10 * 16**2})
     encoded = encode(data, vae, flips=True)
     assert encoder_calls == [10, 10, 4] * 2
     assert encoded.moments.shape == encoded.mirrored_moments.shape == (24, 2, 4, 8, 8)
@@ -163,7 +163,7 @@ def test_of_many_one_encodes_and_the_others_wait(data: ImageData, vae: Autoencod
 
 
 def test_nothing_half_written_stays(data: ImageData, vae: AutoencoderKL, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", (10 * 16**2, 0))
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", {"cpu": 10 * 16**2})
     batches: list[object] = []
 
     def stop_at_the_second(*_: object) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import os
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,19 +90,9 @@ def dit(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run eval/probe.py as `python eval/probe.py` would, in this process: returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval/probe.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "eval" / "probe.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def probe(run_here: Callable) -> Callable[..., tuple[int, str, str]]:
+    """eval/probe.py: returns (exit code, stdout, stderr)."""
+    return partial(run_here, "eval/probe.py")
 
 
 # ----------------------------------------------------------------------------------------------------------------- features

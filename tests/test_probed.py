@@ -1,9 +1,8 @@
 """Probes of several networks side by side: pairs, verdicts, the page, and what is refused."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from scipy.stats import binomtest
 from eval.intervals import difference, share, verdict
 from eval.measure import accuracy, hash_of, packed, unpacked
 from eval.probed import compare, notes_of, read_probed
-from tests.conftest import ROOT
 
 LABELS = torch.arange(400) % 2
 
@@ -52,19 +50,9 @@ def run(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run eval/compare.py in this process: returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval/compare.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "eval" / "compare.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def script(run_here: Callable) -> Callable[..., tuple[int, str, str]]:
+    """eval/compare.py: returns (exit code, stdout, stderr)."""
+    return partial(run_here, "eval/compare.py")
 
 
 @pytest.mark.parametrize("num", [1, 8, 13])

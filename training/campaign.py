@@ -59,16 +59,17 @@ class Run:
         return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *look, *more]
 
     def begin(self, data: str, more: list[str]) -> None:
-        """Make the folder, or see that it was made for the same training.
+        """Write down the training that the folder is for, or see that one that was begun there is the same.
 
         Raises:
             ValueError: it was not.
         """
         command, path = self.training(data, more), self.folder / COMMAND
-        if path.is_file() and (before := read_json(path)) != command:
+        was_begun = path.is_file() and (self.folder / CONFIG).is_file()  # else its flags may have been refused, and mended since
+        if was_begun and (before := read_json(path)) != command:
             differing = " ".join(part for part in before if part not in command) or "other flags"
             raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
-        if not path.is_file():
+        if not was_begun:
             write_json(path, command)
 
     @property
@@ -164,7 +165,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
         for each in busy:
             each.process.send_signal(signal.SIGINT)
         for each in busy:
-            each.process.wait(GRACE_S)
+            each.wait()
 
 
 @dataclass
@@ -175,12 +176,22 @@ class _Busy:
     process: subprocess.Popen
     is_training: bool
 
+    def wait(self) -> None:
+        """For its end, which was asked for; kill it if it takes too long, a training's last checkpoint stays."""
+        try:
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
     def ended(self, left: float) -> bool:
         """Whether it has ended, or was ended because the time is over; a training ends itself, a judge leaves nothing half-written."""
         if self.process.poll() is None and left < (-GRACE_S if self.is_training else 0):
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(GRACE_S)
-        if self.process.poll() not in (None, 0, 130):
+            self.wait()
+            if not self.is_training:
+                tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
+        if self.process.poll() not in (None, 0, 130, -signal.SIGKILL):
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {' '.join(last)} (see {self.run.log})")
         return self.process.poll() is not None
@@ -213,11 +224,15 @@ def main() -> None:
     parsed, more = flags.parse_known_args()
     with one_line_errors():
         try:
-            seeds = [int(seed) for seed in parsed.seeds.split(",")]
+            seeds = list(dict.fromkeys(int(seed) for seed in parsed.seeds.split(",")))
         except ValueError:
             raise ValueError(f"--seeds {parsed.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
         if parsed.at_once < 1:
             raise ValueError(f"--at_once is {parsed.at_once}; at least one run must go on")
+        if parsed.max_minutes is not None and not 60 * parsed.max_minutes > 2 * SAVING_S:
+            raise ValueError(
+                f"--max_minutes is {parsed.max_minutes:g}; nothing can be done in less than {2 * SAVING_S / 60:.1f}, give more"
+            )
         data = str(Path(parsed.data).resolve()) if Path(parsed.data).exists() else parsed.data  # the commands run elsewhere
         deadline = time.monotonic() + 60 * parsed.max_minutes if parsed.max_minutes else math.inf
         runs = runs_of(parsed.name, seeds, parsed.output.resolve(), parsed.results.resolve())

@@ -16,7 +16,8 @@ from models.vae import AutoencoderKL, latent_shape, to_moments
 from training.data import ImageData, TrainingData, cache_dir
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
-PIXELS_AT_ONCE = (2**18, 2**21)  # of the encoder's batches, elsewhere and on a GPU: 4 images of 256 px take 0.7 GiB with Stable Diffusion's
+# Of the encoder's batches: 4 images of 256 px take 0.7 GiB with Stable Diffusion's, and 32 of them on a GPU
+PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**21}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _write_moments(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple
     if need > free:
         sizes = f"{need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
         raise ValueError(f"the latents of {data.name} take {sizes} in {path.parent}; make room, or set XDG_CACHE_HOME to another disk")
-    batch_size = max(1, PIXELS_AT_ONCE[vae.device.type == "cuda"] // data.shape[-1] ** 2)
+    batch_size = max(1, PIXELS_AT_ONCE.get(vae.device.type, PIXELS_AT_ONCE["cpu"]) // data.shape[-1] ** 2)
     what = f"encoding {data.name}{', mirrored' * mirrored}"
     with (
         written_aside(path) as aside,

@@ -190,12 +190,13 @@ def train(
                         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
                         if options.skip_nonfinite and not norm.isfinite():
                             optimizer.zero_grad()  # then AdamW has nothing to do
-                            skipped, loss = skipped + 1, torch.zeros_like(loss)
+                            skipped += 1
                         else:
                             skipped = 0
                     optimizer.step()
                     optimizer.zero_grad()
-                    losses.add(loss)
+                    if not options.skip_nonfinite or loss.isfinite():
+                        losses.add(loss)
             if skipped == MAX_SKIPPED:
                 raise broken(f"gradients are not finite in {skipped} steps in a row, up to step {step}")
             step += 1
