@@ -90,7 +90,7 @@ COMPARISONS: dict[str, Comparison] = {
         {"probe": PROBE},
     ),
     "mae-32px": Comparison(
-        "MAE-XS/4 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
+        "MAE-XS/8 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
         _presets("mae-32px", "plain", "skips", "decayed"),
         {"probe": PROBE},
         500,
