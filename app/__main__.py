@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
         if parsed.data is not None and not parsed.data.is_dir():
             raise ValueError(f"--data {parsed.data} is not a folder")
+        from starlette.middleware import Middleware
+
+        from app.guard import Guard
         from app.jobs import Jobs
         from app.site import Site
         from app.ui import build, theme
@@ -81,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             share=False,
             quiet=True,
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [Middleware(Guard)]},
         )
         print(f"Fading Shortcuts is ready on {page.local_url}", flush=True)
         site.prepare()

@@ -10,6 +10,7 @@ import gradio as gr
 from app import recipe as recipes
 from app import render
 from app.catalog import card, results
+from app.grid import varying
 from app.grid_section import grid_section
 from app.judge_tab import measured
 from app.sampler import Frame, sample
@@ -48,8 +49,8 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
         stage = gr.HTML(render.empty_stage(first is not None), elem_id="stage", apply_default_css=False, js_on_load=None)
     with gr.Accordion("The checkpoints", open=True):
         table = gr.HTML("", elem_id="table", apply_default_css=False)
-    with gr.Accordion("Grid: one setting in many values", open=False, elem_id="grid-section"):
-        grid_section(site, panel)
+    with gr.Accordion("Grid: one setting in many values", open=False, elem_id="grid-section") as grid:
+        varies = grid_section(site, panel)
     with gr.Accordion("Bring a picture back", open=False, elem_id="restore-section"):
         gr.Markdown(
             "Every finished picture can be downloaded from full screen (click on it), and carries its recipe. Drop one here to repeat it."
@@ -140,13 +141,17 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
             raise gr.Error("This one is not kept any more.", print_exception=False)
         return sampling
 
-    def restore(file: str, kept: dict, request: gr.Request) -> tuple[Any, ...]:
-        """Settings from a PNG; then they are sampled."""
+    def restore(file: str, shown: str | None, kept: dict, request: gr.Request) -> tuple[Any, ...]:
+        """Settings from a PNG; then they are sampled, but for those of a grid, which takes longer."""
         with page_errors():
-            asked, changed = recipes.comparison(recipes.from_png(Path(file)), site.runs)
+            recipe = recipes.from_png(Path(file))
+            asked, changed = recipes.comparison(recipe, site.runs)
             for line in changed:
                 gr.Warning(line)
-            return *queue(asked, kept, request), *panel.fill(asked), file
+            if "grid" in recipe:
+                gr.Info("These are the settings of a grid; draw it to see it again.")
+                return shown, kept, *panel.fill(asked), None, gr.update(open=True), *varying(recipe)
+            return *queue(asked, kept, request), *panel.fill(asked), file, *[gr.skip()] * 3
 
     def cards_table(names: list[str | None]) -> str:
         there = [name for name in names if name]
@@ -168,7 +173,7 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
     for event in (
         history.bring_back(bring_back, kept, restored, **QUIET),
         history.put_beside(add, [kept, *panel.inputs], restored, **QUIET),
-        drop.upload(restore, [drop, kept], [*restored, dropped], **QUIET),
+        drop.upload(restore, [drop, shown, kept], [*restored, dropped, grid, *varies], **QUIET),
     ):
         watching.append(event.success(watch, [shown, kept, dropped], watched, **WATCHING))
 

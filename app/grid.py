@@ -16,6 +16,7 @@ from app.settings import Comparison, Settings, Side
 SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
 NO_LABEL = "no label"
 MAX_COLUMNS = 12
+MAX_VALUES = 300  # characters
 CELL_PX = 96  # edges of enlarged images come near to that
 GAP_PX, FONT_PX = 6, 15
 INK, PAPER = (30, 41, 59), (255, 255, 255)
@@ -26,12 +27,17 @@ class Plan:
     """What is sampled for a grid, and where it goes.
 
     Attributes:
+        asked: the checkpoints and settings, without overrides.
+        axis, values: what varies, as it was asked for.
         title: what all cells share.
         rows, columns: labels.
         comparisons: sampled one after another.
         cells: of every row, from left to right: which comparison, side and image; None stays empty.
     """
 
+    asked: Comparison
+    axis: str
+    values: str
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -54,24 +60,27 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
         raise ValueError(f"a grid has no axis {str(axis)[:50]!r}; choose from {', '.join(AXES)}")
     shared = comparison.settled().shared
     names = tuple(side.checkpoint for side in comparison.sides)
+    asked = _all(names, shared), axis, values
     if axis == ALPHA_MIN:
-        return _family_plan(shared, names[0], _count(values, "seeds"), runs)
+        return Plan(*asked, *_family_plan(shared, names[0], _count(values, "seeds"), runs))
     title = _title(shared, axis)
     if axis == SEED:
         number = _count(values, "seeds")
         columns = tuple(f"seed {shared.seed + i}" for i in range(number))
         sampled = (_all(names, shared, num_images=number),)
-        return Plan(title, names, columns, sampled, tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names))))
+        cells = tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names)))
+        return Plan(*asked, title, names, columns, sampled, cells)
     told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in _words(values)]
     if not 1 <= len(told) <= MAX_COLUMNS:
         raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
     sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
     columns = tuple({STEPS: f"{value} steps", GUIDANCE: f"guidance {value}", LABEL: value or NO_LABEL}[axis] for value in told)
-    return Plan(title, names, columns, sampled, tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names))))
+    cells = tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names)))
+    return Plan(*asked, title, names, columns, sampled, cells)
 
 
-def _family_plan(shared: Settings, name: str, seeds: int, runs: Path) -> Plan:
-    """The columns are a family's alphas, the rows seeds."""
+def _family_plan(shared: Settings, name: str, seeds: int, runs: Path) -> tuple[Any, ...]:
+    """What the plan needs beside what was asked: the columns are a family's alphas, the rows seeds."""
     first = card(name, runs)
     family = {each.alpha_min: each.name for each in cards(runs).values() if each.family == first.family}
     family = dict(sorted(({**family, first.alpha_min: name}).items(), reverse=True)[:MAX_COLUMNS])
@@ -81,7 +90,7 @@ def _family_plan(shared: Settings, name: str, seeds: int, runs: Path) -> Plan:
     sampled = tuple(_all((member,), shared, num_images=seeds) for member in family.values())
     rows = tuple(f"seed {shared.seed + i}" for i in range(seeds))
     cells = tuple(tuple((column, 0, i) for column in range(len(columns))) for i in range(seeds))
-    return Plan(_title(shared, SEED), rows, columns, sampled, cells)
+    return _title(shared, SEED), rows, columns, sampled, cells
 
 
 def _all(names: Sequence[str], shared: Settings, **changes: Any) -> Comparison:
@@ -134,11 +143,32 @@ def sample_grid(grid: Plan, runs: Path) -> Iterator[Frame]:
                 share = frame.num_steps * len(grid.comparisons)
                 step = frame.num_steps * len(done) + frame.step
                 last = frame.done and len(finished) == len(grid.comparisons)
-                recipe = {**done[0].recipe, "grid": {"columns": grid.columns, "rows": grid.rows}} if done else frame.recipe
+                recipe = _recipe(grid, finished)
                 wall_s = sum(each.wall_s for each in finished)
                 images = tuple(images for each in finished for images in each.images)
                 yield Frame(images, step, share, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, last)
         done.append(frame)
+
+
+def _recipe(grid: Plan, frames: Sequence[Frame]) -> dict[str, Any]:
+    """What the grid is drawn with once more: the settings as they were asked for, and what is known of the checkpoints."""
+    known = {side["name"]: {**side, "own": {}} for frame in frames for side in frame.recipe["checkpoints"]}
+    asked = grid.asked.as_json()
+    checkpoints = [known.get(side["name"], side) for side in asked["checkpoints"]]
+    return {**frames[0].recipe, **asked, "checkpoints": checkpoints, "grid": {"axis": grid.axis, "values": grid.values}}
+
+
+def varying(recipe: dict[str, Any]) -> tuple[str, str]:
+    """What varies in the grid of a recipe, and its values.
+
+    Raises:
+        ValueError: it tells of no such grid.
+    """
+    told = recipe["grid"] if isinstance(recipe["grid"], dict) else {}
+    axis, values = told.get("axis"), told.get("values")
+    if axis not in AXES or not isinstance(values, str) or len(values) > MAX_VALUES:
+        raise ValueError("the recipe tells of a grid that this page does not draw")
+    return axis, values
 
 
 def draw(grid: Plan, frame: Frame) -> Image.Image:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from app import recipe as recipes
 from app import render
-from app.grid import ALPHA_MIN, GUIDANCE, LABEL, SEED, STEPS, Plan, draw, plan, sample_grid
+from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
 from app.settings_panel import SettingsPanel
 from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
@@ -25,14 +25,18 @@ AXES = {
 }
 
 
-def grid_section(site: Site, panel: SettingsPanel) -> None:
-    """The widgets, and what they do; checkpoints and other settings are the panel's."""
+def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Textbox]:
+    """The widgets, and what they do; checkpoints and other settings are the panel's.
+
+    Returns:
+        Those for what varies, and for its values.
+    """
     id = gr.State(None)
     with gr.Row(equal_height=True):
         axis = gr.Dropdown(
             [(words, axis) for axis, (words, _) in AXES.items()], value=SEED, label="What varies", filterable=False, elem_id="axis"
         )
-        values = gr.Textbox(AXES[SEED][1], label="Values", info="with commas between them", max_length=300, elem_id="values")
+        values = gr.Textbox(AXES[SEED][1], label="Values", info="with commas between them", max_length=MAX_VALUES, elem_id="values")
         start = gr.Button("Draw the grid", min_width=120, elem_id="draw-grid")
         stop = gr.Button("Stop the grid", interactive=False, min_width=100, elem_id="stop-grid")
     status = gr.HTML(render.message(""), elem_id="grid-status")
@@ -57,6 +61,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> None:
     busy.success(watch, id, [picture, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)
     axis.input(lambda axis: AXES[axis][1], axis, values, **AT_ONCE)
+    return axis, values
 
 
 def show(grid: Plan, frame: Frame) -> str:

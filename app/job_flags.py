@@ -24,7 +24,7 @@ class _Flags(Parser):
     """Tells a bad flag instead of ending the page."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(self.words(message))
 
 
 def plain(options: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ MOST = {"resolution": 1024, "train_batch_size": 4096, "gradient_accumulation_ste
 MAX_QUEUED = 32
 KILL_AFTER_S = 5.0  # a second "stop" before that is a double click, after it an order
 LOCK_S = 30.0
+MOST_FILES = 200_000  # that are looked at to find an image among them
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Jobs:
         """
         options = judging.checked(options, self.runs)
         if options["reference"] != EMBEDDED:
-            options["reference"] = self._folder("reference", options["reference"])
+            options["reference"] = self._images("reference", options["reference"])
         with self._locked():
             self._require_place(1)
             folder = self.runs / EVALUATIONS / secrets.token_hex(4)
@@ -429,7 +431,7 @@ class Jobs:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError("the name of a run must be 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first")
         if os.path.lexists(self.runs / name):
-            raise ValueError(f"there is a run or a file {name} already; choose another name")
+            raise ValueError(f"there is a run or a file {name} already; choose another name, or delete it")
         return self.runs / name
 
     def _require_idle(self, run: Path) -> None:
@@ -451,13 +453,24 @@ class Jobs:
         if "init_from" in options:
             options["init_from"] = str(find(options["init_from"], self.runs).folder.resolve())
         if "train_data_dir" in options:
-            options["train_data_dir"] = self._folder("train_data_dir", str(options["train_data_dir"]))
-        for option in ("dataset_name", "vae"):  # names of the hub, or folders
+            options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
+        for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders
             name = str(options.get(option, EMBEDDED))
             there = any((base / name).exists() for base in (ROOT, self.data or Path.cwd()))
             if name != EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
-                options[option] = self._folder(option, name)
+                options[option] = folder_of(option, name)
         return options
+
+    def _images(self, option: str, name: str) -> str:
+        """A folder with images; what is wrong with them only reading tells."""
+        load_libraries()
+        from training.data import IMAGE_SUFFIXES
+
+        folder = self._folder(option, name)
+        files = (file for _, _, files in os.walk(folder) for file in files)
+        if not any(Path(file).suffix.lower() in (*IMAGE_SUFFIXES, ".parquet") for file in islice(files, MOST_FILES)):
+            raise ValueError(f"--{option} {name} holds no images")
+        return folder
 
     def _folder(self, option: str, name: str) -> str:
         folder = ((self.data or Path.cwd()) / name).resolve()

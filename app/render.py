@@ -144,7 +144,7 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
     rows = []
     for id, frame in items:
         recipe = frame.recipe
-        names = " · ".join(text(side["name"]) for side in recipe["checkpoints"])
+        names = " · ".join(text(side["name"]) + (f" ({own})" if (own := _own(side)) else "") for side in recipe["checkpoints"])
         pictures = "".join(
             f'<img src="{png_url(images[0])}" width="{images.shape[1]}" height="{images.shape[1]}" alt="">' for images in frame.images
         )

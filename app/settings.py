@@ -10,7 +10,7 @@ MAX_SIDES = 4
 MAX_IMAGES = 64
 MAX_STEPS = 250
 MAX_GUIDANCE = 100.0
-MAX_SEED = 2**63 - 1 - MAX_IMAGES
+MAX_SEED = 2**53 - 1 - MAX_IMAGES  # browsers know no larger whole numbers
 RANDOM_SEED = -1
 OWN_SAMPLER = "own"
 MAX_TEXT = 200  # characters of a name
@@ -138,15 +138,19 @@ def _short(value: Any) -> str:
     return str(value)[:MAX_TEXT]
 
 
+def _wrong(value: Any) -> str:
+    return "is missing" if value is None else f"cannot be {_short(repr(value))}"
+
+
 def _whole(what: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or not least <= value <= most:
-        raise ValueError(f"{what} cannot be {_short(value)}; give a whole number from {least:,} to {most:,}")
+        raise ValueError(f"{what} {_wrong(value)}; give a whole number from {least:,} to {most:,}")
     return int(value)
 
 
 def _number(what: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{what} cannot be {_short(repr(value))}; give a number from {least:g} to {most:g}")
+        raise ValueError(f"{what} {_wrong(value)}; give a number from {least:g} to {most:g}")
     return float(value)
 
 

@@ -120,7 +120,10 @@ class SettingsPanel:
         if free is None:
             raise gr.Error(f"A comparison shows up to {MAX_SIDES} checkpoints.", print_exception=False)
         known = self.known()
-        new = next((name for name in known if name not in names), known[0] if known else None)
+        new = next((name for name in known if name not in names), None)
+        if new is None and known:
+            new = known[0]
+            gr.Info(f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own.")
         updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
         updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
         return updates
@@ -141,7 +144,7 @@ def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> d
             elem_id=f"{kind}label",
         ),
         "seed": gr.Number(
-            values.seed, label=f"Seed{whose}" + ("" if whose else f" ({RANDOM_SEED}: random)"), precision=0, elem_id=f"{kind}seed", **shape
+            values.seed, label=f"Seed{whose}" + ("" if whose else f" ({RANDOM_SEED}: random)"), elem_id=f"{kind}seed", **shape
         ),
     }
     if not whose:

@@ -121,7 +121,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         time_told = "How long it takes is known after the first run of this network on such images"
         if minutes is not None:
             time_told = f"About {time_words(60 * minutes * (2 if pair else 1))} here, after what earlier runs took"
-        return render.message(f"This can be started. {time_told}. {advice(checked)}")
+        return render.message(f"This can be started{'' if name else ' once it has a name'}. {time_told}. {advice(checked)}")
 
     def fresh(chosen: str | None, other: str | None, seen: list[str]) -> tuple[Any, ...]:
         """`look`, without what is there already: an open list stays open."""
@@ -185,6 +185,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     preset.input(describe_preset, preset, [preset, *numbers.values()], **QUIET)
     start.click(on_start, form, [advised, *looked], **QUIET)
     check.click(on_check, form, advised, **QUIET)
+    gr.on([each.input for each in form], lambda: render.message(""), None, advised, **AT_ONCE)  # it was said of other values
     stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **QUIET)
     resume.click(act("goes on", resumed), [run, beside, more], changed, **QUIET)
     rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **QUIET)

@@ -4,6 +4,7 @@ import gradio as gr
 
 from app.blind_tab import blind_tab
 from app.compare_tab import compare_tab
+from app.guard import GuardedBlocks
 from app.judge_tab import judge_tab
 from app.look_tab import look_tab
 from app.programs import programs
@@ -25,7 +26,7 @@ def theme() -> gr.Theme:
 
 def build(site: Site) -> gr.Blocks:
     """The page over the shipped checkpoints and those in the site's runs."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with GuardedBlocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Generative models on the same noise: plain shortcuts beside shortcuts that fade with depth.</p>",
             elem_id="title",

@@ -101,7 +101,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message}; --help lists all flags\n")
+        self.exit(EXIT_BAD_INPUT, f"error: {self.words(message)}; --help lists all flags\n")
+
+    @staticmethod
+    def words(message: str) -> str:
+        """What argparse says, in words for people."""
+        kinds = {"int": "a whole number", "float": "a number"}
+        return re.sub(
+            r"^argument (\S+): invalid (int|float) value: (.*)$",
+            lambda found: f"{found[1]} cannot be {found[3]}; give {kinds[found[2]]}",
+            message,
+        ).removeprefix("argument ")
 
 
 @contextlib.contextmanager

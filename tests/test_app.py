@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from app import catalog, recipe, render
 from app.catalog import Source
-from app.grid import AXES, draw, plan, sample_grid
+from app.grid import AXES, draw, plan, sample_grid, varying
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, Comparison, Settings, Side
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
@@ -221,7 +221,7 @@ def test_raw_weights_and_those_of_earlier_steps_have_names_of_their_own(runs: Pa
     [
         *(dict(num_images=number) for number in (10_000, MAX_IMAGES + 1, 0, "8")),
         *(dict(steps=number) for number in (2.5, 0)),
-        *(dict(seed=number) for number in (-2, float("nan"), 1e300)),
+        *(dict(seed=number) for number in (-2, float("nan"), 1e300, 2**53, None)),
         *(dict(guidance_scale=number) for number in (-1, "2", float("nan"))),
         *(dict(sampler=name) for name in ("magic", ["euler"])),
         *(dict(label=label) for label in (9, {}, "a\0b", "x" * 1000)),
@@ -355,6 +355,22 @@ def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str)
     with pytest.raises(ValueError) as error:
         list(sample_grid(plan(asked(), axis, values, runs), runs))
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_is_asked_for_again_by_its_recipe(runs: Path) -> None:
+    grid = plan(Comparison(asked(seed=-1).shared, (Side(PLAIN), Side(DECAYED, {"steps": 6}))), "steps", "1, 3", runs)
+    *_, frame = sample_grid(grid, runs)
+    told, changed = recipe.comparison(frame.recipe, runs)
+    assert (*varying(frame.recipe), changed) == ("steps", "1, 3", [])
+    assert told == Comparison.of_names(PAIR, **vars(told.shared)) and told.shared == grid.asked.shared
+    *_, again = sample_grid(plan(told, *varying(frame.recipe), runs), runs)
+    assert all(np.array_equal(*each) for each in zip(frame.images, again.images, strict=True))
+    family = plan(asked(), "alpha_min", "2", runs)
+    *_, frame = sample_grid(family, runs)
+    assert recipe.comparison(frame.recipe, runs)[0].sides == family.asked.sides and varying(frame.recipe) == ("alpha_min", "2")
+    for hostile in (None, [], {}, {"axis": "magic", "values": "1"}, {"axis": [], "values": "1"}, {"axis": "steps", "values": "1" * 301}):
+        with pytest.raises(ValueError, match="does not draw"):
+            varying({"grid": hostile})
 
 
 def test_the_page_offers_every_axis_and_names_every_sampler() -> None:

@@ -277,12 +277,21 @@ def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None
         page.get_by_text("Download this grid").click()
     download.value.save_as(tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 3 * 96
+    put(page, "steps", 3)
+    page.get_by_label("Values").fill("9")
+    unfold(page, "restore-section").locator("#drop input[type=file]").set_input_files(tmp_path / "grid.png")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("settings of a grid")
+    expect(page.get_by_label("Values")).to_have_value("1, 2, 3")
+    expect(page.locator("#steps input[type=number]")).to_have_value("2")
 
 
 def test_bad_input_is_one_line_on_the_page(page: "Page") -> None:
     put(page, "seed", -7)
     page.get_by_role("button", name="Compare", exact=True).click()
-    expect(page.get_by_test_id("toast-body")).to_contain_text("seed cannot be -7")
+    expect(page.get_by_text("seed cannot be -7; give a whole number")).to_be_visible()
+    put(page, "seed", 1.5)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_text("seed cannot be 1.5; give a whole number")).to_be_visible()
     expect(page.get_by_role("button", name="Compare", exact=True)).to_be_enabled()
 
 

@@ -98,8 +98,9 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
 
     # the next page finds it, and queues behind it
     assert jobs.status("first").state == RUNNING
-    (tmp_path / "no images").mkdir()
-    waiting = jobs.start("second", {**options, "train_data_dir": str(tmp_path / "no images")})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"none")
+    waiting = jobs.start("second", {**options, "train_data_dir": str(tmp_path / "broken")})
     assert (waiting.state, waiting.position) == (QUEUED, 1)
     assert jobs.start("third", options).position == 2
     assert [status.name for status in jobs.all()] == ["first", "second", "third"]
@@ -118,7 +119,7 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     assert (int(re.fullmatch(r"stopped; the last checkpoint is of step (\d+)", stopped.message)[1])) == step >= 4
     wait_for(lambda: not jobs.status("second").active)
     failed = jobs.status("second")
-    assert failed.state == FAILED and "no images" in failed.message and "\n" not in failed.message
+    assert failed.state == FAILED and "a.png" in failed.message and "\n" not in failed.message
     assert failed.message in failed.log[-1] and jobs.progress("second").step == 0
 
     # it goes on where it was, to an end that was moved
@@ -141,7 +142,8 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
 def test_a_preset_of_the_masked_autoencoders_runs_their_script(jobs: Jobs, image_folder: Path) -> None:
     options = {**TINY, "preset": "mae-openmoji-plain", "train_data_dir": str(image_folder), "max_train_steps": 2, "lr_warmup_steps": 1}
     jobs.start("masked", {**options, "long_skips": False, "sample_steps": 2, "alpha_min": None})
-    assert "train_mae.py" in " ".join(psutil.Process(json.loads((jobs.runs / "masked" / JOB).read_text())["pid"]).cmdline())
+    process = psutil.Process(json.loads((jobs.runs / "masked" / JOB).read_text())["pid"])
+    wait_for(lambda: any("train_mae.py" in word for word in process.cmdline()))  # a moment after it was forked it has the page's
     wait_for(lambda: not jobs.status("masked").active)
     assert jobs.status("masked").state == FINISHED, jobs.progress("masked").log
     progress = jobs.progress("masked")
@@ -454,6 +456,8 @@ def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, 
         ({**FLAGS, "init_from": "../../etc"}, "no checkpoint"),
         ({**FLAGS, "init_from": "/etc/passwd"}, "no checkpoint"),
         ({"train_data_dir": "/no/such", "max_train_steps": 1}, "not a folder"),
+        ({"train_data_dir": str(ROOT / "models"), "max_train_steps": 1}, "holds no images"),
+        ({**FLAGS, "resolution": "wide"}, "--resolution cannot be 'wide'; give a whole number"),
         ({"dataset_name": "../x", "max_train_steps": 1}, "not a folder"),
     ],
 )
@@ -480,6 +484,9 @@ def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:
 def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(image_folder)
     (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="images holds no images"):
+        jobs.check("mine", {"train_data_dir": str(tmp_path / "images"), "max_train_steps": 1})
+    (tmp_path / "images" / "a.PNG").touch()
     fenced = Jobs(jobs.runs, data=tmp_path)
     stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})
     assert stored["train_data_dir"] == str(tmp_path / "images")

@@ -144,6 +144,10 @@ def test_advice(depth: int, alpha_min: float | None, lines: list[str], warnings:
 def test_advice_is_a_command(run_script: Callable) -> None:
     result = run_script("-m", "models.shortcut", "--depth", 12, "--schedule", "cosine")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 4 and not result.stderr
-    for bad, told in ((("--depth", 0), "at least"), (("--depth", 8, "--alpha_min", 2), "(0, 1]"), (("--depth", "x"), "invalid int")):
+    for bad, told in (
+        (("--depth", 0), "at least"),
+        (("--depth", 8, "--alpha_min", 2), "(0, 1]"),
+        (("--depth", "x"), "give a whole number"),
+    ):
         result = run_script("-m", "models.shortcut", *bad)
         assert result.returncode == 2 and told in result.stderr and result.stderr.count("\n") == 1

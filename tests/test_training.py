@@ -181,7 +181,7 @@ def test_damaged_checkpoints_are_passed_over(whole_run: Path, tmp_path: Path, ca
         (["--train_batch_size", "0"], "at least 1"),
         (["--train_data_dir", "nowhere"], "nowhere"),
         (["--dataset_name", "openmoji"], "give one of"),
-        (["--max_train_steps", "x"], "invalid int"),
+        (["--max_train_steps", "x"], "give a whole number"),
         (["--max_train_minutes", "nan"], "--max_train_minutes"),
         (["--resume_from_checkpoint", "latest"], "no checkpoint to resume"),
         (["--preset", "nonsense"], "openmoji-plain"),
