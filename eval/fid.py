@@ -30,7 +30,7 @@ from eval.judge import (
     reference_words,
     training_notes,
 )
-from eval.memorisation import memorisation, save_neighbours
+from eval.memorisation import memorisation, nearest, save_neighbours
 from eval.sources import Source, coloured, export_reference, open_source, require_one_size
 from eval.spread import is_main, processes
 from models.files import INDEX, Parser, one_line_errors, write_json
@@ -159,9 +159,10 @@ def copying(judge: Judge, features: np.ndarray, images: np.ndarray, data: tuple[
     train, held_out = (
         None if each is None else reference_features(each, judge.extractor, judge.weights, judge.batch_size) for each in data
     )
+    indices, distances = nearest(features, train, k=min(2, len(train)))
     if is_main():
-        save_neighbours(path, images, features, data[0].images, train)
-    return memorisation(features, train, held_out)
+        save_neighbours(path, images, data[0].images, indices, distances)
+    return memorisation(distances[:, 0], train, held_out)
 
 
 def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], notes: Sequence[str], output: OutputOptions) -> dict[str, Any]:
@@ -187,7 +188,11 @@ def describe(result: dict[str, Any]) -> str:
         line += f" | nearer to the training images than real ones ({copies['against']}): {closer['value']:.0%} "
         line += f"[{closer['low']:.0%}, {closer['high']:.0%}], 50% expected; median distance {copies['median_distance']:.3g}, "
         line += f"of real ones {copies['median_distance_real']:.3g}; copies: "
-        line += f"{copied['value']:.1%}, {copied['expected']:.0%} expected" if copied else "not to be told, as real images have exact twins"
+        if copied:
+            low, high = copied["expected_low"], copied["expected_high"]
+            line += f"{copied['value']:.1%}, {copied['expected']:.1%} [{low:.1%}, {high:.1%}] expected"
+        else:
+            line += "not to be told, as real images have exact twins"
     if result["sampler"]:
         line += f" | {result['sampler']}, {result['steps']} steps, {guidance_words(result)}, seed {result['seed']}"
         line += f", {result['precision']}{', EMA' if result['ema'] else ''}"

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import betabinom
 
-from eval.intervals import Estimate, share
+from eval.intervals import LEVEL, Estimate, share
 from models.files import written_aside
 
-CHUNK = 2048
+MAX_NUMBERS = 2**24  # distances or coordinates at once
 RARE = 0.01  # a generated image counts as a copy if it is nearer than this share of real ones
+ROUNDING = 1e-4  # of the median distance: features of one picture differ by less, from batch to batch
 COLUMNS, GAP_PX = 16, 4
 
 
@@ -23,42 +25,49 @@ def nearest(queries: np.ndarray, train: np.ndarray, k: int = 1, skip_self: bool 
         skip_self: the queries are the training features: leave each out of its own neighbours.
     """
     indices, distances = [], []
-    whole = torch.from_numpy(np.asarray(train, np.float32))
-    for start in range(0, len(queries), CHUNK):
-        found = torch.cdist(torch.from_numpy(np.asarray(queries[start : start + CHUNK], np.float32)), whole)
+    queries, train = (torch.from_numpy(np.asarray(side, np.float32)) for side in (queries, train))
+    rows = max(1, MAX_NUMBERS // max(len(train), k * train.shape[1]))
+    for i, part in enumerate(queries.split(rows)):
+        found = torch.cdist(part, train)  # (B, M)
         if skip_self:
-            rows = torch.arange(len(found))
-            found[rows, rows + start] = torch.inf
-        near = found.topk(k, largest=False)
-        indices.append(near.indices)
-        distances.append(near.values)
-    return torch.cat(indices).numpy(), torch.cat(distances).numpy().astype(np.float64)
+            own = torch.arange(len(part))
+            found[own, own + i * rows] = torch.inf
+        near = found.topk(k, largest=False).indices  # (B, k)
+        exact = (part[:, None].double() - train[near].double()).norm(dim=2)  # cdist's matrix product leaves equal images apart
+        order = exact.argsort(1)
+        indices.append(near.gather(1, order))
+        distances.append(exact.gather(1, order))
+    return torch.cat(indices).numpy(), torch.cat(distances).numpy()
 
 
-def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> dict[str, Any]:
-    """Distances of generated images to their nearest training image, against those of real images that were not trained on.
+def memorisation(distances: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> dict[str, Any]:
+    """How near generated images are to training images, against real images that were not trained on.
 
     Args:
-        generated, train, held_out: features (N, D), (M, D) and (H, D). Without held-out images each training image stands in for
-            one, with the others as its training set.
+        distances: (N,) of each generated image to its nearest training image.
+        train, held_out: features (M, D), (H, D). Without held-out images each training image stands in for one, with the others as
+            its training set.
 
     Returns:
         "closer": the chance that a generated image is nearer to the training set than a real new one is (ties count half): 1/2 for a
-        model that draws from the distribution, 1 for one that copies. "copied": the share of generated images nearer than the
-        nearest 1 % of real ones: 0.01 for the former; None where so many real images have an exact twin that no image could be
-        nearer. Both with 95 % intervals over the generated images.
+        model that draws from the distribution, 1 for one that copies; its interval is over generated and real images (DeLong's).
+        "copied": the share of generated images nearer than the nearest 1 % of real ones, and what is expected of a model that does
+        not copy: the mean and, since few real images decide, the range of 95 % of such models ("expected_low", "expected_high";
+        exact with held-out images). None where so many real images have an exact twin that no image could be nearer.
     """
-    ours = nearest(generated, train)[1][:, 0]
-    real = np.sort(nearest(train, train, skip_self=True)[1][:, 0] if held_out is None else nearest(held_out, train)[1][:, 0])
-    beyond = (len(real) - (np.searchsorted(real, ours, "left") + np.searchsorted(real, ours, "right")) / 2) / len(real)  # (N,)
-    threshold = float(np.quantile(real, RARE))
+    real = nearest(train, train, skip_self=True)[1][:, 0] if held_out is None else nearest(held_out, train)[1][:, 0]
+    floor = ROUNDING * np.median(real)
+    ours, real = (np.sort(np.where(side < floor, 0, side)) for side in (distances, real))
+    beyond, before = 1 - _share_below(real, ours), _share_below(ours, real)  # (N,), (H,); both of mean "closer"
+    closer = Estimate(float(beyond.mean()), beyond - beyond.mean(), extra_se=before.std(ddof=1) / len(real) ** 0.5, limits=(0, 1))
 
-    def as_json(estimate: Estimate) -> dict[str, float]:
-        return dict(zip(("value", "low", "high"), (estimate.value, *estimate.interval()), strict=True))
-
+    rank = max(1, round(RARE * (len(real) + 1)))
+    threshold, of_honest = real[rank - 1], betabinom(len(ours), rank, len(real) + 1 - rank)
+    range_of_honest = of_honest.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2]) / len(ours)
+    expected = dict(zip(("expected", "expected_low", "expected_high"), (rank / (len(real) + 1), *map(float, range_of_honest)), strict=True))
     return {
-        "closer": as_json(Estimate(float(beyond.mean()), beyond - beyond.mean(), limits=(0, 1))),
-        "copied": {**as_json(share(ours < threshold)), "expected": RARE} if threshold > 0 else None,
+        "closer": _as_json(closer),
+        "copied": {**_as_json(share(ours < threshold)), **expected} if threshold > 0 else None,
         "median_distance": float(np.median(ours)),
         "median_distance_real": float(np.median(real)),
         "against": "each training image among the others" if held_out is None else f"{len(held_out)} held-out images",
@@ -66,14 +75,22 @@ def memorisation(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray 
     }
 
 
-def save_neighbours(path: str, images: np.ndarray, features: np.ndarray, train_images: np.ndarray, train: np.ndarray) -> None:
-    """A picture: generated images above their two nearest training images; first the nearest of all, then evenly down the ranks.
+def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The share of `ordered` below each of the values; ties count half."""
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / len(ordered)
+
+
+def _as_json(estimate: Estimate) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), (estimate.value, *estimate.interval()), strict=True))
+
+
+def save_neighbours(path: str, images: np.ndarray, train_images: np.ndarray, indices: np.ndarray, distances: np.ndarray) -> None:
+    """A picture: generated images above their nearest training images; first the nearest of all, then evenly down the ranks.
 
     Args:
         images, train_images: uint8 (N, H, W, 3), (M, H, W, 3).
-        features, train: (N, D), (M, D).
+        indices, distances: (N, k), as `nearest` finds them.
     """
-    indices, distances = nearest(features, train, k=min(2, len(train)))
     order = distances[:, 0].argsort()
     spread = order[np.linspace(0, len(order) - 1, min(COLUMNS, len(order))).astype(int)]
     blocks = []

@@ -245,7 +245,7 @@ def test_metrics_equal_torch_fidelity_with_more_images_than_a_subset(monkeypatch
 
 
 def test_nearest_neighbours_are_those_of_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.memorisation.CHUNK", 7)
+    monkeypatch.setattr("eval.memorisation.MAX_NUMBERS", 7 * 40)
     x, y = features(14, 30, 8), features(15, 40, 8)
     indices, distances = nearest(x, y, k=3)
     theirs = NearestNeighbors(n_neighbors=3).fit(y).kneighbors(x)
@@ -255,25 +255,47 @@ def test_nearest_neighbours_are_those_of_sklearn(monkeypatch: pytest.MonkeyPatch
     assert not (alone[:, 0] == np.arange(40)).any()
 
 
+def copying(generated: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> dict:
+    return memorisation(nearest(generated, train)[1][:, 0], train, held_out)
+
+
 @pytest.mark.parametrize("with_held_out", [True, False])
 def test_memorisation_tells_copying_from_sampling(with_held_out: bool) -> None:
     random = np.random.default_rng(6)
     train, held_out, fresh = (random.normal(size=(num, 8)) for num in (500, 400, 300))
     held = held_out if with_held_out else None
-    honest = memorisation(fresh, train, held)
+    honest = copying(fresh, train, held)
     assert honest["closer"]["low"] < 0.5 < honest["closer"]["high"]
     assert honest["copied"]["low"] < 0.02 and honest["copied"]["value"] < 0.05
-    copies = memorisation(train[:300] + 0.01 * random.normal(size=(300, 8)), train, held)
+    copies = copying(train[:300] + 0.01 * random.normal(size=(300, 8)), train, held)
     assert copies["closer"]["value"] > 0.99 and copies["copied"]["value"] > 0.99
-    half = memorisation(np.concatenate([train[:150] + 0.01, fresh[:150]]), train, held)
+    half = copying(np.concatenate([train[:150] + 0.01, fresh[:150]]), train, held)
     assert half["copied"]["value"] == pytest.approx(0.5, abs=0.05)
+    assert half["copied"]["low"] > half["copied"]["expected_high"]
+
+
+@pytest.mark.parametrize("num_held_out", [20, 150])
+def test_an_honest_model_is_rarely_called_a_copier(num_held_out: int) -> None:
+    """Few held-out images are a yardstick that varies itself: 95 % of honest models are within what is expected of them."""
+    random = np.random.default_rng(11)
+    found = [copying(*(random.normal(size=(num, 4)) for num in (1000, 200, num_held_out))) for _ in range(200)]
+    assert np.mean([each["closer"]["low"] <= 0.5 <= each["closer"]["high"] for each in found]) > 0.89
+    copied = [each["copied"] for each in found]
+    assert np.mean([each["expected_low"] <= each["value"] <= each["expected_high"] for each in copied]) > 0.92
+    assert np.mean([each["value"] for each in copied]) == pytest.approx(copied[0]["expected"], rel=0.2)
 
 
 def test_copies_are_not_counted_where_training_images_have_twins() -> None:
     """No image is nearer than 0: a share of 0 % would say that nothing is copied, whatever is."""
-    train = np.random.default_rng(7).normal(size=(100, 8))
+    random = np.random.default_rng(7)
+    train = random.normal(size=(100, 8)) + 100
     train[:10] = train[10:20]
-    assert memorisation(train, train, None)["copied"] is None
+    assert copying(train, train, None)["copied"] is None
+    twins = nearest(train, train, skip_self=True)[1][:20, 0]
+    assert (twins == 0).all()  # where a matrix product would leave a distance
+    train[:10] *= 1 + 1e-7  # as features of another batch differ
+    found = copying(train[10:20], train, None)
+    assert found["copied"] is None and found["closer"]["value"] == pytest.approx(1 - 20 / 200)
 
 
 # ----------------------------------------------------------------------------------------------------------- effective rank
