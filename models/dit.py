@@ -162,7 +162,7 @@ class DiT(DecayedModel):
         half = len(self.blocks) // 2
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
             skip = features[len(self.blocks) - 1 - i] if i >= half and self.config.long_skips else None  # last in, first out
-            x = block(x, modulation, skip)  # (N, T, D)
+            x = self.recomputing(block, x, modulation, skip)  # (N, T, D)
             features.append(x)
 
         x = modulate(self.norm(x), *final.unsqueeze(1).chunk(2, dim=-1))

@@ -16,6 +16,14 @@ class DecayedModel(ModelMixin, ConfigMixin):
     """A backbone whose `shortcuts` fade, in the order of execution; saved and loaded as diffusers' models are."""
 
     shortcuts: list[Shortcut]
+    gradient_checkpointing = False  # see `enable_gradient_checkpointing`, of diffusers
+    _supports_gradient_checkpointing = True
+
+    def recomputing(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
+        """block(*arguments). With gradient checkpointing what is inside is not kept, but computed again on the way back."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
 
     @property
     def alphas(self) -> tuple[float, ...]:

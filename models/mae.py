@@ -230,7 +230,7 @@ class MAE(DecayedModel):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions[places]  # (N, 1 + V, D)
         features = []
         for block in self.blocks:
-            x = block(x)
+            x = self.recomputing(block, x)
             features.append(x)
         return features
 
@@ -245,7 +245,7 @@ class MAE(DecayedModel):
         for i, block in enumerate(self.decoder_blocks):
             if i < len(self.skip):
                 x = self.skip[i](x, features[-1 - 2 * i], places)  # the deepest first
-            x = block(x)  # (N, 1 + T, D_dec)
+            x = self.recomputing(block, x)  # (N, 1 + T, D_dec)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
     def _patchify(self, images: Tensor) -> Tensor:

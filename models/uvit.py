@@ -154,7 +154,7 @@ class UViT(DecayedModel):
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             skip = outputs[config.depth - i] if i > config.depth // 2 and config.long_skips else None  # last in, first out
-            x = block(x, skip)  # (N, T, D)
+            x = self.recomputing(block, x, skip)  # (N, T, D)
             outputs.append(x)
 
         x = self.head(self.norm(x)[:, self.num_extras :])  # (N, H/p * W/p, p * p * C)

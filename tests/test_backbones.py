@@ -71,6 +71,34 @@ def test_every_ablation_is_an_option(backbone: str, placement: str, long_skips: 
     assert (sum(g == 0 for g in gradients) > 0) == zero_init  # behind a zero nothing learns in the first step
 
 
+def gradients_and_kept(model: nn.Module, backbone: str) -> tuple[dict[str, Tensor], int]:
+    """Of one training step, and how many numbers were kept for the way back beside the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of(model, backbone, step=0)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(backbone: str) -> None:
+    model = tiny(backbone, alpha_min=0.6, learnable_alpha=True, zero_init=False)
+    gradients, kept = gradients_and_kept(model, backbone)
+    model.enable_gradient_checkpointing()
+    same_gradients, kept_less = gradients_and_kept(model, backbone)
+    assert kept_less < kept / 2
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(("schedule", "placement"), [("linear", "both"), ("cosine", "both"), ("constant", "both"), ("linear", "attention")])
 def test_a_schedule_can_be_asked_for_by_alpha_eff(backbone: str, schedule: str, placement: str) -> None:

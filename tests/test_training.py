@@ -24,7 +24,7 @@ from training.checkpoint import checkpoints, find_checkpoint
 from training.command import parse
 from training.data import Order
 from training.ema import EMA
-from training.loop import LoopOptions, describe, learning_rate
+from training.loop import LoopOptions, check, describe, learning_rate
 from training.monitor import read_metrics
 from training.objectives import BETA_SCHEDULES, DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
 from training.presets import PRESETS
@@ -95,6 +95,33 @@ def test_resuming_equals_not_having_stopped_bit_for_bit(train: Callable, whole_r
     train(tmp_path / "run", "--max_train_steps", 10, *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "run", whole_run)
     assert without_speed(tmp_path / "run") == without_speed(whole_run)  # both have a line of step 5: its end, and its pictures
+
+
+def test_recomputed_blocks_train_the_same(train: Callable, tmp_path: Path) -> None:
+    train(tmp_path / "kept", "--max_train_steps", 3)
+    train(tmp_path / "recomputed", "--max_train_steps", 3, "--gradient_checkpointing")
+    assert_same_weights(tmp_path / "kept", tmp_path / "recomputed")
+    assert without_speed(tmp_path / "kept") == without_speed(tmp_path / "recomputed")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_and_resumes_alike(train: Callable, tmp_path: Path) -> None:
+    train(tmp_path / "eager", "--max_train_steps", 6, "--sample_steps", 3)
+    train(tmp_path / "compiled", "--max_train_steps", 6, "--sample_steps", 3, "--compile")
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0 and not torch._dynamo.utils.counters["graph_break"]
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("eager", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    train(tmp_path / "resumed", "--max_train_steps", 3, "--compile", "--sample_steps", 3)
+    train(tmp_path / "resumed", "--max_train_steps", 6, "--compile", "--sample_steps", 3, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "compiled", tmp_path / "resumed")
+    assert without_speed(tmp_path / "compiled") == without_speed(tmp_path / "resumed")
+    torch.compiler.reset()
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler"):
+        check(LoopOptions(output_dir="runs/x", max_train_steps=1, compile=True))
 
 
 def test_the_seed_decides_everything(train: Callable, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ repeat one process with N times the accumulation.
 
 import dataclasses
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,8 @@ class LoopOptions:
     mixed_precision: str = option(
         "auto", "auto is bf16 where the hardware has it (on a CPU: avx512_bf16 or AMX), else no", choices=("auto", "no", "bf16", "fp16")
     )
+    compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps; other last digits")
+    gradient_checkpointing: bool = option(False, "compute each block once more on the way back instead of keeping what is inside")
     max_train_steps: int | None = option(None, "optimizer steps in all", least=1)
     max_train_minutes: float | None = option(None, "save and leave after this long; resuming goes on", least=0)
     learning_rate: float = option(1e-4, "of AdamW, after the warm-up", least=0)
@@ -131,6 +135,10 @@ def train(
         weight_decay=options.adam_weight_decay,
         fused=True,
     )
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if options.compile:
+        model.compile(dynamic=False)
     bare, (model, optimizer) = model, accelerator.prepare(model, optimizer)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     accelerator.register_for_checkpointing(ema, losses)
@@ -206,18 +214,19 @@ def train(
             looks = [callback for every, callback in callbacks if step % every == 0]
             if looks or step % options.logging_steps == 0 or step == options.max_train_steps:
                 rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
-                arguments = objective.inputs(batch, generator)[0]
-                line = {
-                    "step": step,
-                    "images": step * images_a_step,
-                    "loss": mean_loss(),
-                    "lr": learning_rate(options, step - 1),
-                    "images_per_s": round(rate, 2),
-                    **feature_statistics(bare, arguments, objective.bottleneck),
-                }
-                if accelerator.is_main_process:
-                    for look in looks:
-                        line |= look(run, step, bare, ema) or {}
+                with torch.compiler.set_stance("force_eager"):  # such calls are rare, and of other shapes
+                    statistics = feature_statistics(bare, objective.inputs(batch, generator)[0], objective.bottleneck)
+                    line = {
+                        "step": step,
+                        "images": step * images_a_step,
+                        "loss": mean_loss(),
+                        "lr": learning_rate(options, step - 1),
+                        "images_per_s": round(rate, 2),
+                        **statistics,
+                    }
+                    if accelerator.is_main_process:
+                        for look in looks:
+                            line |= look(run, step, bare, ema) or {}
                 metrics.write(line)
                 if max(line["block_norms"]) > EXPLODED:
                     size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
@@ -286,6 +295,8 @@ def check(options: LoopOptions) -> Path:
         raise ValueError("neither --max_train_steps nor --max_train_minutes is given; a training needs an end")
     if options.lr_scheduler == "cosine" and options.max_train_steps is None:
         raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
+    if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile needs a C++ compiler; install one (Debian: apt-get install g++), or leave it away")
     run = Path(options.output_dir)
     if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
         raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
