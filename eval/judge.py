@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from eval.extractors import EXTRACTORS, INCEPTION, INCEPTION_SHA256, FeatureExtractorBase, create_extractor, weights_hash
 from eval.features import extract_features, extract_layers, reference_features
+from eval.frechet import INFINITY_SAMPLES
 from eval.generate import SamplingOptions, labels_rule
 from eval.intervals import Estimate, of_repeats
 from eval.metrics import Reference, extrapolated, frechet, inception_score, kernel_distance, precision_recall, statistics
@@ -48,7 +49,7 @@ class MetricOptions:
     kid: bool = option(False, "also the kernel distance (KID), which is unbiased for few images")
     isc: bool = option(False, "also the Inception score")
     prc: bool = option(False, "also precision and recall")
-    fd_infinity: bool = option(True, "also the distance extrapolated to infinitely many images, where there are more images than features")
+    fd_infinity: bool = option(True, "also the distance extrapolated to infinitely many images, where there are 4 for every feature")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Judge:
             raise ValueError(f"{self.source.name} is about {dims}; give statistics of the same extractor")
         at_n = frechet(features, reference)
         estimates = {names["frechet"]: at_n}
-        if self.options.fd_infinity and len(features) > features.shape[1]:
+        if self.options.fd_infinity and len(features) >= INFINITY_SAMPLES * features.shape[1]:
             estimates[f"{names['frechet']}_infinity"] = extrapolated(features, reference, at_n)
         if self.options.kid:
             estimates[names["kernel"]], details[names["kernel"]] = kernel_distance(features, reference.features)

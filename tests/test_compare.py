@@ -60,7 +60,7 @@ def script(run_here: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     return lambda *arguments: run_here("eval/compare.py", *arguments, "--feature_extractor", LITE0)
 
 
-QUICK = ("--num_samples", 30, "--num_inference_steps", 2)
+QUICK = ("--num_samples", 48, "--num_inference_steps", 2)
 
 
 def test_pairs(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, script) -> None:

@@ -339,15 +339,15 @@ def quick(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_images_reach_the_metrics_by_every_way(quick, checkpoint: Path, more_images: tuple[Path, Path], tmp_path: Path) -> None:
     """A checkpoint, its saved PNGs, and its ADM .npz, against a folder, its .npz and its exported statistics: one number."""
     real, small = more_images[1], tmp_path / "real"
-    sampling = ["--num_samples", 30, "--num_inference_steps", 2, "--kid", "--prc", "--isc", "--batch_size", 8]
+    sampling = ["--num_samples", 48, "--num_inference_steps", 2, "--kid", "--prc", "--isc", "--batch_size", 8]
     paths = {"--save_images": tmp_path / "png", "--save_npz": tmp_path / "x.npz", "--export_reference": tmp_path / "real.npz"}
     whole = quick("--checkpoint", checkpoint, "--reference", real, *sampling, *(word for pair in paths.items() for word in pair))
     assert set(whole["metrics"]) == {"FD", "FD_infinity", "KD", "IS", "precision", "recall"}
 
     with np.load(tmp_path / "x.npz") as saved:
-        assert saved.files == ["arr_0"] and saved["arr_0"].shape == (30, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
+        assert saved.files == ["arr_0"] and saved["arr_0"].shape == (48, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
         images = saved["arr_0"]
-    assert sorted(path.name for path in (tmp_path / "png").iterdir())[::29] == ["000000.png", "000029.png"]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir())[::47] == ["000000.png", "000047.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000007.png")), images[7])
 
     small.mkdir()

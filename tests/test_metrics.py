@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from eval.frechet import frechet_distance, frechet_infinity, frechet_influence, mean_and_covariance
+from eval.frechet import INFINITY_SAMPLES, frechet_distance, frechet_infinity, frechet_influence, mean_and_covariance
 from eval.intervals import Estimate, difference, of_repeats, share, verdict
 from eval.knn import knn_accuracy
 from eval.memorisation import memorisation, nearest
@@ -116,6 +116,22 @@ def test_extrapolation_takes_away_the_bias() -> None:
     expected = dim / 300 + dim * (dim + 1) / 4 / 300  # of the mean; of the covariance, to first order
     assert np.mean(at_n) == pytest.approx(expected, rel=0.1)
     assert abs(np.mean(infinite)) < 0.1 * expected
+
+
+def test_extrapolation_holds_from_the_number_of_samples_that_is_asked_for() -> None:
+    """On a spectrum like that of real features the bias is below its standard error, and what is left of the interval covers."""
+    dim, trials = 60, 40
+    scales = np.exp(-np.linspace(0, 3, dim))
+    mu, sigma = np.full(dim, 0.02), np.diag((0.9 * scales) ** 2)
+    truth = (mu**2).sum() + ((0.1 * scales) ** 2).sum()
+    random, reference = np.random.default_rng(12), Reference(mu, sigma)
+    found = []
+    for _ in range(trials):
+        x = random.normal(size=(INFINITY_SAMPLES * dim, dim)) * scales
+        found.append(extrapolated(x, reference, frechet(x, reference)))
+    errors = np.array([each.value - truth for each in found])
+    assert abs(errors.mean()) < np.mean([each.standard_error for each in found])
+    assert np.mean([low <= truth <= high for low, high in (each.interval() for each in found)]) > 0.87
 
 
 def test_two_halves_of_one_set_give_the_small_number_of_theory() -> None:
