@@ -38,6 +38,7 @@ from training.processes import spread_over_cpu_processes
 
 STRIP = 12  # images of each contender
 RAW = "@raw"
+PROTOCOL = {"metric", "value", "num_samples", "feature_extractor", "reference", "reference_num"}  # that every evaluation tells
 SWEEPABLE = {"steps": ("num_inference_steps", int, 1, 1000), "guidance": ("guidance_scale", float, 0, 100)}
 
 
@@ -149,9 +150,11 @@ def read_entries(paths: Sequence[str]) -> list[Entry]:
     entries = []
     for path in paths:
         result = read_json(path)
-        if not isinstance(result, dict) or not {"metric", "value", "num_samples", "feature_extractor", "reference"} <= set(result):
+        if not isinstance(result, dict) or not result.keys() >= PROTOCOL:
             raise ValueError(f"{path} is no evaluation of eval/fid.py: metric, value or protocol is missing")
-        result.setdefault("metrics", {result["metric"]: {"value": result["value"]}})
+        metrics = result.setdefault("metrics", {result["metric"]: {"value": result["value"]}})
+        if not all(isinstance(each, dict) and isinstance(each.get("value"), int | float) for each in metrics.values()):
+            raise ValueError(f"{path} is no evaluation of eval/fid.py: its metrics have no values")
         entries.append(Entry(path, "", result))
     for other in entries[1:]:
         differ = [

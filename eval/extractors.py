@@ -202,8 +202,9 @@ def _check_weights(name: str, path: str) -> None:
     if name.startswith("clip"):
         return  # a TorchScript archive, which is not unpickled
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not (isinstance(weights, dict) and all(isinstance(key, str) for key in weights)):
+            raise ValueError("no tensors by name")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no plain PyTorch weights ({str(error).splitlines()[0][:120]}); give a state_dict in a .pth"
-        ) from None
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path} holds no plain PyTorch weights ({reason}); give a state_dict in a .pth") from None

@@ -51,14 +51,10 @@ class FolderImages(Dataset):
         if len(self.paths) < 2:
             raise ValueError(f"{folder} holds {len(self.paths)} images; a distance needs at least 2 ({' '.join(sorted(IMAGE_SUFFIXES))})")
         sizes = [self._open(path).size for path in self.paths]
-        self.size = (resolution, resolution) if resolution else sizes[0]
+        self.size = (resolution, resolution) if resolution else to_rgb(self._open(self.paths[0], decode=True)).size  # upright
         other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
         if other is not None and not resolution:
-            width, height = sizes[other]
-            raise ValueError(
-                f"{self.paths[0]} has {self.size[0]} x {self.size[1]} pixels and {self.paths[other]} {width} x {height}; "
-                "give --resolution to crop and resize all to one size"
-            )
+            raise self._of_another_size(other, sizes[other], sizes[0])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,7 +62,13 @@ class FolderImages(Dataset):
     def __getitem__(self, i: int) -> Tensor:
         image = self._open(self.paths[i], decode=True)
         pixels = centre_square(image, self.resolution) if self.resolution else np.array(to_rgb(image))
+        if pixels.shape[1::-1] != self.size:  # one that is stored lying, and turned as its EXIF says
+            raise self._of_another_size(i, pixels.shape[1::-1], self.size)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def _of_another_size(self, i: int, size: tuple[int, int], first: tuple[int, int]) -> ValueError:
+        sizes = "{} has {} x {} pixels and {} {} x {}".format(self.paths[0], *first, self.paths[i], *size)
+        return ValueError(f"{sizes}; give --resolution to crop and resize all to one size")
 
     @classmethod
     def _readable(cls, path: Path) -> bool:

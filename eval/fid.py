@@ -223,6 +223,10 @@ def check(inputs: InputOptions, output: OutputOptions) -> str | None:
         target = getattr(output, flag)
         if target and Path(target).is_dir():
             raise ValueError(f"--{flag} {target} is a folder; give a file")
+    for flag in ("save_npz", "export_reference"):
+        target = getattr(output, flag)
+        if target and not target.endswith(".npz"):
+            raise ValueError(f"--{flag} {target}: give a name that ends with .npz, by which it is known when it is read")
     if output.save_images and Path(output.save_images).exists() and any(Path(output.save_images).iterdir()):
         raise ValueError(f"--save_images {output.save_images} is not empty; give a new folder")
     return checkpoint

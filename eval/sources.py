@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,11 @@ from eval.features import ArrayImages, FolderImages
 from models.files import require_memory, written_aside
 from training.data import EMBEDDED, IMAGE_SUFFIXES, ImageData, load_images
 
+# what numpy and zipfile raise for files that are torn, encrypted or packed by other means
+UNREADABLE = (
+    OSError, EOFError, KeyError, NotImplementedError, RuntimeError, UnicodeDecodeError, json.JSONDecodeError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 STATISTICS = ("mu", "sigma")  # as ADM's and pytorch-fid's files name them
 
 
@@ -111,7 +119,7 @@ def _npz(path: str) -> Source:
         about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; check the path") from None
-    except (OSError, zipfile.BadZipFile, EOFError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as .npz ({type(error).__name__}); make it with numpy.savez") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path}: about is no JSON object; export the file again")

@@ -175,6 +175,8 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
     number = evaluation(tmp_path / "a.json", 1)
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "torn.json").write_text("{")
+    (tmp_path / "part.json").write_text('{"metric": "FD", "value": 1, "num_samples": 9, "feature_extractor": "x", "reference": "y"}')
+    odd = evaluation(tmp_path / "odd.json", 1, reach=None, metrics={"FD": 3})
     reference = ["--reference", image_folder]
     for arguments, message in [
         ([pair[0]], "--reference"),
@@ -184,6 +186,8 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
         ([pair[0], number, *reference], ".json files with .json files"),
         ([number, tmp_path / "list.json"], "no evaluation"),
         ([number, tmp_path / "torn.json"], "not valid JSON"),
+        ([number, tmp_path / "part.json"], "protocol is missing"),
+        ([number, odd], "have no values"),
         ([number, tmp_path / "none.json"], "none.json"),
         ([pair[0], *reference, "--output", number], "--output"),
         ([pair[0], *reference, "--sweep", "seeds=3"], "--sweep"),

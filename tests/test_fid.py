@@ -23,6 +23,7 @@ from eval import fid
 from eval.extractors import INCEPTION, LITE0, create_extractor, packaged_weights, register, timm_names
 from eval.features import ArrayImages, FolderImages, extract_features, reference_features
 from eval.generate import SamplingOptions, class_labels, generate, label_counts
+from eval.sources import open_source
 from models.compat import import_torchvision
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
@@ -447,6 +448,34 @@ def test_npz_that_are_hostile_or_of_something_else(quick, more_images: tuple[Pat
     assert result["reference_num"] is None
 
 
+def test_an_npz_that_is_damaged_anywhere_is_one_line(tmp_path: Path) -> None:
+    """Compressed data, headers and directory, byte by byte: whatever zlib, zipfile and numpy raise for them."""
+    random, path = np.random.default_rng(0), tmp_path / "x.npz"
+    np.savez_compressed(path, random.integers(0, 40, (8, 6, 6, 3), dtype=np.uint8))
+    whole, told = path.read_bytes(), 0
+    for place in range(0, len(whole), 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ random.integers(1, 256)]) + whole[place + 1 :])
+        try:
+            open_source(str(path))
+        except ValueError as error:
+            told += str(path) in str(error)
+    assert told > len(whole) // 4
+
+
+def test_a_photograph_that_is_stored_lying_is_told(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, turned = tmp_path / "photographs", Image.Exif()
+    turned[0x0112] = 6
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (30, 20), (60 * i, 0, 0)).save(folder / f"{i}.jpg", exif=turned if i == 2 else Image.Exif())
+    answer = quick("--input1", folder, "--input2", folder)
+    assert "0.jpg has 30 x 20 pixels" in answer and "2.jpg 20 x 30; give --resolution" in answer
+    for i in range(4):
+        Image.new("RGB", (30, 20), (60 * i, 0, 0)).save(folder / f"{i}.jpg", exif=turned)
+    assert FolderImages(str(folder)).size == (20, 30)
+    assert FolderImages(str(folder))[0].shape == (3, 30, 20)
+
+
 def test_too_few_images(quick, tmp_path: Path) -> None:
     few, more = write_images(tmp_path / "few", 2, seed=0), write_images(tmp_path / "more", 9, seed=1)
     assert "at least 3 images" in quick("--input1", few, "--input2", more, "--kid")
@@ -512,7 +541,9 @@ def free_port() -> int:
         ("--input1 {one} --input2 {two} --feature_extractor_weights_path {tmp}/none.pth", "not a file"),
         ("--input1 {one} --input2 {two} --feature_extractor_weights_path {one}/00.png", "no plain PyTorch weights"),
         ("--input1 {one} --input2 {two} --feature_extractor_weights_path {tmp}/other.pth", "do not fit"),
+        ("--input1 {one} --input2 {two} --feature_extractor_weights_path {tmp}/tensor.pth", "no plain PyTorch weights"),
         ("--input1 {one} --input2 {two} --json {tmp}", "--json"),
+        ("--input1 {one} --input2 {two} --export_reference {tmp}/statistics", "ends with .npz"),
         ("--input1 {one} --input2 {tmp}/larger", "20 x 20 pixels, and {tmp}/larger of 24 x 24"),
         ("--checkpoint {run} --input2 {one}", "8 x 8 pixels"),
     ],
@@ -525,6 +556,7 @@ def test_bad_input(arguments: str, message: str, folders: tuple[Path, Path], che
     write_images(tmp_path / "larger", 2, seed=0, size=24)
     Image.new("RGB", (9, 9)).save(tmp_path / "mixed" / "01.png")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
     filled = arguments.format(one=folders[0], two=folders[1], run=checkpoint, tmp=tmp_path)
     code, out, err = script("--feature_extractor", LITE0, *filled.split())
     assert (code, out) == (2, "")
