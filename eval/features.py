@@ -1,6 +1,7 @@
 """Images -> features through a torch-fidelity extractor, in batches."""
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from eval.extractors import FeatureExtractorBase
-from eval.spread import gathered, is_main, own_batches
+from eval.spread import everywhere, gathered, is_main, own_batches
 from models.files import require_memory, written_aside
 from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
 
@@ -127,12 +128,14 @@ def reference_features(data: ImageData, extractor: FeatureExtractorBase, weights
     """As `extract_features`, of a data set: computed once, then read from the cache.
 
     Args:
-        weights: hash of the extractor's weights; another hash, another data fingerprint or another torch is computed anew.
+        weights: hash of the extractor's weights; another hash, another data fingerprint or another version of a library is
+            computed anew.
     """
     code = Path(__file__).with_name("extractors.py").read_text(encoding="utf-8")
-    key = "\n".join((data.fingerprint, extractor.get_name(), weights, torch.__version__, code))
+    libraries = [version(name) for name in ("torch", "torch-fidelity", "timm")]
+    key = "\n".join((data.fingerprint, extractor.get_name(), weights, *libraries, code))
     path = cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if path.is_file():
+    if everywhere(path.is_file()):  # another evaluation may write it between the looks of two processes
         return np.load(path)
     features = extract_features(ArrayImages(data.images), extractor, batch_size, data.name)
     if is_main():

@@ -49,6 +49,11 @@ def gathered(arrays: Sequence[np.ndarray], num: int, batch_size: int) -> list[np
     return [np.concatenate(pieces) for pieces in zip(*(pieces for _, pieces in parts), strict=True)]
 
 
+def everywhere(here: bool) -> bool:
+    """Whether it is so in every process: they must go the same way where they will meet again."""
+    return here if _place()[1] == 1 else all(gather_object([here]))
+
+
 def is_main() -> bool:
     """Whether this process speaks and writes."""
     return processes().is_main_process

@@ -303,6 +303,28 @@ def test_features_keep_order_and_a_reference_is_computed_once(
     assert extractor.seen == 27
     reference_features(data, extractor, "w2", 4)  # other weights
     assert extractor.seen == 36
+    monkeypatch.setattr("eval.features.version", lambda name: f"another {name}")
+    reference_features(data, extractor, "w1", 4)
+    assert extractor.seen == 45
+
+
+def test_processes_read_the_cache_together_or_not_at_all(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that comes between the looks of two processes would send one to the batches, and leave it waiting there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data, extractor = load_images(str(folders[1]), 20), CountingExtractor()
+    reference_features(data, extractor, "w1", 4)
+
+    class First:
+        process_index, num_processes, is_main_process = 0, 2, True
+
+    monkeypatch.setattr("eval.spread.processes", First)
+    monkeypatch.setattr("eval.features.gathered", lambda layers, *_: list(layers))
+    for other, seen in ((True, 9), (False, 9 + 5)):  # 5 of the 9 are in this process's batches
+        monkeypatch.setattr("eval.spread.gather_object", lambda found, other=other: [*found, other])
+        reference_features(data, extractor, "w1", 4)
+        assert extractor.seen == seen
 
 
 # ----------------------------------------------------------------------------------------------------------------- sources
