@@ -28,7 +28,7 @@ from eval.judge import COMPARABLE, SAMPLED, Judge, Measured, MetricOptions, chec
 from eval.metrics import HIGHER_IS_BETTER
 from eval.probed import compare_probes, result_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
-from eval.sources import coloured, open_source
+from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
 from models.files import Parser, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
@@ -122,7 +122,9 @@ def judge_contenders(
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{path} {shape[1]} px" for path, shape in shapes.items())
         raise ValueError(f"the contenders draw images of different shapes ({listed}); compare those of one")
-    source = open_source(options.reference, None, pipeline.image_shape[1], options.reference_split, as_data=True)
+    _, height, width = pipeline.image_shape
+    source = open_source(options.reference, None, height, options.reference_split, as_data=True)
+    require_one_size(paths[0], (width, height), source)
     judge = Judge(source, metric, sampling.batch_size)
 
     entries = []

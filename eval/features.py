@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from eval.extractors import FeatureExtractorBase
 from eval.spread import everywhere, gathered, is_main, own_batches
-from models.files import require_memory, written_aside
+from models.files import require_memory, sha256, written_aside
 from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
 
 
@@ -66,6 +66,13 @@ class FolderImages(Dataset):
         if pixels.shape[1::-1] != self.size:  # one that is stored lying, and turned as its EXIF says
             raise self._of_another_size(i, pixels.shape[1::-1], self.size)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def fingerprint(self) -> str:
+        """Hash of names, files and resolution."""
+        digest = hashlib.sha256(str(self.resolution).encode())
+        for path in self.paths:
+            digest.update(f"\n{path.name} {sha256(path)}".encode())
+        return digest.hexdigest()[:16]
 
     def _of_another_size(self, i: int, size: tuple[int, int], first: tuple[int, int]) -> ValueError:
         sizes = "{} has {} x {} pixels and {} {} x {}".format(self.paths[0], *first, self.paths[i], *size)

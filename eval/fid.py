@@ -128,7 +128,7 @@ def judge_images(inputs: InputOptions, sampling: SamplingOptions, metric: Metric
     require_one_size(inputs.input1, images.size, source)
     judge = Judge(source, metric, sampling.batch_size)
     found = judge(images.images, images.name)
-    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": inputs.resolution}, images.notes, output)
+    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": edge}, images.notes, output)
 
 
 def open_reference(inputs: InputOptions, resolution: int | None) -> Source:

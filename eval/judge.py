@@ -121,8 +121,8 @@ class Judge:
 
     @property
     def has_both(self) -> bool:
-        """The reference is one of ADM's files: statistics of a whole training set beside some of its images."""
-        return bool(self.source.statistics) and self.source.images is not None and self.is_inception
+        """The reference is one of ADM's files: Inception's statistics of a whole training set beside some of its images."""
+        return bool(self.source.statistics) and self.source.images is not None and self.weights == INCEPTION_SHA256
 
     @property
     def reference_num(self) -> int | None:
@@ -155,9 +155,11 @@ class Judge:
     def protocol(self, measured: Measured) -> dict[str, Any]:
         """What the numbers are of, apart from how the images came about."""
         source = self.source
-        about = {"reference": source.name, "reference_num": self.reference_num}
+        about = {"reference": source.name, "reference_num": self.reference_num, "reference_fingerprint": source.fingerprint}
         if source.data is not None:
-            about |= {"reference_split": source.data.split, "reference_fingerprint": source.data.fingerprint}
+            about["reference_split"] = source.data.split
+        if source.size is not None:
+            about["reference_size"] = list(source.size)
         about |= {name: value for name, value in source.about.items() if name.startswith("reference")}
         num, dim = measured.features.shape
         return {
@@ -204,6 +206,8 @@ class Judge:
         if self.is_inception and self.weights != INCEPTION_SHA256:
             known = f"({INCEPTION_SHA256}...): not comparable with other FIDs"
             notes.append(f"the Inception weights (sha256 {self.weights}...) are not torch-fidelity's {known}")
+        if self.source.images is None and not self.source.about:
+            notes.append(f"{self.source.name} does not say through which extractor, and of which images, its statistics were taken")
         if self.has_both:
             notes.append(f"the Fréchet distance is to mu and sigma of {self.source.name}, other numbers to its {self.source.num:,} images")
         return notes
@@ -239,9 +243,10 @@ def training_notes(pipeline: Pipeline, source: Source) -> list[str]:
     """What the checkpoint's training data mean for a number against this reference."""
     training, data = pipeline.config.training, source.data
     name = data.name if data is not None else source.about.get("reference", source.name)
+    split = data.split if data is not None else source.about.get("reference_split")
     if os.path.realpath(training.get("data") or "") != os.path.realpath(name or ""):  # one folder has many names
         return [f"the checkpoint was trained on {training.get('data')}, and the reference is {name}"]
-    if training.get("data_split") == "all" and data is not None and data.split == "validation":
+    if training.get("data_split") == "all" and split == "validation":
         return ["the reference was part of the training data"]
     return []
 

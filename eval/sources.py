@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from eval.features import ArrayImages, FolderImages
-from models.files import require_memory, written_aside
+from models.files import require_memory, sha256, written_aside
 from training.data import EMBEDDED, IMAGE_SUFFIXES, ImageData, load_images
 
 # what numpy and zipfile raise for files that are torn, encrypted or packed by other means
@@ -34,7 +35,7 @@ class Source:
     Attributes:
         name: as the user wrote it.
         images: uint8 (3, H, W) one by one; None where there are only statistics or features.
-        size: (width, height), where the images have one.
+        size: (width, height), where the images have one; of statistics, what they were taken of, if they say it.
         data: the data set that it is, with labels and a fingerprint.
         statistics: "mu" (D,), "sigma" (D, D) and, of our own files, "features" (R, D).
         about: what our own file says of itself.
@@ -53,6 +54,13 @@ class Source:
     def num(self) -> int | None:
         """How many images; None where statistics do not say."""
         return len(self.images) if self.images is not None else self.about.get("reference_num")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the images or the statistics: a name stays when what it names changes."""
+        if self.data is not None:
+            return self.data.fingerprint
+        return self.images.fingerprint() if isinstance(self.images, FolderImages) else sha256(Path(self.name))[:16]
 
 
 def open_source(
@@ -132,7 +140,9 @@ def _npz(path: str) -> Source:
     if images is None and not statistics:
         raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma)")
     if images is None:
-        return Source(path, statistics=statistics, about=about)
+        size = about.get("reference_size")
+        size = tuple(size) if isinstance(size, list) and len(size) == 2 else None
+        return Source(path, size=size, statistics=statistics, about=about)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)) or len(images) < 2:
         raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3), at least 2")
     notes = (f"the images of {path} are grey; all three channels are the same",) if images.ndim == 3 or images.shape[-1] == 1 else ()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -177,12 +178,14 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
     (tmp_path / "torn.json").write_text("{")
     (tmp_path / "part.json").write_text('{"metric": "FD", "value": 1, "num_samples": 9, "feature_extractor": "x", "reference": "y"}')
     odd = evaluation(tmp_path / "odd.json", 1, reach=None, metrics={"FD": 3})
+    np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 3), np.uint8))
     reference = ["--reference", image_folder]
     for arguments, message in [
         ([pair[0]], "--reference"),
         ([pair[0], tmp_path / "none", *reference], "is not a checkpoint"),
         ([f"{pair[1]}@raw", *reference], "no averaged weights"),
         ([pair[0], other_size, *reference], "different shapes"),
+        ([pair[0], "--reference", tmp_path / "large.npz"], "of 16 x 16"),
         ([pair[0], number, *reference], ".json files with .json files"),
         ([number, tmp_path / "list.json"], "no evaluation"),
         ([number, tmp_path / "torn.json"], "not valid JSON"),

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import nn
 
 from eval import fid
-from eval.extractors import INCEPTION, LITE0, create_extractor, packaged_weights, register, timm_names
+from eval.extractors import INCEPTION, INCEPTION_SHA256, LITE0, create_extractor, packaged_weights, register, timm_names
 from eval.features import ArrayImages, FolderImages, extract_features, reference_features
 from eval.generate import SamplingOptions, class_labels, generate, label_counts
+from eval.judge import Judge, MetricOptions
 from eval.sources import open_source
 from models.compat import import_torchvision
 from models.dit import DiT
@@ -385,6 +386,9 @@ def test_images_reach_the_metrics_by_every_way(quick, checkpoint: Path, more_ima
             for name, found in whole["metrics"].items():
                 assert again["metrics"][name]["value"] == pytest.approx(found["value"], rel=1e-5, abs=1e-7), (one, two, name)
     assert again["reference"] == str(real) and again["reference_fingerprint"] == whole["reference_fingerprint"]
+    assert again["resolution"] == whole["resolution"] == 8 and again["reference_size"] == [8, 8]
+    large = write_images(tmp_path / "large", 9, seed=3)
+    assert "of 8 x 8" in quick("--input1", large, "--input2", tmp_path / "real.npz")  # statistics know their images' size
     by_name = quick("--input1", tmp_path / "png", "--reference", real, *asked)  # a data set takes the size of the images
     assert by_name["value"] == pytest.approx(whole["value"], rel=1e-5)
     as_input = quick("--input1", checkpoint, "--input2", small, *sampling)
@@ -468,6 +472,38 @@ def test_npz_that_are_hostile_or_of_something_else(quick, more_images: tuple[Pat
     assert "holds statistics alone" in quick("--input1", tmp_path / "statistics.npz", "--input2", more_images[0])
     result = quick("--input1", more_images[0], "--input2", tmp_path / "statistics.npz")
     assert result["reference_num"] is None
+    assert any("does not say through which extractor" in note for note in result["notes"])
+
+
+def test_a_reference_is_known_by_what_it_holds(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
+    """A folder or a file of the same name and number of images is another reference once its content changes."""
+    folder, file = write_images(tmp_path / "folder", 6, seed=5), tmp_path / "file.npz"
+
+    def fingerprints() -> list[str]:
+        np.savez(file, np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]))
+        return [quick("--input1", more_images[0], "--input2", each)["reference_fingerprint"] for each in (folder, file)]
+
+    before, again = fingerprints(), fingerprints()
+    Image.new("RGB", (20, 20)).save(folder / "03.png")
+    after = fingerprints()
+    assert before == again and len({*before, *after}) == 4
+
+
+@pytest.mark.parametrize("own_weights", [False, True])
+def test_an_adm_reference_has_statistics_of_the_known_inception(
+    own_weights: bool, more_images: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mu and sigma are of 50,000 images through the known weights: through others its own images are what is comparable."""
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(more_images[1].iterdir())])
+    np.savez(tmp_path / "adm.npz", images, mu=np.full(12, 0.5), sigma=np.eye(12))
+    monkeypatch.setattr("eval.judge.create_extractor", lambda *_, scores: ColourExtractor(scores))
+    monkeypatch.setattr("eval.judge.weights_hash", lambda *_: "other" if own_weights else INCEPTION_SHA256)
+    judge = Judge(open_source(str(tmp_path / "adm.npz")), MetricOptions(feature_extractor=INCEPTION, kid=True), 8)
+    measured = judge(FolderImages(str(more_images[0])), "test")
+    own = np.cov(judge.reference.features, rowvar=False)
+    np.testing.assert_allclose(judge.reference.sigma, own if own_weights else np.eye(12))
+    assert judge.protocol(measured)["reference_num"] == (22 if own_weights else None)
+    assert any("to mu and sigma" in note for note in judge.notes(measured)) != own_weights
 
 
 def test_an_npz_that_is_damaged_anywhere_is_one_line(tmp_path: Path) -> None:
