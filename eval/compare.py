@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from eval.features import ArrayImages
-from eval.generate import SamplingOptions, all_images, check_sampling, generate, label_counts
-from eval.intervals import LEVEL, difference, verdict
-from eval.judge import COMPARABLE, SAMPLED, Judge, Measured, MetricOptions, checkpoint_protocol, reference_words, training_notes
+from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts
+from eval.intervals import LEVEL, Estimate, difference, verdict
+from eval.judge import COMPARABLE, SAMPLED, Judge, MetricOptions, checkpoint_protocol, reference_words, training_notes
 from eval.metrics import HIGHER_IS_BETTER
 from eval.probed import compare_probes, result_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
@@ -56,15 +56,15 @@ class Entry:
     """One contender under one setting.
 
     Attributes:
-        measured: with what pairing needs; None for numbers taken earlier.
         result: the numbers with their protocol.
+        estimates: what pairing needs; None for numbers taken earlier.
         images: uint8 (STRIP, H, W, 3), or None.
     """
 
     name: str
     setting: str
     result: dict[str, Any]
-    measured: Measured | None = None
+    estimates: dict[str, Estimate] | None = None
     images: np.ndarray | None = None
 
 
@@ -110,6 +110,8 @@ def judge_contenders(
     """Sample and measure every contender under every setting; what is cheap to check comes first."""
     if options.reference is None:
         raise ValueError("give --reference; only .json files of earlier evaluations and runs that eval/probe.py looked at go without")
+    if all(setting.get("guidance_scale", sampling.guidance_scale) == 1 for setting in settings):
+        check_guidance(sampling)
     split = {path: (path.removesuffix(RAW), not path.endswith(RAW)) for path in dict.fromkeys(paths)}
     shapes = {}
     for path, (folder, ema) in split.items():
@@ -139,7 +141,7 @@ def judge_contenders(
             result = judge.result([measured], made, training_notes(pipeline, source))
             words = ", ".join(f"{name} {setting[field]:g}" for name, (field, *_) in SWEEPABLE.items() if field in setting)
             shown = all_images(images, each)[:STRIP] if processes().num_processes > 1 else images[:STRIP]
-            entries.append(Entry(path, words, result, measured, shown.copy()))
+            entries.append(Entry(path, words, result, measured.estimates, shown.copy()))  # the features are let go
     return entries
 
 
@@ -188,8 +190,8 @@ def compare(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _difference(entry: Entry, first: Entry, name: str) -> tuple[float, float, float, str]:
     """Difference, both ends of its interval (NaN where there is none), and how that was found."""
-    if entry.measured is not None and entry.result["labels"] == first.result["labels"]:
-        found = difference(entry.measured.estimates[name], first.measured.estimates[name])
+    if entry.estimates is not None and entry.result["labels"] == first.result["labels"]:
+        found = difference(entry.estimates[name], first.estimates[name])
         return found.value, *found.interval(), found.how
     one, other = entry.result["metrics"][name], first.result["metrics"][name]
     value = one["value"] - other["value"]
@@ -200,8 +202,9 @@ def _difference(entry: Entry, first: Entry, name: str) -> tuple[float, float, fl
 
 
 def evaluations(result: dict[str, Any]) -> int:
-    """What an image costs: how often the network sees it (guidance doubles it, and so does Heun)."""
-    doubled = result["guidance_scale"] != 1 and result["labels"] is not None
+    """What an image costs: how often a network sees it (guidance doubles it, and so does Heun); guidance in a part of the time costs
+    less than is counted here."""
+    doubled = result["guidance_scale"] != 1 and (result["guide"] or result["labels"] is not None)
     steps = 2 * result["steps"] - 1 if result["sampler"] == "heun" else result["steps"]
     return steps * (2 if doubled else 1)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eval.features import ArrayImages, reference_features
-from eval.generate import SamplingOptions, all_images, check_sampling, generate, label_counts, save_images, save_npz
+from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts, save_images, save_npz
 from eval.judge import (
     UNKNOWN,
     Judge,
@@ -86,8 +86,7 @@ def judge_checkpoint(
     if channels not in (1, 3):
         raise ValueError(f"{checkpoint} draws images of {channels} channels; the extractors look at 3, or at 1 as grey")
     check_sampling(pipeline, sampling)
-    if sampling.guidance_scale == 1 and (sampling.guide or (sampling.guidance_from, sampling.guidance_to) != (0, 1)):
-        raise ValueError("--guide, --guidance_from and --guidance_to do nothing at --guidance_scale 1; give a larger one, such as 2")
+    check_guidance(sampling)
     if sampling.seed > MAX_SEED - output.repeats * sampling.num_samples:
         raise ValueError(f"--seed {sampling.seed} leaves no seeds for --repeats {output.repeats}; choose a smaller one")
     source = open_reference(inputs, resolution)
@@ -144,8 +143,10 @@ def training_data(pipeline: Pipeline, resolution: int) -> tuple[ImageData, Image
     """What a checkpoint was trained on, and what of the same data it was not."""
     training = pipeline.config.training
     name, split = training.get("data"), training.get("data_split", "train")
+    if name is None:
+        raise ValueError("--memorisation needs the training data, and the checkpoint does not say what it was trained on")
     try:
-        train = load_images(str(name), resolution, split)
+        train = load_images(name, resolution, split)
     except ValueError as error:
         raise ValueError(f"--memorisation needs the training data, {name}: {error}") from None
     try:

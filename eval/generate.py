@@ -107,6 +107,12 @@ def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     class_labels(pipeline.num_classes, options)
 
 
+def check_guidance(options: SamplingOptions) -> None:
+    """Raise ValueError for flags of guidance where there is none."""
+    if options.guidance_scale == 1 and (options.guide or (options.guidance_from, options.guidance_to) != (0, 1)):
+        raise ValueError("--guide, --guidance_from and --guidance_to do nothing at --guidance_scale 1; give a larger one, such as 2")
+
+
 def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | None = None) -> np.ndarray:
     """Sample uint8 images (N, H, W, C); image i depends on seed + i, not on the batch that it is in.
 

@@ -123,15 +123,12 @@ def test_sweep_settings() -> None:
 def test_pareto_front_and_cost() -> None:
     assert MODULE["pareto"]([10, 5, 20, 10, 40], [3, 7, 4, 2, 1]) == [1, 3, 4]
     cost = MODULE["evaluations"]
-    base = {"guidance_scale": 1.0, "labels": "x", "sampler": "euler", "steps": 10}
-    assert [
-        cost({**base, **change}) for change in ({}, {"guidance_scale": 2.0}, {"sampler": "heun"}, {"guidance_scale": 2.0, "labels": None})
-    ] == [
-        10,
-        20,
-        19,
-        10,
-    ]
+    base = {"guidance_scale": 1.0, "labels": "x", "sampler": "euler", "steps": 10, "guide": None}
+    guided = {"guidance_scale": 2.0}
+    changes = {10: {}, 20: guided, 19: {"sampler": "heun"}}
+    assert [cost({**base, **change}) for change in changes.values()] == list(changes)
+    assert cost({**base, **guided, "labels": None}) == 10
+    assert cost({**base, **guided, "labels": None, "guide": "runs/weak"}) == 20  # a guide needs no label
 
 
 def evaluation(path: Path, value: float, reach: float | None = 1.0, **change: Any) -> Path:
@@ -194,6 +191,7 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
         ([number, tmp_path / "none.json"], "none.json"),
         ([pair[0], *reference, "--output", number], "--output"),
         ([pair[0], *reference, "--sweep", "seeds=3"], "--sweep"),
+        ([pair[0], *reference, "--guidance_to", 0.8, "--sweep", "steps=1,2"], "do nothing at --guidance_scale 1"),
     ]:
         code, out, err = script(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), (message, out, err)
