@@ -5,8 +5,8 @@
     accelerate launch eval/fid.py --checkpoint runs/x --input2 VIRTUAL_imagenet256_labeled.npz --num_samples 50000
 
 It is called FID only where the features are Inception's, and FD with the extractor's name elsewhere. The features come from
-torch-fidelity's extractors, and the numbers equal those of its own call. An interval says where the number of other generated
-images, as many, would be (95 %); the reference is taken as it is.
+torch-fidelity's extractors, and the numbers equal those of its own call. An interval (95 %) is of the number's mean over other
+samplings of as many images; the reference is taken as it is.
 """
 
 import argparse

@@ -85,7 +85,7 @@ class ShareDifference(Estimate):
 
 def share(hits: np.ndarray, how: str = "") -> Share:
     """Of bool (N,)."""
-    return Share(float(hits.mean()), hits - hits.mean(), how=how)
+    return Share(float(hits.mean()), hits - hits.mean(), how=how, limits=(0, 1))
 
 
 def halves_of(num: int, seed: int = 0) -> list[np.ndarray]:
@@ -116,9 +116,10 @@ def verdict(low: float, high: float, lower_is_better: bool) -> str:
     return "better" if (high < 0) == lower_is_better else "worse"
 
 
-def of_repeats(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]:
-    """Mean of the numbers of several sampling seeds, and the interval of that mean (Student's t)."""
+def of_repeats(values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf), level: float = LEVEL) -> dict[str, Any]:
+    """Mean of the numbers of several sampling seeds, and the interval of that mean (Student's t), within the limits."""
     mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
     reach = float(student.ppf((1 + level) / 2, len(values) - 1)) * std / len(values) ** 0.5
     how = f"Student's t over {len(values)} sampling seeds"
-    return {"value": mean, "low": mean - reach, "high": mean + reach, "level": level, "interval": how, "std": std, "repeats": list(values)}
+    low, high = max(limits[0], mean - reach), min(limits[1], mean + reach)
+    return {"value": mean, "low": low, "high": high, "level": level, "interval": how, "std": std, "repeats": list(values)}

@@ -61,6 +61,7 @@ class Measured:
     features: np.ndarray = field(repr=False)
 
     def as_json(self) -> dict[str, dict[str, Any]]:
+        """Value and interval of every number, and how it was taken."""
         return {name: {**estimate.as_json(), **self.details.get(name, {})} for name, estimate in self.estimates.items()}
 
 
@@ -183,7 +184,9 @@ class Judge:
         """
         metrics = found[0].as_json()
         if len(found) > 1:
-            metrics = {name: of_repeats([each.estimates[name].value for each in found]) for name in metrics}
+            several = {name: [each.estimates[name] for each in found] for name in metrics}
+            means = {name: of_repeats([each.value for each in those], those[0].limits) for name, those in several.items()}
+            metrics = {name: {**found[0].details.get(name, {}), **mean} for name, mean in means.items()}
         name = self.names["frechet"]
         return {
             "metric": name,

@@ -35,7 +35,7 @@ class Reference:
 
 
 def frechet(features: np.ndarray, reference: Reference) -> Estimate:
-    """Fréchet distance at this number of images: the interval is where that of other images as many would be."""
+    """Fréchet distance at this number of images: the interval is of its mean over other samplings of as many."""
     value, influence = frechet_influence(features, reference.mu, reference.sigma)
     return Estimate(value, influence, how=_INFLUENCE)
 

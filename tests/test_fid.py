@@ -397,13 +397,15 @@ def test_images_reach_the_metrics_by_every_way(quick, checkpoint: Path, more_ima
 
 def test_repeats_are_samplings_of_their_own(quick, checkpoint: Path, more_images: tuple[Path, Path]) -> None:
     flags = ["--checkpoint", checkpoint, "--reference", more_images[0], "--num_samples", 20, "--num_inference_steps", 2]
-    repeated = quick(*flags, "--repeats", 3, "--seed", 7)
+    repeated = quick(*flags, "--repeats", 3, "--seed", 7, "--kid", "--prc")
     single = [quick(*flags, "--seed", seed)["value"] for seed in (7, 27, 47)]
     found = repeated["metrics"]["FD"]
     assert found["repeats"] == pytest.approx(single)
     assert repeated["value"] == pytest.approx(np.mean(single))
     assert found["low"] < min(single) and found["high"] > max(single)  # t with two degrees of freedom reaches far
     assert "3 sampling seeds" in found["interval"]
+    assert (repeated["metrics"]["KD"]["subsets"], repeated["metrics"]["KD"]["subset_size"]) == (100, 20)
+    assert all(0 <= repeated["metrics"][name][end] <= 1 for name in ("precision", "recall") for end in ("low", "high"))
 
 
 def test_memorisation_is_drawn_and_told(quick, checkpoint: Path, more_images: tuple[Path, Path], tmp_path: Path) -> None:

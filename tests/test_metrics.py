@@ -244,6 +244,7 @@ def test_repeats_give_students_interval() -> None:
     found = of_repeats([1.0, 2.0, 3.0])
     assert (found["value"], found["std"]) == (2, 1)
     assert found["high"] - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert [of_repeats([0.1, 0.9], share(np.ones(2, bool)).limits)[end] for end in ("low", "high")] == [0, 1]
 
 
 def test_metrics_equal_torch_fidelity_with_more_images_than_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
