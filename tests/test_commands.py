@@ -35,9 +35,12 @@ def test_torchvision_imports_whatever_it_was_built_for(code: str, run_script: Ca
 def test_benchmarks_run(run_script: Callable, tmp_path: Path) -> None:
     done = run_script("-m", "tests.benchmarks", "alpha", "--pairs", 1, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    case = read_json(tmp_path / "out.json")["cases"]["alpha"]
+    case = read_json(tmp_path / "out.json")["alpha"]
     assert case["ratio_median"] == pytest.approx(case["ours_s_median"] / case["theirs_s_median"])
-    assert run_script("-m", "tests.benchmarks", "nonsense").returncode == 2
+    assert "| alpha | dit: decayed step / plain step |" in (tmp_path / "RESULTS.md").read_text()
+    for bad in (["nonsense"], ["loop", "--peer", tmp_path], ["uvit-loop"]):
+        refused = run_script("-m", "tests.benchmarks", *bad)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
 
 
 def test_the_cure_can_be_installed_again(run_script: Callable) -> None:

@@ -1,17 +1,20 @@
-"""The training loop as it is published, written down once more: eager fp32 blocks, ImageFolder and DataLoader, an average per tensor.
+"""The training loops as they are published, written down once more: eager fp32 blocks, ImageFolder and DataLoader, an average per tensor.
 
-After train.py and models.py of facebookresearch/DiT and willisma/SiT: every block has its own modulation, the images are decoded,
-flipped and normalised one by one in two workers, AdamW is torch's default, and the averaged weights are moved tensor by tensor.
+After train.py and models.py of facebookresearch/DiT and willisma/SiT, and main_pretrain.py and models_mae.py of facebookresearch/mae: every
+block has its own modulation, the images are decoded, cropped, flipped and normalised one by one in two workers, AdamW is torch's default,
+and the averaged weights are moved tensor by tensor.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from models.compat import import_torchvision
 from models.layers import TimestepEmbedding, patchify, sincos_positions, unpatchify
@@ -70,21 +73,31 @@ def write_folder(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
         Image.fromarray(image).save(folder / str(label) / f"{i:05}.png")
 
 
-def published_loop(folder: Path, batch_size: int, **sizes: int) -> Callable[[], None]:
-    """A step of the loop: the next batch from the workers, forward, backward, AdamW, average."""
+def image_loader(folder: Path, batch_size: int, *augment: Callable) -> DataLoader:
+    """Images of a folder from two workers, augmented one by one, in [-1, 1]."""
     import_torchvision()
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    steps = [transforms.CenterCrop(sizes["image_size"]), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    data = ImageFolder(str(folder), transform=transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.5] * 3)]))
-    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, num_workers=2, drop_last=True)
+    normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    steps = transforms.Compose([*augment, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+    data = ImageFolder(str(folder), transform=steps)
+    return DataLoader(data, batch_size, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
 
-    def endless() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from loader
 
-    batches, model = endless(), PublishedDiT(**sizes)
+def endless(*loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `image_loader`, epoch after epoch."""
+    batches = image_loader(*loader)
+    while True:
+        yield from batches
+
+
+def published_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """A step of SiT's loop: the next batch, forward, backward, AdamW, average.
+
+    Args:
+        model: of (x, t, labels), in fp32; where it predicts twice the channels the second half is left alone.
+    """
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
@@ -93,12 +106,74 @@ def published_loop(folder: Path, batch_size: int, **sizes: int) -> Callable[[], 
         labels = torch.where(torch.rand(len(labels)) < 0.1, CLASSES, labels)
         t, noise = torch.rand(len(x)), torch.randn_like(x)
         along = t.view(-1, 1, 1, 1)
-        loss = (model(along * x + (1 - along) * noise, t, labels) - (x - noise)).square().mean()
+        loss = (model(along * x + (1 - along) * noise, t, labels)[:, :3] - (x - noise)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             for kept, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 kept.mul_(0.9999).add_(parameter, alpha=1 - 0.9999)
+
+    return step
+
+
+class PublishedMAE(nn.Module):
+    """The masked autoencoder of blocks of timm; its loss is that of `models.MAE` without long skips."""
+
+    def __init__(
+        self, image_size: int, patch_size: int, depth: int, dim: int, num_heads: int,
+        decoder_depth: int, decoder_dim: int, decoder_num_heads: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        self.patch_size, grid = patch_size, image_size // patch_size
+        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.positions, self.decoder_positions = (
+            nn.Parameter(torch.cat([torch.zeros(1, width), sincos_positions(width, grid, grid)]), requires_grad=False)
+            for width in (dim, decoder_dim)
+        )
+        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(decoder_dim)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.decoder_blocks = nn.Sequential(*(Block(decoder_dim, decoder_num_heads, qkv_bias=True) for _ in range(decoder_depth)))
+        self.head = nn.Linear(decoder_dim, 3 * patch_size**2)
+
+    def forward(self, images: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, prediction (N, T, p * p * C), and mask (N, T), 1 where hidden."""
+        pixels = patchify(images, self.patch_size)
+        n, t, _ = pixels.shape
+        x = self.patch_embed(pixels) + self.positions[1:]
+        order = torch.rand(n, t).argsort(1)
+        back, kept = order.argsort(1), order[:, : round(t * (1 - mask_ratio))]
+        x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        mask = torch.ones(n, t).scatter(1, kept, 0.0)
+        x = torch.cat([(self.cls_token + self.positions[:1]).expand(n, -1, -1), x], dim=1)
+        x = self.decoder_embed(self.norm(self.blocks(x)))
+        tokens = torch.cat([x[:, 1:], self.mask_token.expand(n, t + 1 - x.shape[1], -1)], dim=1)
+        tokens = tokens.gather(1, back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_positions
+        prediction = self.head(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        target = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+        return ((prediction - target).square().mean(-1) * mask).sum() / mask.sum(), prediction, mask
+
+
+def published_mae_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """A step of MAE's loop: the next batch, forward, backward, AdamW.
+
+    Args:
+        model: of images; its first answer is the loss.
+    """
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+
+    def step() -> None:
+        loss = model(next(batches)[0])[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     return step
