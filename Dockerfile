@@ -6,11 +6,12 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
 # Pillow joins the code points of an emoji with it
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libfribidi0 && rm -rf /var/lib/apt/lists/*
-COPY requirements.txt .
+COPY requirements.txt requirements.lock ./
 # torch from its own index where that can be reached, else from the configured one
-RUN pins=$(grep -E '^torch(vision)?==' requirements.txt) \
- && { [ -z "$TORCH_INDEX" ] || pip install --no-cache-dir --retries 0 --timeout 20 --index-url "$TORCH_INDEX" $pins || true; } \
- && pip install --no-cache-dir --requirement requirements.txt
+RUN pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \
+ && pins=$(grep -E '^torch(vision)?==' requirements.txt) \
+ && { [ -z "$TORCH_INDEX" ] || pip install --no-cache-dir --no-deps --retries 0 --timeout 20 --index-url "$TORCH_INDEX" $pins || true; } \
+ && pip install --no-cache-dir $pins
 COPY pyproject.toml ./
 COPY models models
 COPY training training

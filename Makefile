@@ -1,4 +1,4 @@
-.PHONY: app test test-fast demo docker lint clean
+.PHONY: app test test-fast demo docker lock audit clean
 PYTHON ?= python3
 PORT ?= 7860
 VENV := .venv
@@ -25,12 +25,22 @@ docker:
 	docker build --tag fading-shortcuts .
 	@echo "run it: docker run --publish 7860:7860 --volume fading-shortcuts:/app/runs fading-shortcuts"
 
-$(VENV)/ready: requirements.txt pyproject.toml
+lock: $(VENV)/ready-dev  ## remake requirements.lock after a change of requirements.txt; with UPGRADE=--upgrade all that it needs anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" $(UPGRADE) \
+		--output-file requirements.lock requirements.txt
+	awk '/^[a-z]/ { keep = !/^(torch|torchvision|triton|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==/ } keep || /^#/' requirements.lock > .lock.partial
+	mv .lock.partial requirements.lock
+
+audit: $(VENV)/ready-dev  ## known vulnerabilities of what is locked; asks the package index
+	$(BIN)/uvx pip-audit==2.10.1 --strict --disable-pip --require-hashes --requirement requirements.lock
+
+$(VENV)/ready: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	command -v nvidia-smi >/dev/null || ! curl --fail --silent --head --max-time 5 $(TORCH_INDEX)/torch/ >/dev/null \
-		|| $(BIN)/pip install --quiet --index-url $(TORCH_INDEX) torch==$(call pinned,torch) torchvision==$(call pinned,torchvision)
-	$(BIN)/pip install --quiet --requirement requirements.txt
+		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --editable .
 	$(BIN)/python -m models.compat
 	touch $@
@@ -39,7 +49,7 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-pinned = $(shell sed -n 's/^$(1)==//p' requirements.txt)
+TORCH = $(shell grep -E '^torch(vision)?==' requirements.txt)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
