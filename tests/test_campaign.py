@@ -59,6 +59,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     assert "1 of 1 runs are done" in capsys.readouterr().out
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/demo").glob("*.json")}
     assert results.keys() == {"decayed-0"}
+    assert str(tmp_path) not in (tmp_path / "results/demo/decayed-0.json").read_text(), "results name no machine's folders"
     for result in results.values():
         assert [line["step"] for line in result["curves"]] == [1, 2, 3]
         assert 0 <= result["probe"]["value"] <= 1

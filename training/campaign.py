@@ -102,19 +102,26 @@ class Run:
     def gather(self) -> None:
         """Write the result file: what was run, its curves, what the judges said."""
         config = read_json(self.folder / CONFIG)
-        write_json(
-            self.result,
-            {
-                "comparison": self.comparison,
-                "arm": self.arm,
-                "seed": self.seed,
-                "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
-                "training": read_index(self.folder)["training"],
-                "alphas": list(load_backbone(self.folder).alphas),
-                "curves": read_metrics(self.folder),
-                **{name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges},
-            },
-        )
+        found = {
+            "comparison": self.comparison,
+            "arm": self.arm,
+            "seed": self.seed,
+            "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
+            "training": read_index(self.folder)["training"],
+            "alphas": list(load_backbone(self.folder).alphas),
+            "curves": read_metrics(self.folder),
+            **{name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges},
+        }
+        write_json(self.result, anywhere(found))
+
+
+def anywhere(found: Any) -> Any:
+    """Of every absolute path its last part alone: results are published, and fingerprints tell what they are of."""
+    if isinstance(found, dict):
+        return {name: anywhere(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [anywhere(value) for value in found]
+    return Path(found).name if isinstance(found, str) and found.startswith("/") else found
 
 
 def _flag(name: str, value: Any) -> list[str]:
