@@ -1,5 +1,6 @@
 """Features of generated and of real images -> every number, each with its interval. Values equal torch-fidelity's."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,7 @@ class Reference:
 def frechet(features: np.ndarray, reference: Reference) -> Estimate:
     """Fréchet distance at this number of images: the interval is of its mean over other samplings of as many."""
     value, influence = frechet_influence(features, reference.mu, reference.sigma)
-    return Estimate(value, influence, how=_INFLUENCE)
+    return Estimate(value, influence, how=_INFLUENCE, limits=(0, math.inf))
 
 
 def extrapolated(features: np.ndarray, reference: Reference, at_n: Estimate) -> Estimate:
