@@ -17,6 +17,8 @@ import psutil
 
 EXIT_BAD_INPUT = 2
 HEARD_S = 3.0  # within that a launcher notices that a process has ended, and ends the others
+# what torch's backends say where a process waits for another one: gloo names its transport, NCCL speaks of a remote process
+LOST_PROCESS = r"gloo/transport|remote process exit|Connection (reset|closed) by peer"
 INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded
 
 
@@ -117,7 +119,7 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, a training that broke
-    down (FloatingPointError) as one and exit code 1, Ctrl-C as exit code 130.
+    down (FloatingPointError) or lost one of its processes as one and exit code 1, Ctrl-C as exit code 130.
 
     FADING_SHORTCUTS_DEBUG=1 shows the traceback instead.
     """
@@ -125,8 +127,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
-        if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not out_of_memory):
+        left_alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(LOST_PROCESS, str(error))
+        if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not (out_of_memory or left_alone)):
             raise
+        if left_alone:  # told at once: the launcher is about to end this one too
+            kept = "whole checkpoints are kept, and --resume_from_checkpoint latest goes on from them"
+            print(f"error: another process of this training has ended, so this one ends too; {kept}", file=sys.stderr, flush=True)
+            sys.exit(1)
         text = "there is not enough memory for this; ask for fewer or smaller images" if out_of_memory else " ".join(str(error).split())
         _tell(f"error: {text}")
         sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -63,10 +64,75 @@ for kill in range(1, changes + 1) if kills == "all" else [max(1, round(share * c
 """
 
 
-def kill_and_resume(images: Path, folder: Path, kills: object) -> list[dict]:
+# The same with two processes that find each other over gloo. Each kill is [who, share]: process 0 or 1, or both of them when it is
+# process 0's turn, before that share of what the process does to the files.
+PAIRS = """
+import json, os, signal, socket, sys, time
+from pathlib import Path
+import training.train_diffusion
+from training.checkpoint import _damage, checkpoints, step_of
+
+flags, folder, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+def process(rank, port, run, victims, kill_at, more):
+    words = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in words.items()}, ACCELERATE_USE_CPU="True")
+    seen = 0
+    def watch(event, arguments):
+        nonlocal seen
+        if event in CHANGES and isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(str(run)):
+            seen += 1
+            if seen == kill_at:
+                for pid in (*victims, os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+    sys.addaudithook(watch)
+    said = os.open(f"{run}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    code = 0
+    try:
+        training.train_diffusion.main([*flags, "--output_dir", str(run), *more])
+        (folder / f"changes-{rank}").write_text(str(seen))
+    except SystemExit as end:
+        code = end.code
+    os._exit(code)
+
+def train(run, who=None, kill_at=None, more=()):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = {}
+    for rank in (1, 0):
+        pid = os.fork()
+        if not pid:
+            victims = ranks if who == "both" else ()
+            process(rank, port, run, victims, kill_at if rank == (0 if who == "both" else who) else None, more)
+        ranks[pid] = rank
+    died, ended, codes = None, None, {}
+    while len(codes) < 2:
+        pid, status = os.wait()
+        codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
+        ended, died = time.monotonic(), died or time.monotonic()
+    return codes[0], codes[1], ended - died
+
+assert train(folder / "whole")[:2] == (0, 0)
+changes = [int((folder / f"changes-{rank}").read_text()) for rank in (0, 1)]
+for who, share in kills:
+    run = folder / f"killed-{who}-{share}"
+    *codes, waited_s = train(run, who, max(1, round(share * changes[who if who == 1 else 0])))
+    left = checkpoints(run)
+    assert not any(map(_damage, left)), left
+    *resumed, _ = train(run, None, None, ["--resume_from_checkpoint", "latest"] if left else [])
+    told = dict(who=who, run=run.name, codes=codes, waited_s=waited_s, step=step_of(left[-1]) if left else 0, resumed=resumed)
+    print(json.dumps(told), flush=True)
+"""
+
+
+def kill_and_resume(images: Path, folder: Path, kills: object, script: str = FORKS) -> list[dict]:
     """Train, killed before every file operation of `kills` (shares of all of them, or "all"), and resume; returns what was done."""
     flags = ["--train_data_dir", str(images), *FLAGS]
-    command = [sys.executable, "-c", FORKS, json.dumps(flags), str(folder), json.dumps(kills)]
+    command = [sys.executable, "-c", script, json.dumps(flags), str(folder), json.dumps(kills)]
     done = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -100,6 +166,23 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(image_folder
         assert each["resumed"] == 0, each
         assert_equal_runs(tmp_path / f"killed-{each['kill']}", tmp_path / "whole")
     print(f"{len(done)} kills")
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_or_both_are_killed_and_they_go_on_as_if_nothing_had_happened(image_folder: Path, tmp_path: Path) -> None:
+    done = kill_and_resume(image_folder, tmp_path, [[0, 0.5], [1, 0.7], ["both", 0.6]], PAIRS)
+    assert len(done) == 3 and max(each["step"] for each in done) >= 2, "the kills did not cover the run"
+    for each in done:
+        assert each["resumed"] == [0, 0], each
+        assert_equal_runs(tmp_path / each["run"], tmp_path / "whole")
+        if each["who"] == "both":
+            assert each["codes"] == [-signal.SIGKILL] * 2
+        else:
+            survivor = 1 - each["who"]
+            assert each["codes"][survivor] == 1 and each["waited_s"] < 60, each
+            said = (tmp_path / f"{each['run']}.{survivor}.txt").read_text()
+            assert said.count("error: another process of this training has ended") == 1 and "Traceback" not in said, said
+    print(done)
 
 
 @pytest.fixture
