@@ -11,6 +11,7 @@ from models.files import Parser, one_line_errors
 
 HERE = Path(__file__).parent
 RUNS = Path("runs")  # need not be there: the page shows the shipped checkpoints
+MAX_SESSIONS = 500  # that are remembered, each up to 1 MiB; of more the ones that were idle longest are forgotten
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             quiet=True,
             prevent_thread_lock=True,
             app_kwargs={"middleware": [Middleware(Guard)]},
+            state_session_capacity=MAX_SESSIONS,
         )
         print(f"Fading Shortcuts is ready on {page.local_url}", flush=True)
         site.prepare()

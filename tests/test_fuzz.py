@@ -351,6 +351,7 @@ def test_whatever_is_sent_is_answered_with_a_result_or_one_sentence(page: Page) 
     assert min(told.values()) > REQUESTS / 20, told
     assert complaint(send(page, Request("call", "sample", [DECAYED, "circles", 1, 1, 2, 1.0, "euler"]))) is None, "it is broken now"
     assert page.exchange("GET", "/").status == 200
+    assert psutil.Process(page.process.pid).memory_info().rss < 2 * 2**30, "every request is a visitor; they must not pile up"
 
 
 ROUTES = [f"{API}/file=", f"{API}/file/", "/file=", "/static/", "/assets/", "/svelte/", "/", f"{API}/proxy=", "/pwa_icon/", "/monitoring/"]
