@@ -13,7 +13,7 @@ from app import render
 from app.catalog import card, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
-from app.settings_panel import from_widget, label_update, labels_of
+from app.settings_panel import from_widget, labels_of, relabel
 from app.site import LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
@@ -89,10 +89,9 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
         known = list(variants(site.runs))
         return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
 
-    def relabel(one: str | None, other: str | None, label: str) -> Any:
+    def labels(one: str | None, other: str | None, label: str) -> Any:
         with page_errors():
-            there = [card(name, site.runs) for name in (one, other) if name]
-            return label_update(labels_of(there), from_widget(label), there)
+            return relabel([card(name, site.runs) for name in (one, other) if name], label)
 
     def counted() -> tuple[str, str]:
         """The table, and the file to download."""
@@ -105,7 +104,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
         button.click(lambda asked, choice=choice: vote(choice, asked), asked, [status, tallies, export, *buttons], **QUIET)
-    gr.on([one.input, other.input], relabel, [one, other, label], label, **LATEST)
+    gr.on([one.input, other.input], labels, [one, other, label], label, **LATEST)
     page.load(refresh, [one, other], [one, other, tallies, export], **QUIET)
 
 

@@ -31,7 +31,7 @@ element.addEventListener('click', event => {
 """
 
 
-def compare_tab(site: Site, page: gr.Blocks) -> None:
+def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     """The widgets of the tab, and what they do."""
     first = site.first_comparison()
     # what a refresh brings back: settings, the id of what is shown, those of the history; it stays in the visitor's browser
@@ -204,7 +204,8 @@ def compare_tab(site: Site, page: gr.Blocks) -> None:
 
     loaded = page.load(load, kept, [*restored, stage, start, view], **QUIET)
     watching.append(loaded.success(watch, [shown, kept, dropped], watched, **WATCHING))
-    loaded.success(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
+    for shown_again in (loaded.success, tab.select):  # numbers may have been measured meanwhile
+        shown_again(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(remember_view, [view, kept], kept, **AT_ONCE)
     gr.on([each.change for each in panel.checkpoints], choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)

@@ -50,7 +50,8 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
 
     Args:
         comparison: its shared settings hold for all cells, but for the one that varies; overrides are left out.
-        axis: one of `AXES`. "alpha_min" takes the checkpoints that differ from the first one in alpha alone, and a row for each seed.
+        axis: one of `AXES`. "alpha_min" takes the checkpoints that differ from the first one in alpha alone, and a row for each seed; of
+            several with one alpha that which was chosen, else that which has seen most images.
         values: with commas between them; of "seed" how many, of "label" names ("all" for each), of "alpha_min" how many seeds.
 
     Raises:
@@ -62,7 +63,7 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
     names = tuple(side.checkpoint for side in comparison.sides)
     asked = _all(names, shared), axis, values
     if axis == ALPHA_MIN:
-        return Plan(*asked, *_family_plan(shared, names[0], _count(values, "seeds"), runs))
+        return Plan(*asked, *_family_plan(shared, names, _count(values, "seeds"), runs))
     title = _title(shared, axis)
     if axis == SEED:
         number = _count(values, "seeds")
@@ -79,18 +80,23 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
     return Plan(*asked, title, names, columns, sampled, cells)
 
 
-def _family_plan(shared: Settings, name: str, seeds: int, runs: Path) -> tuple[Any, ...]:
+def _family_plan(shared: Settings, names: Sequence[str], seeds: int, runs: Path) -> tuple[Any, ...]:
     """What the plan needs beside what was asked: the columns are a family's alphas, the rows seeds."""
-    first = card(name, runs)
-    family = {each.alpha_min: each.name for each in cards(runs).values() if each.family == first.family}
-    family = dict(sorted(({**family, first.alpha_min: name}).items(), reverse=True)[:MAX_COLUMNS])
+    chosen = [card(name, runs) for name in names]
+    by_images_seen = sorted(cards(runs).values(), key=lambda each: _number_in(each.training.get("images_seen")))
+    alike = (each for each in (*by_images_seen, *reversed(chosen)) if each.family == chosen[0].family)
+    family = dict(sorted({each.alpha_min: each.name for each in alike}.items(), reverse=True)[:MAX_COLUMNS])  # the last one stays
     if len(family) < 2:
-        raise ValueError(f"no other checkpoint differs from {name} in alpha_min alone; train one, or choose another axis")
-    columns = tuple(f"alpha_min {alpha:g}" for alpha in family)
+        raise ValueError(f"no other checkpoint differs from {names[0]} in alpha_min alone; train one, or choose another axis")
+    columns = tuple(f"alpha_min {alpha:g}: {name}" for alpha, name in family.items())
     sampled = tuple(_all((member,), shared, num_images=seeds) for member in family.values())
     rows = tuple(f"seed {shared.seed + i}" for i in range(seeds))
     cells = tuple(tuple((column, 0, i) for column in range(len(columns))) for i in range(seeds))
     return _title(shared, SEED), rows, columns, sampled, cells
+
+
+def _number_in(told: Any) -> float:
+    return told if isinstance(told, int | float) else 0
 
 
 def _all(names: Sequence[str], shared: Settings, **changes: Any) -> Comparison:
@@ -151,11 +157,12 @@ def sample_grid(grid: Plan, runs: Path) -> Iterator[Frame]:
 
 
 def _recipe(grid: Plan, frames: Sequence[Frame]) -> dict[str, Any]:
-    """What the grid is drawn with once more: the settings as they were asked for, and what is known of the checkpoints."""
+    """What the grid is drawn with once more: the settings as they were asked for; and which checkpoints drew it."""
     known = {side["name"]: {**side, "own": {}} for frame in frames for side in frame.recipe["checkpoints"]}
     asked = grid.asked.as_json()
     checkpoints = [known.get(side["name"], side) for side in asked["checkpoints"]]
-    return {**frames[0].recipe, **asked, "checkpoints": checkpoints, "grid": {"axis": grid.axis, "values": grid.values}}
+    drawn = [{"name": name, "sha256": side.get("sha256")} for name, side in known.items()]
+    return {**frames[0].recipe, **asked, "checkpoints": checkpoints, "grid": {"axis": grid.axis, "values": grid.values, "drawn": drawn}}
 
 
 def varying(recipe: dict[str, Any]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from app import render
 from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
 from app.settings_panel import SettingsPanel
-from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.site import AT_ONCE, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
 
 # what varies -> its words, and values to begin with
@@ -57,6 +57,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
         shown = await asyncio.to_thread(show, sampling.about, sampling.frame) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
+    clears([start.click], status)
     busy = start.click(ask, [axis, values, *panel.inputs], id, **QUIET)
     busy.success(watch, id, [picture, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)

@@ -196,12 +196,14 @@ class Jobs:
             options: see `judging.checked`.
 
         Raises:
-            ValueError: as `judging.checked`, or the queue is full.
+            ValueError: as `judging.checked`, or the queue is full, or the same is on its way.
         """
         options = judging.checked(options, self.runs)
         if options["reference"] != EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         with self._locked():
+            if any(status.active and status.options == options for status in self._statuses()):
+                raise ValueError(f"{judging.title(options)} is on its way already; its result appears when it is done")
             self._require_place(1)
             folder = self.runs / EVALUATIONS / secrets.token_hex(4)
             write_json(folder / JOB, asdict(Job(options, time.time(), kind=EVALUATION)))
@@ -293,7 +295,7 @@ class Jobs:
             values, before = parse(options, run), json_of(run / CONFIG)
             options |= {option: values[option] for option in changes}  # as the script reads them
             if values["max_train_steps"] is not None and saved_step(run) >= values["max_train_steps"]:
-                raise ValueError(f"{name} has taken all its {values['max_train_steps']:,} steps; give it more of them")
+                raise ValueError(f"{name} has taken {saved_step(run):,} steps already; give it more than these")
             if values["lr_scheduler"] == "cosine" and before.get("max_train_steps", values["max_train_steps"]) != values["max_train_steps"]:
                 raise ValueError(
                     f"{name} lets its learning rate fall to 0 at step {before['max_train_steps']:,}, so its steps cannot change"

@@ -9,13 +9,14 @@ from app import judging, render
 from app.catalog import autoencoders, checkpoints, results, variants
 from app.jobs import Jobs
 from app.plots import text
-from app.site import QUIET, Site, page_errors
+from app.site import AT_ONCE, QUIET, Site, clears, page_errors
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
     *("sampler", "steps", "guidance_scale", "labels", "precision"),
 )
 HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "IS")
+REFRESH_S = 5.0
 ABOUT = (
     "Evaluations queue with the trainings, and are watched and stopped under **Train**. "
     "Several checkpoints are compared pairwise, on the same noise."
@@ -27,7 +28,15 @@ def judge_tab(site: Site, tab: gr.Tab) -> None:
     if site.jobs is not None:
         _form(site, tab)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
-    tab.select(lambda: leaderboard(site), None, board, **QUIET)
+    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State("")
+
+    def fresh(seen: str) -> tuple[Any, Any]:
+        found = leaderboard(site)
+        return (gr.skip(), gr.skip()) if found == seen else (found, found)
+
+    tab.select(fresh, seen, [seen, board], **QUIET)
+    timer.tick(fresh, seen, [seen, board], **QUIET)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **AT_ONCE)
 
 
 def _form(site: Site, tab: gr.Tab) -> None:
@@ -52,6 +61,7 @@ def _form(site: Site, tab: gr.Tab) -> None:
         place = f"{status.position} in the queue" if status.position else status.state
         return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
 
+    clears([start.click], told)
     start.click(ask, [chosen, measure, reference, number], told, **QUIET)
     tab.select(lambda: gr.update(choices=[*variants(site.runs), *autoencoders(site.runs)]), None, chosen, **QUIET)
 

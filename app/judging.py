@@ -32,8 +32,8 @@ class Measure:
 
 LITE0 = "--feature_extractor=efficientnet-lite0"
 MEASURES = {
-    "FD": Measure("Fréchet distance through EfficientNet-Lite0 (FD)", "fid", (LITE0, "--mixed_precision=auto")),
-    "KD": Measure("FD and the kernel distance, for few samples (KD)", "fid", (LITE0, "--mixed_precision=auto", "--kid")),
+    "FD": Measure("FD: Fréchet distance through EfficientNet-Lite0", "fid", (LITE0, "--mixed_precision=auto")),
+    "KD": Measure("KD: FD and the kernel distance, for few samples", "fid", (LITE0, "--mixed_precision=auto", "--kid")),
     "FID": Measure("FID and KID: Inception, whose weights are downloaded once", "fid", ("--mixed_precision=auto", "--kid")),
     "probes": Measure("Probes of every block: kNN, linear, rank", "probe", ("--mixed_precision=auto", "--k=10,20"), paints=False),
 }
@@ -97,7 +97,7 @@ def _checkpoint(path: str) -> list[str]:
 
 def title(options: dict[str, Any]) -> str:
     """In words."""
-    return f"{options['measure']} of {' and '.join(options['checkpoints'])}"
+    return f"{options['measure']} of {' and '.join(options['checkpoints'])}, {options['num_samples']:,} images"
 
 
 def is_done(folder: Path) -> bool:

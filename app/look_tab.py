@@ -13,9 +13,9 @@ from app.inside import reconstruct, sample_features
 from app.judge_tab import measured
 from app.plots import Line, plot, text
 from app.sampler import Frame
-from app.settings import MAX_SIDES, Comparison, Settings, Side
-from app.settings_panel import from_widget, label_update, labels_of
-from app.site import AT_ONCE, QUIET, WATCHING, Site, page_errors
+from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
+from app.settings_panel import from_widget, labels_of, relabel
+from app.site import AT_ONCE, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
 
 
@@ -33,19 +33,21 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
     first = site.first_comparison()
     names = [side.checkpoint for side in first.sides] if first else []
     id = gr.State(None)
-    gr.Markdown("Every patch as a colour, by the three principal components of a block's features; from the noise (above) to the image.")
+    gr.Markdown("Every patch as a colour, by the three principal components of a block's features, from the first step down to the last.")
     with gr.Row():
         many = dict(multiselect=True, max_choices=MAX_SIDES)
         chosen = gr.Dropdown(list(variants(site.runs)), value=names, label="Checkpoints", scale=3, min_width=260, elem_id="inside", **many)
         classes = labels_of([card(name, site.runs) for name in names])
         label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
-        seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="inside-seed")
+        seed = gr.Number(0, label="Seed", min_width=100, elem_id="inside-seed")
         start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
     status = gr.HTML(render.message(""), elem_id="look-status")
     maps = gr.HTML('<p class="empty small">Press <b>Look</b>.</p>', elem_id="maps", apply_default_css=False)
 
     def ask(names: list[str], label: str, seed: int, request: gr.Request) -> str:
         with page_errors():
+            if not names:
+                raise ValueError("choose a checkpoint first")
             settings = Settings(label=from_widget(label), seed=seed, num_images=1)
             asked = Comparison(settings, tuple(map(Side, names))).settled()
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
@@ -60,13 +62,13 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         shown = await asyncio.to_thread(_maps, sampling.frame) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True)
 
-    def relabel(names: list[str], label: str) -> Any:
+    def labels(names: list[str], label: str) -> Any:
         with page_errors():
-            there = [card(name, site.runs) for name in names]
-            return label_update(labels_of(there), from_widget(label), there)
+            return relabel([card(name, site.runs) for name in names], label)
 
+    clears([start.click], status)
     start.click(ask, [chosen, label, seed], id, **QUIET).success(watch, id, [maps, status, start], **WATCHING)
-    chosen.input(relabel, [chosen, label], label, **QUIET)
+    chosen.input(labels, [chosen, label], label, **QUIET)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 
 
@@ -117,7 +119,8 @@ def _probed(site: Site) -> dict[str, dict[str, Any]]:
 def _curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
     """Accuracy and rank of every block, and the spectrum of the best one."""
     if not names:
-        return '<p class="empty small">No checkpoint was probed yet: choose <b>Probes</b> under <b>Judge</b>.</p>'
+        how = "<code>eval/probe.py</code> does it, or <b>Probes</b> under <b>Judge</b>"
+        return f'<p class="empty small">No checkpoint was probed yet; {how}.</p>'
     accuracy, neighbours, rank, spectrum, notes = [], [], [], [], []
     for colour, name in enumerate(names):
         told = found[name]
@@ -147,7 +150,7 @@ def _autoencoders_section(site: Site, tab: gr.Tab) -> None:
         )
         picture = gr.File(label="A picture", file_types=["image"], height=120, min_width=200, elem_id="mae-picture")
         ratio = gr.Slider(0.05, 0.95, 0.75, step=0.05, label="Share of hidden patches", buttons=[], min_width=180, elem_id="mask-ratio")
-        seed = gr.Number(0, label="Seed of the mask", precision=0, minimum=0, min_width=110, elem_id="mask-seed")
+        seed = gr.Number(0, label="Seed of the mask", min_width=110, elem_id="mask-seed")
     start = gr.Button("Hide and paint", variant="primary", elem_id="reconstruct")
     shown = gr.HTML("", elem_id="reconstructions", apply_default_css=False)
 
@@ -157,6 +160,7 @@ def _autoencoders_section(site: Site, tab: gr.Tab) -> None:
                 raise ValueError("choose a masked autoencoder; train one with a preset that begins with mae")
             if not picture:
                 raise ValueError("give a picture")
+            seed = whole("the seed of the mask", seed, 0, MAX_SEED)
             heads = ("", "Picture", "Visible", "Painted")
             rows = []
             for name, images in reconstruct(names, site.runs, Path(picture), ratio, seed):

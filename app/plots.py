@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 26
 TICKS = 4
 
 
@@ -59,8 +59,10 @@ def plot(lines: Sequence[Line], title: str, x_title: str, logarithmic: bool = Fa
         value = y0 + share * (y1 - y0)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(10**value if logarithmic else value)}</text>')
-        x, anchor = LEFT + share * (WIDTH - LEFT - RIGHT), ("start", "middle", "middle", "end")[i]
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{_tick(x0 + share * (x1 - x0))}</text>')
+        value = x0 + share * (x1 - x0)
+        value = round(value) if all(x == int(x) for x in xs) and x1 - x0 >= TICKS - 1 else value  # blocks and steps have no halves
+        x, anchor = LEFT + (value - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), ("start", "middle", "middle", "end")[i]
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{_tick(value)}</text>')
     for line, points in drawn:
         style = f"curve c{line.colour}" + " faint" * line.faint
         if len(points) == 1:

@@ -204,7 +204,8 @@ def table(cards: Sequence[Card], results: Sequence[Sequence[dict[str, Any]]]) ->
     rows.append(
         _row("Results", ["".join(f'<p class="result">{result_words(each)}</p>' for each in found) or "none yet" for found in results])
     )
-    return f'<div class="wide"><table class="cards"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    head, style = f"<thead><tr><td></td>{heads}</tr></thead>", f"--sides: {len(cards)}"
+    return f'<div class="wide"><table class="cards" style="{style}">{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _row(fact: str, values: Iterable[str], attributes: str = "") -> str:
@@ -224,8 +225,8 @@ FACTS = (
     "Images",
     "Labels",
     "Trained on",
-    "Steps",
-    "Images seen",
+    "Steps of the last training",
+    "Images seen in all",
     "Weights",
 )
 

@@ -41,9 +41,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked = {
-            "seed": _whole("seed", self.seed, RANDOM_SEED, MAX_SEED),
-            "num_images": _whole("the number of images", self.num_images, 1, MAX_IMAGES),
-            "steps": _whole("steps", self.steps, 1, MAX_STEPS),
+            "seed": whole("seed", self.seed, RANDOM_SEED, MAX_SEED),
+            "num_images": whole("the number of images", self.num_images, 1, MAX_IMAGES),
+            "steps": whole("steps", self.steps, 1, MAX_STEPS),
             "guidance_scale": _number("guidance", self.guidance_scale, 0, MAX_GUIDANCE),
             "sampler": _word("sampler", self.sampler),
         }
@@ -142,7 +142,12 @@ def _wrong(value: Any) -> str:
     return "is missing" if value is None else f"cannot be {_short(repr(value))}"
 
 
-def _whole(what: str, value: Any, least: int, most: int) -> int:
+def whole(what: str, value: Any, least: int, most: int) -> int:
+    """A whole number in a range.
+
+    Raises:
+        ValueError: anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or not least <= value <= most:
         raise ValueError(f"{what} {_wrong(value)}; give a whole number from {least:,} to {most:,}")
     return int(value)

@@ -50,8 +50,8 @@ class SettingsPanel:
             classes = labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
             self.shared = _widgets("", classes, first.shared if first else None)
         shared = [self.shared[name] for name in OWN]
-        for on, group, own in zip(self.overrides, self.groups, self.own, strict=True):
-            on.input(lambda on, *values: (gr.update(visible=on), *values), [on, *shared], [group, *own.values()], **AT_ONCE)  # begin as all
+        for name, on, group, own in zip(self.checkpoints, self.overrides, self.groups, self.own, strict=True):
+            on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **QUIET)
         self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **QUIET)
 
     @property
@@ -104,15 +104,19 @@ class SettingsPanel:
         """For the label widgets, shared and own, after another checkpoint was chosen."""
         chosen = [card(name, self.site.runs) if name else None for name in names]
         there = [each for each in chosen if each]
-        updates = [label_update(labels_of(there), from_widget(label), there)]
+        updates = [relabel(there, label)]
         for each, own in zip(chosen, own_labels, strict=True):
-            alone = [each] if each else []
-            updates.append(label_update(labels_of(alone), from_widget(own), alone))
+            updates.append(relabel([each] if each else [], own))
         return updates
 
     @property
     def labels(self) -> list[gr.components.Component]:
         return [self.shared["label"], *(own["label"] for own in self.own)]
+
+    def _begin_own(self, on: bool, name: str | None, label: Any, *values: Any) -> tuple[Any, ...]:
+        """Show the settings of a side, which begin as those of all, or hide them."""
+        alone = [card(name, self.site.runs)] if name else []
+        return gr.update(visible=on), label_update(labels_of(alone), from_widget(label), alone), *values
 
     def _add(self, *names: str | None) -> list[Any]:
         """Show one more side, with a checkpoint that is not shown yet."""
@@ -178,3 +182,9 @@ def label_update(choices: list[str], label: str | int | None, chosen: Sequence[C
         except ValueError:
             label = None
     return gr.update(choices=choices, value=label if label in choices else NO_LABEL)
+
+
+def relabel(chosen: Sequence[Card], label: Any) -> Any:
+    """For a label widget when another checkpoint was chosen. A label that stays is not sent: the visitor may choose another meanwhile."""
+    choices = labels_of(chosen)
+    return gr.update(choices=choices) if label in choices else label_update(choices, from_widget(label), chosen)

@@ -1,14 +1,16 @@
 """What all tabs of the page share."""
 
 import contextlib
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app import render
 from app.catalog import cards, default_pair
 from app.jobs import Jobs
 from app.sampler import sample
@@ -57,6 +59,14 @@ class Site:
     def welcome(self) -> Sampling | None:
         """On its way or finished."""
         return self._welcome[0] if self._welcome else None
+
+
+def clears(events: Sequence[Any], told: gr.HTML) -> None:
+    """What was said before goes as soon as one of the events happens: it stood beside the next error else. Done in the browser.
+
+    To be declared before what the events do otherwise: in this order they happen.
+    """
+    gr.on(events, None, None, told, js=f"() => {json.dumps(render.message(''))}", **AT_ONCE)
 
 
 @contextlib.contextmanager

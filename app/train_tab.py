@@ -10,7 +10,7 @@ from app.catalog import variants
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
-from app.site import AT_ONCE, LATEST, QUIET, Site, page_errors
+from app.site import AT_ONCE, LATEST, QUIET, Site, clears, page_errors
 from app.train_view import details_of, overview_of, place_of, possible, time_words, title_of
 
 REFRESH_S = 2.0
@@ -18,6 +18,7 @@ FIRST_PRESET = "demo-decayed"
 NO_PRESET, AS_PRESET = "no preset", "as it comes"
 YES_NO = {AS_PRESET: None, "on": True, "off": False}
 DELETE = "Delete"
+PRESETS_OWN, NOTHING = ("as the preset", ""), ("nothing", "")
 # fields of the form -> the training scripts' flags; what is left empty is the preset's, or the script's own
 NUMBERS = {
     "resolution": "Resolution (px)",
@@ -44,10 +45,10 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         with gr.Row():
             words = "openmoji, a folder, or a name of the hub"
             data = gr.Textbox(label="Images", placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
-            backbone = gr.Dropdown([], label="Backbone", value=None, min_width=110, elem_id="backbone")
-            size = gr.Dropdown([], label="Size", value=None, min_width=90, elem_id="size")
+            backbone = gr.Dropdown([PRESETS_OWN], value="", label="Backbone", min_width=110, elem_id="backbone")
+            size = gr.Dropdown([PRESETS_OWN], value="", label="Size", min_width=90, elem_id="size")
             skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
-            begin = gr.Dropdown([], value=None, label="Begin with the weights of", min_width=200, elem_id="init-from")
+            begin = gr.Dropdown([NOTHING], value="", label="Begin with the weights of", min_width=200, elem_id="init-from")
         with gr.Row():
             # texts: an empty field is the preset's value, which stands in it in grey
             numbers = {
@@ -67,14 +68,14 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     with gr.Row():
         stop = gr.Button("Stop (saves)", interactive=False, min_width=110, elem_id="stop-training")
         resume = gr.Button("Go on", interactive=False, min_width=110, elem_id="resume-training")
-        archive = gr.Button("Archive", interactive=False, min_width=110, elem_id="archive-training")
-        delete = gr.Button(DELETE, interactive=False, variant="stop", min_width=110, elem_id="delete-training")
-    with gr.Row():
         more = gr.Textbox(label="Steps to go on to", placeholder="as before", max_length=12, min_width=140, elem_id="more-steps")
-        new_name = gr.Textbox(label="New name", max_length=64, min_width=160, elem_id="new-name")
         rename = gr.Button("Rename", interactive=False, min_width=110, elem_id="rename-training")
-        put_away = gr.Dropdown([], value=None, label="In the archive", min_width=160, elem_id="archived")
+        new_name = gr.Textbox(label="New name", max_length=64, min_width=160, elem_id="new-name")
+    with gr.Row():
+        archive = gr.Button("Archive", interactive=False, min_width=110, elem_id="archive-training")
         unarchive = gr.Button("Bring back from the archive", min_width=160, elem_id="unarchive")
+        put_away = gr.Dropdown([], value=None, label="In the archive", min_width=160, elem_id="archived")
+        delete = gr.Button(DELETE, interactive=False, variant="stop", min_width=110, elem_id="delete-training")
     told = gr.HTML(render.message(""), elem_id="told")
     details = gr.HTML("", elem_id="run-details", apply_default_css=False)
     timer = gr.Timer(REFRESH_S, active=False)  # begins with the first look at this tab
@@ -101,9 +102,10 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def offer() -> tuple[Any, ...]:
         """What the form offers; it takes the libraries to know it."""
-        empty = [("as the preset has it", "")]
-        return *(gr.update(choices=empty + [(name, name) for name in choices(option)]) for option in ("backbone", "size")), gr.update(
-            choices=[("nothing", ""), *((name, name) for name in variants(site.runs))]
+        known = {"backbone": choices("backbone"), "size": choices("size")}
+        return (
+            *(gr.update(choices=[PRESETS_OWN, *((name, name) for name in names)]) for names in known.values()),
+            gr.update(choices=[NOTHING, *((name, name) for name in variants(site.runs))]),
         )
 
     def on_start(name: str, preset: str, pair: bool, *values: Any) -> tuple[Any, ...]:
@@ -148,7 +150,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             gr.update(choices=[name for name in trainings if name != chosen], value=other),
             details_of(jobs, status, other),
             *(gr.update(interactive=on) for on in possible(status)),
-            gr.update(choices=jobs.archived()),
+            gr.update(choices=jobs.archived(), value=None),
         )
 
     looked = [overview, run, beside, details, *buttons, put_away]
@@ -175,17 +177,23 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def from_archive(put_away: str | None, other: str | None) -> tuple[Any, ...]:
         with page_errors():
+            if not put_away:
+                raise ValueError("choose a run of the archive first")
             back = jobs.unarchive(put_away)
         return render.message(f"{back.name}: back from the archive."), gr.update(value=DELETE), *look(back.name, other)
 
     def resumed(chosen: str, more: str) -> Status:
-        return jobs.resume(chosen, {"max_train_steps": more.strip()} if more and more.strip() else None)
+        steps = (more or "").strip()
+        if steps and not steps.isdecimal():
+            raise ValueError(f"the steps to go on to cannot be {steps!r}; give a whole number, or nothing to leave them as they are")
+        return jobs.resume(chosen, {"max_train_steps": steps} if steps else None)
 
     changed = [told, delete, *looked]
+    clears([each.input for each in form] + [start.click, check.click], advised)
+    clears([run.input, *(each.click for each in (stop, resume, rename, archive, delete, unarchive))], told)
     preset.input(describe_preset, preset, [preset, *numbers.values()], **QUIET)
     start.click(on_start, form, [advised, *looked], **QUIET)
     check.click(on_check, form, advised, **QUIET)
-    gr.on([each.input for each in form], lambda: render.message(""), None, advised, **AT_ONCE)  # it was said of other values
     stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **QUIET)
     resume.click(act("goes on", resumed), [run, beside, more], changed, **QUIET)
     rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **QUIET)

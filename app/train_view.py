@@ -1,6 +1,7 @@
 """Trainings as HTML: the table of all, and the curves of one or two."""
 
 import base64
+import time
 from collections.abc import Sequence
 
 from app import judging, render
@@ -13,8 +14,11 @@ NO_CURVES = '<p class="empty small">Curves begin with the first logged step.</p>
 
 
 def title_of(status: Status) -> str:
-    """What people call a job."""
-    return judging.title(status.options) if status.kind == EVALUATION else status.name
+    """What people call a job; evaluations have no name, and one may be asked for again."""
+    if status.kind != EVALUATION:
+        return status.name
+    began = f", {time.strftime('%H:%M:%S', time.localtime(status.started_at))}" if status.started_at else ""
+    return f"{judging.title(status.options)}{began}"
 
 
 def place_of(status: Status) -> str:

@@ -32,8 +32,8 @@ def build(site: Site) -> gr.Blocks:
             elem_id="title",
         )
         with gr.Tabs(overflow_behavior="wrap"):
-            with gr.Tab("Compare"):
-                compare_tab(site, page)
+            with gr.Tab("Compare") as tab:
+                compare_tab(site, page, tab)
             with gr.Tab("Blind test"):
                 blind_tab(site, page)
             with gr.Tab("Look inside") as tab:

@@ -323,7 +323,7 @@ def test_hostile_pngs_are_told_in_one_line(content: bytes, tmp_path: Path) -> No
         ("steps", "1, 4", ("1 steps", "4 steps")),
         ("guidance_scale", "1,2.5", ("guidance 1", "guidance 2.5")),
         ("label", "squares, no label", ("squares", "no label")),
-        ("alpha_min", "2", ("alpha_min 1", "alpha_min 0.6")),
+        ("alpha_min", "2", (f"alpha_min 1: {PLAIN}", f"alpha_min 0.6: {DECAYED}")),
     ],
 )
 def test_every_cell_of_a_grid_is_the_image_that_its_labels_tell(runs: Path, axis: str, values: str, columns: tuple[str, ...]) -> None:
@@ -341,7 +341,7 @@ def test_every_cell_of_a_grid_is_the_image_that_its_labels_tell(runs: Path, axis
     else:
         expected = last_images(runs, num_images=1, **{axis: setting})[1][-1]
     enlarged = expected.repeat(6, axis=0).repeat(6, axis=1)  # 16 px in cells of 96: a whole number, without blur
-    rows = [y for y in range(picture.shape[0] - 95) if (picture[y, -200:] == enlarged[0][0]).all(axis=1).any()]
+    rows = [y for y in range(picture.shape[0] - 95) if (picture[y] == enlarged[0][0]).all(axis=1).any()]
     windows = (picture[y : y + 96, x : x + 96] for y in rows for x in range(picture.shape[1] - 95))
     assert any(np.array_equal(window, enlarged) for window in windows)
 
@@ -355,6 +355,21 @@ def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str)
     with pytest.raises(ValueError) as error:
         list(sample_grid(plan(asked(), axis, values, runs), runs))
     assert "\n" not in str(error.value)
+
+
+def test_of_several_with_one_alpha_the_grid_takes_the_chosen_one_else_the_longest_trained(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for name, steps in (("longest", 9999), ("short", 1)):
+        shutil.copytree(runs / "tiny-decayed", tmp_path / "runs" / name)
+        path = tmp_path / "runs" / name / "model_index.json"
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps({**index, "training": {**index["training"], "images_seen": steps}}))
+
+    def drawn(*names: str) -> tuple[str, ...]:
+        return tuple(each.sides[0].checkpoint for each in plan(asked(*names), "alpha_min", "1", tmp_path / "runs").comparisons)
+
+    assert drawn(PLAIN, "runs/short") == (PLAIN, "runs/short") and drawn("runs/short", PLAIN) == (PLAIN, "runs/short")
+    assert drawn(PLAIN) == (PLAIN, "runs/longest")
 
 
 def test_a_grid_is_asked_for_again_by_its_recipe(runs: Path) -> None:

@@ -503,6 +503,17 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
     assert jobs.check("mine", {"train_data_dir": str(image_folder), "max_train_steps": 1})
 
 
+def test_one_evaluation_is_not_queued_twice(jobs: Jobs) -> None:
+    jobs.at_most = 0
+    options = {"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}
+    queued = jobs.judge(options)
+    with pytest.raises(ValueError, match="FD of openmoji-plain, 64 images is on its way already"):
+        jobs.judge(options)
+    assert jobs.judge({**options, "num_samples": 65}).position == 2
+    jobs.stop(queued.name)
+    assert jobs.judge(options).position == 2
+
+
 def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "MAX_QUEUED", 2)
     full = Jobs(jobs.runs, at_most=0)
