@@ -1,4 +1,4 @@
-.PHONY: app test test-fast demo docker lock audit clean
+.PHONY: app test test-fast coverage demo docker lock audit clean
 PYTHON ?= python3
 PORT ?= 7860
 VENV := .venv
@@ -13,10 +13,14 @@ app: $(VENV)/ready  ## the page on http://127.0.0.1:7860
 test: $(VENV)/ready-dev  ## everything; a browser must be there (Debian: apt-get install chromium)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/ready-dev  ## without what takes more than a few seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+coverage: $(VENV)/ready-dev  ## every test, and the share of lines that ran; scripts and pages run as processes of their own, which count too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 demo: $(VENV)/ready  ## train, sample, judge and compare a small pair; then open runs/demo/report.html
 	$(BIN)/python -m eval.demo
@@ -52,4 +56,4 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 TORCH = $(shell grep -E '^torch(vision)?==' requirements.txt)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -89,7 +89,7 @@ def set_shortcuts(network: nn.Module, alpha_min: float | None, schedule: str, pl
         # Without decay a block keeps its own code, so that no bit changes: with its operands swapped a sum may have another memory layout,
         # by which the next convolution rounds.
         if not all(shortcut.is_plain for shortcut in block.shortcuts):
-            block.__class__ = _decayed(type(block))
+            block.__class__ = _decayed(_plain(block))
     if hasattr(network, "register_to_config"):
         network.__class__ = _decayed(_plain(network))
         record = dict(alpha_min=alpha_min, schedule=schedule, placement=placement, learnable=learnable)
@@ -142,7 +142,10 @@ def register_block(block: type[nn.Module], rule: type) -> None:
     _decayed.cache_clear()
 
 
-class _TimmBlock:
+_Mixin: Any = object  # what is mixed into a library's class finds that class's attributes
+
+
+class _TimmBlock(_Mixin):
     """Layer scale and drop path belong to the branch."""
 
     def sublayers(self) -> tuple[str, ...]:
@@ -154,7 +157,7 @@ class _TimmBlock:
         return x
 
 
-class _BasicTransformerBlock:
+class _BasicTransformerBlock(_Mixin):
     """Self-attention, cross-attention where there is one, feed-forward. The gates of adaLN-Zero belong to the branch."""
 
     def sublayers(self) -> tuple[str, ...]:
@@ -199,7 +202,7 @@ class _BasicTransformerBlock:
         return self.shortcuts[-1](x, gate2.unsqueeze(1) * h if gated else h)
 
 
-class _Transformer2DModel:
+class _Transformer2DModel(_Mixin):
     """The outer shortcut, around projections and transformer blocks; where it eats patches (DiT's ancestor) there is none."""
 
     def sublayers(self) -> tuple[str, ...]:
@@ -210,7 +213,7 @@ class _Transformer2DModel:
         return self.shortcuts[0](residual, branch)
 
 
-class _Attention:
+class _Attention(_Mixin):
     """Attention with a shortcut of its own, as U-Nets without text have it. Inside transformer blocks it has none."""
 
     def sublayers(self) -> tuple[str, ...]:
@@ -227,13 +230,13 @@ class _Attention:
         return _rescaled(x, self.__dict__["rescale_output_factor"])
 
 
-class _ResnetBlock2D:
+class _ResnetBlock2D(_Mixin):
     """Norm - SiLU - convolution, twice, with the time in between; up- and downsampling and channels may change on both paths."""
 
     def sublayers(self) -> tuple[str, ...]:
         return ("mlp",)
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Any = None) -> Tensor:  # (N, C), or None where the block knows no time
         x = input_tensor  # (N, C, H, W)
         h = self.nonlinearity(self.norm1(x))
         for resample in (self.upsample, self.downsample):
@@ -277,7 +280,7 @@ def _rescaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x / factor
 
 
-class _Decayed:
+class _Decayed(_Mixin):
     """What every decayed class has: the one it came from, and copies and pickles that need no name for it."""
 
     plain: ClassVar[type[nn.Module]]
@@ -286,7 +289,7 @@ class _Decayed:
         return _blank, (self.plain,), self.__getstate__()
 
 
-class _Recorded:
+class _Recorded(_Mixin):
     """A diffusers network whose config says how it was decayed."""
 
     @classmethod
@@ -302,14 +305,14 @@ class _Recorded:
 
 
 @cache
-def _decayed(plain: type[nn.Module]) -> type[nn.Module]:
+def _decayed(plain: Any) -> Any:
     """The class of a decayed block or network."""
     rule = _RULES.get(_qualified(plain))
     bases = ((rule,) if rule else ()) + ((_Recorded,) if hasattr(plain, "register_to_config") else ()) + (_Decayed, plain)
     return type(f"Decayed{plain.__name__}", bases, {"plain": plain, "__module__": __name__, "__doc__": plain.__doc__})
 
 
-def _blank(plain: type[nn.Module]) -> nn.Module:
+def _blank(plain: Any) -> nn.Module:
     """For copies and pickles: one of the decayed class, without state."""
     decayed = _decayed(plain)
     return decayed.__new__(decayed)
@@ -328,7 +331,7 @@ def __getattr__(name: str) -> type[nn.Module]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _plain(module: nn.Module) -> type[nn.Module]:
+def _plain(module: nn.Module) -> Any:
     return module.plain if isinstance(module, _Decayed) else type(module)
 
 
@@ -338,9 +341,9 @@ def _qualified(block: type) -> str:
 
 def _kinds(module: nn.Module) -> tuple[str, ...]:
     """Of the sub-layers whose sums the module computes itself."""
-    rule = _RULES.get(_qualified(_plain(module)))
+    rule: Any = _RULES.get(_qualified(_plain(module)))
     kinds = tuple(rule.sublayers(module)) if rule else ()
-    if unknown := set(kinds) - set(PLACEMENTS[1:]):
+    if rule and (unknown := set(kinds) - set(PLACEMENTS[1:])):
         raise ValueError(
             f"{rule.__name__} says that {type(module).__name__} has sub-layers {', '.join(unknown)}; the kinds are {PLACEMENTS[1:]}"
         )

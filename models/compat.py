@@ -30,7 +30,10 @@ def declare_operators() -> bool:
     """Declare torchvision's operators if its extension cannot be loaded; returns whether that was so."""
     import torch
 
-    folder = Path(importlib.util.find_spec("torchvision").origin).parent
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("torchvision is not installed")
+    folder = Path(found.origin).parent
     extension = next((path for pattern in ("_C*.so", "_C*.pyd") for path in folder.glob(pattern)), None)
     try:
         torch.ops.load_library(str(extension))

@@ -98,8 +98,8 @@ def pipeline_for(kind: str, model: nn.Module, path: str = "linear", vae: Autoenc
     betas: dict[str, Any] = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     if kind == "uvit":
         times = (model.config.time_scale, model.config.time_offset)
-        betas = next((betas for known, betas in UVIT_TIMES.values() if known == times), None)
-        if betas is None:
+        betas = next((betas for known, betas in UVIT_TIMES.values() if known == times), {})
+        if not betas:
             raise ValueError(f"no betas are known for a U-ViT with time_scale and time_offset {times}; choose from {list(UVIT_TIMES)}")
     if kind in ("dit", "uvit"):
         learned = model.config.get("learn_sigma", False)

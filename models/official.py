@@ -155,7 +155,7 @@ def _mae_sizes(reader: Reader) -> dict[str, Any]:
     return sizes | dict(decoder_depth=reader.depth("decoder_blocks"), decoder_dim=reader.shape("decoder_pred.weight", 2)[1])
 
 
-_DIT = dict(
+_DIT: dict[str, Any] = dict(
     backbone="dit",
     names={
         "patch_embed": ("x_embedder.proj",),
@@ -169,19 +169,19 @@ _DIT = dict(
     positions={"pos_embed": "positions"},
     sizes=_dit_sizes,
 )
-_PLAIN_DIT = dict(
+_PLAIN_DIT: dict[str, Any] = dict(
     **_DIT,
     mark="blocks.0.adaLN_modulation.1.weight",
     blocks=lambda n: [f"blocks.{i}" for i in range(n)],
     fixed=dict(long_skips=False, alpha_min=1.0),
 )
-_MAE = dict(
+_MAE: dict[str, Any] = dict(
     backbone="mae",
     blocks=lambda n: [f"blocks.{i}" for i in range(n)],
     names={"patch_embed": ("patch_embed.proj",)},
     sizes=_mae_sizes,
 )
-_PLAIN_MAE = dict(**_MAE, fixed=dict(long_skips=False, alpha_min=1.0))
+_PLAIN_MAE: dict[str, Any] = dict(**_MAE, fixed=dict(long_skips=False, alpha_min=1.0))
 _BOTH_TABLES = {"pos_embed": "positions", "decoder_pos_embed": "decoder_positions"}
 KINDS: dict[str, Kind] = {
     "sit": Kind(**_PLAIN_DIT, source="willisma/SiT, models.py"),
@@ -369,9 +369,9 @@ def _pieces(row: Kind, model: nn.Module) -> Iterator[Piece]:
         parts = ours.split(".")
         prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))  # the longest first
         prefix = next((prefix for prefix in prefixes if prefix in names), ours)
-        theirs = [name + ours[len(prefix) :] for name in names.get(prefix, [prefix])]
-        height = 6 * config.dim if len(theirs) > 1 else len(tensor)
-        for k, name in enumerate(theirs):
+        sources = [name + ours[len(prefix) :] for name in names.get(prefix, [prefix])]
+        height = 6 * config.dim if len(sources) > 1 else len(tensor)
+        for k, name in enumerate(sources):
             rows = slice(k * height, (k + 1) * height)
             shape = tuple(tensor[rows].shape)
             yield Piece(name, ours, rows, shape, kernel if ours == "patch_embed.weight" else shape)
@@ -379,7 +379,7 @@ def _pieces(row: Kind, model: nn.Module) -> Iterator[Piece]:
 
 def _unused(row: Kind, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Tensors of theirs, with their shapes, that have no counterpart in ours."""
-    if row.backbone == "dit":
+    if row.label_table and row.backbone == "dit":
         return {} if model.config.num_classes else {row.label_table: (1, model.config.dim)}
     if row.backbone != "mae" or not model.config.long_skips:
         return {}

@@ -92,8 +92,8 @@ class UNet(DecayedModel):
         if zero_init:
             self._zero_branches()
 
-    @property
-    def shortcuts(self) -> list[Shortcut]:
+    @property  # the blocks, which hold them, are a library's
+    def shortcuts(self) -> list[Shortcut]:  # type: ignore[override]
         """Of the sub-layers, in the order of execution: down, middle, up."""
         return shortcuts_of(self.unet)
 

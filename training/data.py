@@ -212,7 +212,8 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
         rows = (row[image_column] for row in table.select_columns([image_column]))
         images, broken = _decode(name, rows, len(table), resolution, skip_broken)
         if broken:
-            images, labels = (array if array is None else np.delete(array, list(broken), 0) for array in (images, labels))
+            images = np.delete(images, list(broken), 0)
+            labels = None if labels is None else np.delete(labels, list(broken), 0)
         return images, labels, class_names, list(broken.values())
 
     return _packed(name, split, key, decode)
@@ -313,7 +314,7 @@ def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: i
             return 0
 
     require_memory(count * resolution**2 * 3, f"{count} images of {resolution} px")
-    images = np.empty((count, resolution, resolution, 3), np.uint8)
+    images: np.ndarray = np.empty((count, resolution, resolution, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
         numbered = iter(tqdm(enumerate(rows), f"packing {name}", count, unit=" images", leave=False, disable=None))
         while chunk := list(islice(numbered, 256)):  # map() would read every row at once
@@ -358,13 +359,13 @@ def _write_pack(
     if len(images) == 0:
         raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
     digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
-    digest.update(images)
+    digest.update(images.data)
     with written_aside(folder) as aside:
         aside.mkdir()
         np.save(aside / "images.npy", images)
         if labels is not None:
             np.save(aside / "labels.npy", labels)
-            digest.update(labels)
+            digest.update(labels.data)
         about = {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
         about["left_out"] = list(left_out)
         write_json(aside / "data.json", about)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -40,11 +40,27 @@ FREE_ON_RESUME = frozenset(
     "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor".split()
 )
 
-Objective = Callable[[nn.Module, dict[str, Tensor], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 # f(run, model, averaged weights, what the run went through), on the main process: writes what others load
 Export = Callable[[Path, nn.Module, EMA, dict[str, Any]], None]
 # f(run, step, model, averaged weights) -> numbers for the log, if it finds any; on the main process
 Callback = Callable[[Path, int, nn.Module, EMA], dict[str, float] | None]
+
+
+class Objective(Protocol):
+    """What is minimised; see training/objectives.py."""
+
+    @staticmethod
+    def bottleneck(num_blocks: int) -> int:
+        """Of so many blocks the one whose rank is told."""
+        ...
+
+    def inputs(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Any, ...]:
+        """The model's arguments, and what the loss needs besides."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what is to be logged."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -231,7 +247,8 @@ def train(
                 if max(line["block_norms"]) > EXPLODED:
                     size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
                     raise broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
-                left = "" if options.max_train_steps else f", {options.max_train_minutes - (time.monotonic() - began) / 60:.1f} min left"
+                minutes = None if options.max_train_steps else options.max_train_minutes
+                left = "" if minutes is None else f", {minutes - (time.monotonic() - began) / 60:.1f} min left"
                 found = f", kNN {100 * line['probe_knn']:.1f} %" if "probe_knn" in line else ""
                 text = f"loss {line['loss']:.4f}{found}, {rate:.0f} images/s{left}"
                 bar.set_postfix_str(text)
@@ -257,6 +274,7 @@ def learning_rate(options: LoopOptions, step: int) -> float:
         return options.learning_rate * (step + 1) / options.lr_warmup_steps
     if options.lr_scheduler == "constant":
         return options.learning_rate
+    assert options.max_train_steps is not None, "check() asks for it"
     progress = (step - options.lr_warmup_steps) / max(1, options.max_train_steps - options.lr_warmup_steps)
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -61,7 +61,7 @@ def draw(emoji: list[str], resolution: int) -> np.ndarray:
     canvas_px = resolution * SUPERSAMPLING
     require_memory(len(emoji) * resolution**2 * 3 + canvas_px**2 * 8, f"{len(emoji)} emoji of {resolution} px")
     font = ImageFont.truetype(str(path), size=canvas_px / (ADVANCE * EM_PER_IMAGE), layout_engine=ImageFont.Layout.RAQM)
-    images = np.empty((len(emoji), resolution, resolution, 3), np.uint8)
+    images: np.ndarray = np.empty((len(emoji), resolution, resolution, 3), np.uint8)
     for i, character in enumerate(emoji):
         canvas = Image.new("RGB", (canvas_px, canvas_px), "white")
         # "mm" centres the line; a full box (a square glyph's) sits in its middle
@@ -80,7 +80,7 @@ def motifs(emoji: list[str]) -> np.ndarray:
 
     def root(i: int) -> int:
         while parent[i] != i:
-            i = parent[i]
+            i = int(parent[i])
         return i
 
     def join(i: int, j: int) -> None:
@@ -110,8 +110,8 @@ def openmoji(resolution: int, split: str) -> tuple[np.ndarray, np.ndarray, list[
     """
     groups = emoji_groups()
     emoji = [character for members in groups.values() for character in members]
-    labels = np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
-    chosen = np.ones(len(emoji), bool)
+    labels: np.ndarray = np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
+    chosen: np.ndarray = np.ones(len(emoji), bool)
     if split != "all":
         motif = motifs(emoji)
         drawn = np.random.default_rng(0).random(len(emoji))[motif]  # one draw for each motif

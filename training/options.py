@@ -7,7 +7,10 @@ import types
 import typing
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, least: float | None = None, most: float | None = None) -> Any:

@@ -90,7 +90,7 @@ def sample_grid(path: Path, pipeline: Pipeline) -> None:
     """Write a picture of samples: the same seeds each time, one class after another."""
     pipeline.set_progress_bar_config(disable=True)
     labels = [i % pipeline.num_classes for i in range(GRID_IMAGES)] if pipeline.num_classes else None
-    images = pipeline(GRID_IMAGES, labels, seed=0, guidance_scale=2.0 if labels else 1.0, output_type="np").images
+    images = pipeline(GRID_IMAGES, labels, seed=0, guidance_scale=2.0 if labels else 1.0, output_type="np", return_dict=False)[0]
     save_grid(path, images, GRID_COLUMNS)
 
 
@@ -116,7 +116,7 @@ def run(
         ValueError: options that do not fit together or with the data.
     """
     data_options.source()  # before anything is spent
-    check(loop_options)
+    folder = check(loop_options)
     # where the loop will compute; PartialState alone does not look at `accelerate launch --cpu`
     device = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU")).device
     vae = load_vae(data_options.vae).to(device) if data_options.vae else None
@@ -131,7 +131,7 @@ def run(
     set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
     model = build(model_options, shortcut_options, objective_options.objective, shape, num_classes)
     resuming = loop_options.resume_from_checkpoint is not None
-    images_before = begin_with(model, model_options.init_from, Path(loop_options.output_dir), resuming) if model_options.init_from else 0
+    images_before = begin_with(model, model_options.init_from, folder, resuming) if model_options.init_from else 0
     objective = create_objective_from(objective_options, num_classes, vae)
     if model_options.init_from and not resuming:
         check_time(model_options.init_from, objective)

@@ -62,7 +62,7 @@ class TaskOptions:
 class MAELoopOptions(LoopOptions):
     """Optimisation and run."""
 
-    learning_rate: float | None = option(
+    learning_rate: float | None = option(  # type: ignore[assignment]  # `settled` fills it in
         None, "of AdamW, after the warm-up; base_learning_rate * images of a step / 256 unless given", least=0
     )
     base_learning_rate: float = option(1.5e-4, "learning rate for 256 images a step (all processes and accumulation together)", least=0)
@@ -150,7 +150,7 @@ def run(
         ValueError: options that do not fit together or with the data.
     """
     data_options.source()  # before anything is spent
-    check(loop_options)
+    folder = check(loop_options)
     resolution, mask_ratio = data_options.resolution, task_options.mask_ratio
     with torch.device("meta"):  # sizes that do not fit are told before the data are read
         build(model_options, shortcut_options, resolution)(torch.empty(1, 3, resolution, resolution), mask_ratio=mask_ratio)
@@ -159,7 +159,7 @@ def run(
     set_seed(loop_options.seed)  # of the initial weights; nothing else uses the global streams
     model = build(model_options, shortcut_options, resolution)
     resuming = loop_options.resume_from_checkpoint is not None
-    images_before = begin_with(model, model_options.init_from, Path(loop_options.output_dir), resuming) if model_options.init_from else 0
+    images_before = begin_with(model, model_options.init_from, folder, resuming) if model_options.init_from else 0
     say(f"{len(data):,} images of {data.name}")
     say(describe(f"{model_options.backbone}-{model_options.size}", model))
 
