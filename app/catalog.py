@@ -232,7 +232,11 @@ def card(name: str, runs: Path) -> Card:
     Raises:
         ValueError: the catalogue has no such name, or its files are damaged.
     """
-    source = find(name, runs)
+    return _card(name, find(name, runs))
+
+
+def _card(name: str, source: Source) -> Card:
+    """Of weights that were found already."""
     try:
         index, config = read_json(source.folder / INDEX), read_json(source.exported / "config.json")
         config = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -267,8 +271,17 @@ def _training(source: Source, newest: dict[str, Any]) -> dict[str, Any]:
 def results(name: str, runs: Path) -> list[dict[str, Any]]:
     """What a checkpoint's `eval/*.json` say: "metric", "value" and their protocol. None for other weights than the newest."""
     folder = folders(runs).get(name)
+    return _results(folder) if folder else []
+
+
+def all_results(runs: Path) -> dict[str, list[dict[str, Any]]]:
+    """`results` of everything that has an index."""
+    return {name: _results(folder) for name, folder in folders(runs).items()}
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for file in sorted((folder / "eval").glob("*.json")) if folder else ():
+    for file in sorted((folder / "eval").glob("*.json")):
         try:
             told = read_json(file) if file.stat().st_size <= MAX_RESULT_BYTES else None
         except (OSError, ValueError):
@@ -304,9 +317,9 @@ def _count_parameters(weights: Path) -> int:
 def cards(runs: Path) -> dict[str, Card]:
     """The cards of all checkpoints that can be read."""
     found = {}
-    for name in checkpoints(runs):
+    for name, source in checkpoints(runs).items():
         try:
-            found[name] = card(name, runs)
+            found[name] = _card(name, source)
         except ValueError as error:
             print(f"left out of the page: {error}", flush=True)
     return found

@@ -155,9 +155,8 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def cards_table(names: list[str | None]) -> str:
         there = [name for name in names if name]
-        return render.table(
-            [card(name, site.runs) for name in there], [[*results(name, site.runs), *measured(site.jobs, name)] for name in there]
-        )
+        found = measured(site.jobs)
+        return render.table([card(name, site.runs) for name in there], [[*results(name, site.runs), *found[name]] for name in there])
 
     def repeated(file: Path, frame: Frame) -> str:
         """Whether a dropped image came out again."""

@@ -166,6 +166,21 @@ def _metrics_of(run: Path, changed_ns: int, num_bytes: int) -> list[dict[str, An
     return read_metrics(run)
 
 
+def pace_of(run: Path) -> tuple[int, float | None]:
+    """The last step that was logged, and images a second of the last lines; kept of more runs than their lines are."""
+    try:
+        stat = (run / "metrics.jsonl").stat()
+    except OSError:
+        return 0, None
+    return _pace_of(run, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _pace_of(run: Path, changed_ns: int, num_bytes: int) -> tuple[int, float | None]:
+    lines = _metrics_of(run, changed_ns, num_bytes)
+    return (lines[-1]["step"], rate_of(lines)) if lines else (0, None)
+
+
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most `MAX_POINTS` of them, evenly spread, with the first and the last."""
     if len(lines) <= MAX_POINTS:

@@ -41,8 +41,8 @@ from app.job_files import (
     log_of,
     metrics_of,
     options_of,
+    pace_of,
     queued_at,
-    rate_of,
     read_job,
     saved_step,
     state_of,
@@ -365,32 +365,28 @@ class Jobs:
             (self.runs / ARCHIVE / name).rename(self._free(name))
         return self.status(name)
 
-    def progress(self, name: str, status: Status | None = None) -> Progress:
+    def progress(self, name: str, status: Status | None = None, brief: bool = False) -> Progress:
         """How far a run is, and the curves, pictures and words that it left so far.
 
         Args:
             status: of the run, where it is known already.
+            brief: without the curves, pictures and words, for which many files are read.
         """
         run = status.folder if status else self._find(name)
         status, job, config = status or self._status(run), read_job(run), json_of(run / CONFIG)
-        lines = metrics_of(run)
-        step, of = max(saved_step(run), lines[-1]["step"] if lines else 0), wanted_steps(run, job)
-        rate = rate_of(lines)
+        logged_step, rate = pace_of(run)
+        step, of = max(saved_step(run), logged_step), wanted_steps(run, job)
         left = []
         if status.state == RUNNING and of and rate and "images_a_step" in config:
             left.append((of - step) * config["images_a_step"] / rate)
         if status.state == RUNNING and status.started_at and (minutes := {**config, **status.options}.get("max_train_minutes")):
             left.append(max(0.0, 60 * minutes - (time.time() - status.started_at)))
+        so_far = Progress(step, of, rate, min(left, default=None), curve=[], sample=None, log=())
+        if brief:
+            return so_far
         samples = {int(path.stem[5:]): path for path in (run / "samples").glob("step-*.png") if path.stem[5:].isdigit()}
-        return Progress(
-            step=step,
-            of=of,
-            images_per_s=rate,
-            seconds_left=min(left, default=None),
-            curve=thinned(lines),
-            sample=samples[max(samples)] if samples else None,
-            log=log_of(run, 0),
-        )
+        sample = samples[max(samples)] if samples else None
+        return replace(so_far, curve=thinned(metrics_of(run)), sample=sample, log=log_of(run, 0))
 
     def estimate(self, options: dict[str, Any]) -> float | None:
         """About how many minutes a training will take here, after the newest run of the same network on images of the same size.
@@ -401,7 +397,7 @@ class Jobs:
         wanted = parse(self._settled(options), self.runs / "estimate")
         minutes = [wanted["max_train_minutes"]] if wanted["max_train_minutes"] is not None else []
         alike = [run for run in self._runs() if all(json_of(run / CONFIG).get(key) == wanted.get(key) for key in SAME_SPEED)]
-        rates = {run: rate for run in alike if (rate := rate_of(metrics_of(run)))}
+        rates = {run: rate for run in alike if (rate := pace_of(run)[1])}
         if rates and wanted["max_train_steps"]:
             newest = max(rates, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
             images = wanted["max_train_steps"] * wanted["train_batch_size"] * wanted["gradient_accumulation_steps"] * self.num_processes

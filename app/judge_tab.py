@@ -1,12 +1,13 @@
 """Judge: distances and probes of checkpoints as jobs, and a leaderboard of everything that was measured."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from app import judging, render
-from app.catalog import autoencoders, checkpoints, results, variants
+from app.catalog import all_results, autoencoders, checkpoints, variants
 from app.jobs import Jobs
 from app.plots import text
 from app.site import AT_ONCE, QUIET, Site, clears, page_errors
@@ -66,20 +67,21 @@ def _form(site: Site, tab: gr.Tab) -> None:
     tab.select(lambda: gr.update(choices=[*variants(site.runs), *autoencoders(site.runs)]), None, chosen, **QUIET)
 
 
-def measured(jobs: Jobs | None, name: str) -> list[dict[str, Any]]:
-    """What the page's own evaluations found of a checkpoint."""
-    found = []
+def measured(jobs: Jobs | None) -> dict[str, list[dict[str, Any]]]:
+    """Checkpoints -> what the page's own evaluations found of them, the newest first; an empty list for others."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for status in jobs.evaluations() if jobs else ():
         told, _ = judging.read_results(status.folder)
-        for numbers, judged in zip(told, status.options["checkpoints"], strict=False):
-            found += numbers if judged == name else []
+        for numbers, name in zip(told, status.options["checkpoints"], strict=False):
+            found[name] += numbers
     return found
 
 
 def leaderboard(site: Site) -> str:
     """Every number, those of one protocol in one table, the best first; then what paired comparisons said."""
     names = [*checkpoints(site.runs), *autoencoders(site.runs)]
-    rows = [(name, each) for name in names for each in results(name, site.runs)]
+    known = all_results(site.runs)
+    rows = [(name, each) for name in names for each in known.get(name, ())]
     differences: list[str] = []
     for status in site.jobs.evaluations() if site.jobs else ():
         told, said = judging.read_results(status.folder)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import autoencoders, card, results, variants
+from app.catalog import all_results, autoencoders, card, variants
 from app.inside import reconstruct, sample_features
 from app.judge_tab import measured
 from app.plots import Line, plot, text
@@ -108,9 +108,9 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
 
 def _probed(site: Site) -> dict[str, dict[str, Any]]:
     """Checkpoints -> what eval/probe.py told of them, the newest."""
-    found = {}
+    found, known, there = {}, measured(site.jobs), all_results(site.runs)
     for name in [*variants(site.runs), *autoencoders(site.runs)]:
-        told = [each for each in [*measured(site.jobs, name), *results(name, site.runs)] if isinstance(each.get("results"), list)]
+        told = [each for each in [*known[name], *there.get(name, ())] if isinstance(each.get("results"), list)]
         if told:
             found[name] = told[0]
     return found

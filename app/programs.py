@@ -1,11 +1,12 @@
 """The page for programs: named endpoints, documented at its foot."""
 
+import asyncio
 import dataclasses
 from typing import Any
 
 import gradio as gr
 
-from app.catalog import card, checkpoints, results, variants
+from app.catalog import all_results, card, checkpoints, variants
 from app.jobs import Jobs, Status
 from app.judge_tab import measured
 from app.recipe import of_image
@@ -24,6 +25,10 @@ def programs(site: Site) -> None:
                 raise ValueError("give the names of the checkpoints as a list")
             asked = Comparison.of_names(names, label=None if label == NO_LABEL else label, **settings)
             return await site.studio.finished(site.studio.ask(lambda: sample(asked, site.runs), session, asked))
+
+    def urls(frame: Frame) -> list[list[str]]:
+        sides = enumerate(frame.images)
+        return [[png_url(image, of_image(frame.recipe, side, i)) for i, image in enumerate(images)] for side, images in sides]
 
     async def compare_checkpoints(
         checkpoints: list[str],
@@ -51,8 +56,7 @@ def programs(site: Site) -> None:
         """
         settings = dict(seed=seed, num_images=num_images, steps=steps, guidance_scale=guidance_scale, sampler=sampler)
         frame = await take(checkpoints, label, request.session_hash, **settings)
-        sides = enumerate(frame.images)
-        return [[png_url(image, of_image(frame.recipe, side, i)) for i, image in enumerate(images)] for side, images in sides], frame.recipe
+        return await asyncio.to_thread(urls, frame), frame.recipe
 
     async def sample_checkpoint(
         checkpoint: str,
@@ -89,7 +93,8 @@ def programs(site: Site) -> None:
             "results" (numbers with their protocol).
         """
         with page_errors():
-            told, names = [], list(variants(site.runs))
+            told, names, found = [], list(variants(site.runs)), measured(site.jobs)
+            known = all_results(site.runs)
             for name, source in checkpoints(site.runs).items():
                 try:
                     each = card(name, site.runs)
@@ -104,7 +109,7 @@ def programs(site: Site) -> None:
                         "labels": list(each.class_names),
                         "training": each.training,
                         "variants": [other for other in names if other.startswith(f"{name} ")],
-                        "results": [*results(name, site.runs), *measured(site.jobs, name)],
+                        "results": [*known[name], *found[name]],
                         "sha256": source.hash,
                     }
                 )
@@ -175,7 +180,7 @@ def _trainings(jobs: Jobs) -> None:
             "options", "started_at" (seconds since 1970), "log" of a failed one; "step", "of" and "seconds_left".
         """
         with page_errors():
-            progress = jobs.progress(name)
+            progress = jobs.progress(name, brief=True)
             return {**told(jobs.status(name)), "step": progress.step, "of": progress.of, "seconds_left": progress.seconds_left}
 
     def trainings() -> list[dict]:

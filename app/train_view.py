@@ -49,7 +49,7 @@ def overview_of(jobs: Jobs, statuses: Sequence[Status]) -> str:
     for status in statuses:
         done = ""
         if status.kind == TRAINING:
-            progress = jobs.progress(status.name, status)
+            progress = jobs.progress(status.name, status, brief=True)
             done = f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")
             if status.state == RUNNING and progress.seconds_left is not None:
                 done += f", {time_words(progress.seconds_left)} left"

@@ -77,6 +77,15 @@ def test_a_card_is_read_without_the_weights(runs: Path) -> None:
     assert card.alpha_eff == pytest.approx(float(np.prod(loaded.alphas)))
 
 
+def test_the_folders_are_looked_through_once_for_all_cards(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Path] = []
+    folders = catalog.folders
+    monkeypatch.setattr(catalog, "folders", lambda runs: looked.append(runs) or folders(runs))
+    assert len(catalog.cards(runs)) >= len(PAIR)
+    assert set(catalog.all_results(runs)) >= set(PAIR)
+    assert len(looked) == 2
+
+
 def test_default_pair_is_a_plain_and_a_decayed_one_of_a_family(runs: Path) -> None:
     known = {name: card for name, card in catalog.cards(runs).items() if name in PAIR}
     assert catalog.default_pair(known) == PAIR

@@ -20,8 +20,10 @@ from app import job_flags, job_process
 from app import jobs as jobs_module
 from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
 from app.jobs import Jobs
+from app.train_view import overview_of
 from models import Pipeline
 from tests.conftest import ROOT, script_environment
+from training import monitor
 
 TINY = {
     "resolution": 8, "patch_size": 4, "alpha_min": 0.6, "train_batch_size": 4, "learning_rate": 1e-3, "mixed_precision": "no",
@@ -368,6 +370,18 @@ def test_progress_of_a_running_one(jobs: Jobs, process: Callable) -> None:
     job |= {"options": {**options, "max_train_minutes": 10}, "started_at": time.time() - 590}
     (run / JOB).write_text(json.dumps(job))
     assert jobs.progress("mine").seconds_left == pytest.approx(10, abs=5), "whichever ends it first"
+
+
+def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(monitor, "read_metrics", lambda run: read.append(run) or [{"step": 7, "images_per_s": 5.0}])
+    for i in range(20):
+        (jobs.runs / f"r{i}").mkdir(parents=True)
+        (jobs.runs / f"r{i}/config.json").write_text('{"max_train_steps": 9}')
+        (jobs.runs / f"r{i}/metrics.jsonl").write_text("{}")
+    for _ in range(3):
+        assert overview_of(jobs, jobs.all()).count("step 7 of 9") == 20
+    assert len(read) == 20
 
 
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
