@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
     first = site.first_comparison()
     voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
     asked = gr.State(None)  # (ballot, id of the sampling), which stay on this side
+    shown = gr.State(None)  # the ballot whose finished pictures are on the page: votes are about these
     csv_file = Path(tempfile.mkdtemp(prefix="fading-shortcuts-")) / "votes.csv"
+    csv_lock = threading.Lock()
     names = list(variants(site.runs))
     gr.Markdown("Two checkpoints draw from the same noise, on sides that are drawn by lot. Vote, and their names are shown.")
     with gr.Row():
@@ -66,28 +69,29 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
 
     async def watch(asked: tuple[Ballot, str]) -> AsyncIterator[tuple[Any, ...]]:
         sampling = site.studio.find(asked[1])
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False), *[gr.update(interactive=False)] * len(buttons)
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False), None, *[gr.update(interactive=False)] * len(buttons)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), *[gr.skip()] * (1 + len(buttons))
+                yield gr.skip(), render.waiting(position), *[gr.skip()] * (2 + len(buttons))
             elif not frame.done:
-                yield await asyncio.to_thread(unnamed, frame), render.progress(frame), *[gr.skip()] * (1 + len(buttons))
+                yield await asyncio.to_thread(unnamed, frame), render.progress(frame), gr.skip(), None, *[gr.skip()] * len(buttons)
         done = sampling.state == DONE
         words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
-        pictures = unnamed(sampling.frame) if done else gr.skip()
-        yield pictures, render.message(words), gr.update(interactive=True), *[gr.update(interactive=done)] * len(buttons)
+        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.frame), asked[0]) if done else (gr.skip(), None)
+        yield pictures, render.message(words), gr.update(interactive=True), ballot, *[gr.update(interactive=done)] * len(buttons)
 
-    def vote(choice: str, asked: tuple[Ballot, str] | None) -> tuple[Any, ...]:
+    def vote(choice: str, ballot: Ballot | None) -> tuple[Any, ...]:
         with page_errors():
-            if asked is None:
+            if ballot is None:
                 raise ValueError("ask for a pair of pictures first")
-            cast = site.votes.vote(asked[0].id, choice)
-        words = f"Your vote: {CHOICES[cast.choice].lower()}. Left was {_bare(cast.left)}, right was {_bare(cast.right)}."
-        return render.message(words), *counted(), *[gr.update(interactive=False)] * len(buttons)
+            cast = site.votes.vote(ballot.id, choice)
+            words = f"Your vote: {CHOICES[cast.choice].lower()}. Left was {_bare(cast.left)}, right was {_bare(cast.right)}."
+            return render.message(words), *counted(), *[gr.update(interactive=False)] * len(buttons)
 
     def refresh(*chosen: str | None) -> tuple[Any, ...]:
         known = list(variants(site.runs))
-        return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
+        with page_errors():
+            return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
 
     def labels(one: str | None, other: str | None, label: str) -> Any:
         with page_errors():
@@ -95,15 +99,15 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
 
     def counted() -> tuple[str, str]:
         """The table, and the file to download."""
-        with written_aside(csv_file) as aside:
+        with csv_lock, written_aside(csv_file) as aside:  # written aside by one visitor at a time
             aside.write_text(site.votes.to_csv(), encoding="utf-8")
         return render.tallies(site.votes.tallies()), str(csv_file)
 
     start.click(ask, [one, other, label, voter], [asked, voter], **QUIET).success(
-        watch, asked, [stage, status, start, *buttons], **WATCHING
+        watch, asked, [stage, status, start, shown, *buttons], **WATCHING
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
-        button.click(lambda asked, choice=choice: vote(choice, asked), asked, [status, tallies, export, *buttons], **QUIET)
+        button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
     gr.on([one.input, other.input], labels, [one, other, label], label, **LATEST)
     page.load(refresh, [one, other], [one, other, tallies, export], **QUIET)
 

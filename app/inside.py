@@ -66,7 +66,7 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
     for of_side, pictures in zip(kept, previews, strict=True):
         chosen = _spread(len(of_side[0]), MAX_BLOCKS)
         blocks.append(chosen)
-        images += [np.stack(pictures), *(colours(np.stack([moment[block] for moment in of_side])) for block in chosen)]
+        images += [_of_one_size(pictures), *(colours(np.stack([moment[block] for moment in of_side])) for block in chosen)]
     recipe = {**frame.recipe, "moments": moments, "blocks": blocks}
     yield Frame(tuple(images), frame.step, frame.num_steps, frame.wall_s, recipe, True)
 
@@ -95,6 +95,12 @@ def colours(tokens: np.ndarray) -> np.ndarray:
     edge = round(number**0.5)
     height = edge if edge * edge == number else 1
     return (255 * scaled).round().astype(np.uint8).reshape(moments, height, number // height, 3)
+
+
+def _of_one_size(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 (M, H, W, C): what is seen of latents on the way has one pixel a cell, and becomes as large as the image."""
+    edge = max(len(picture) for picture in pictures)
+    return np.stack([picture.repeat(edge // len(picture), 0).repeat(edge // len(picture), 1) for picture in pictures])
 
 
 def _spread(number: int, most: int) -> list[int]:

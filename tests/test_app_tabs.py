@@ -18,18 +18,21 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from app.inside import colours, reconstruct
+from app.inside import colours, reconstruct, sample_features
 from app.jobs import Jobs
 from app.recipe import KEY
+from app.settings import Comparison
 from app.site import Site
 from app.ui import build
 from app.votes import Votes
-from models import create_model
+from models import Pipeline, create_model
 from models.files import read_json, write_json
 from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
+from tests.test_vae import make_vae
 from tests.tiny_pair import PAIR, write_pair
 from training.checkpoint import export_network
 from training.ema import EMA
+from training.objectives import FlowMatching
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -152,6 +155,14 @@ def test_colours_follow_the_principal_components() -> None:
     first = maps[..., 0].astype(int).ravel()
     assert (np.diff(first) >= 0).all() and (first.min(), first.max()) == (0, 255), "one component, over both moments together"
     assert colours(np.ones((1, 6, 2))).shape == (1, 1, 6, 3)
+
+
+def test_features_of_latents_stand_beside_pictures_of_one_size(tmp_path: Path) -> None:
+    sizes = dict(image_size=8, in_channels=4, patch_size=2, depth=2, dim=16, num_heads=2)
+    model, objective = create_model("dit", alpha_min=0.6, **sizes), FlowMatching()
+    Pipeline(model, objective.scheduler, (), path=objective.path, vae=make_vae()).save_pretrained(tmp_path / "latents")
+    *_, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
+    assert [images.shape for images in frame.images] == [(4, 16, 16, 3), (4, 4, 4, 3), (4, 4, 4, 3)]
 
 
 def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> None:
