@@ -41,7 +41,12 @@ class SettingsPanel:
                         self.own.append(_widgets(f" of {letter}", labels_of([])))
                     if i >= FEWEST:
                         gone = gr.Button(f"Remove {letter}", size="sm")
-                        gone.click(lambda: (gr.update(visible=False), None, False), None, [box, self.checkpoints[i], override], **AT_ONCE)
+                        gone.click(
+                            lambda: (gr.update(visible=False), None, False, gr.update(visible=False)),
+                            None,
+                            [box, self.checkpoints[i], override, group],
+                            **AT_ONCE,
+                        )
                     self.boxes.append(box)
                 self.overrides.append(override)
                 self.groups.append(group)
