@@ -144,7 +144,11 @@ MAE_PRESETS: dict[str, Preset] = {
     **_family(
         "32px",
         "your --train_data_dir at 32 px, XS/8, 4,000 steps of 256 (20 epochs of 50,000 images), 32 minutes of one CPU core with bf16",
-        {},
+        {
+            "plain": "linear probe 19.0 %, kNN 11.7 %, one seed, 100 classes of Tiny-ImageNet",
+            "skips": "linear probe 19.4 %, kNN 11.3 %, one seed, as above",
+            "decayed": "linear probe 18.5 %, kNN 7.5 %, one seed, as above: too early",
+        },
         alpha_min=0.4,
         **_MAE,
         resolution=32,
