@@ -410,7 +410,9 @@ class Jobs:
 
     def _evaluations(self) -> list[Path]:
         folder = self.runs / EVALUATIONS
-        return [each for each in folder.iterdir() if (each / JOB).is_file()] if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        return [each for each in folder.iterdir() if not each.name.startswith(".") and (each / JOB).is_file()]
 
     def _runs(self) -> list[Path]:
         if not self.runs.is_dir():
