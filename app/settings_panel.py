@@ -190,6 +190,5 @@ def label_update(choices: list[str], label: str | int | None, chosen: Sequence[C
 
 
 def relabel(chosen: Sequence[Card], label: Any) -> Any:
-    """For a label widget when another checkpoint was chosen. A label that stays is not sent: the visitor may choose another meanwhile."""
-    choices = labels_of(chosen)
-    return gr.update(choices=choices) if label in choices else label_update(choices, from_widget(label), chosen)
+    """For a label widget after another checkpoint was chosen."""
+    return label_update(labels_of(chosen), from_widget(label), chosen)
