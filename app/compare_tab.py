@@ -107,7 +107,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     watched = [stage, status, recipe, start, stop, history, kept, dropped]
     busy = start.click(ask, [kept, *panel.inputs], [shown, kept], **QUIET)
-    watching = [busy.success(watch, [shown, kept, dropped], watched, **WATCHING)]
+    busy.success(watch, [shown, kept, dropped], watched, **WATCHING)
     stop.click(site.studio.stop, shown, None, **AT_ONCE)
 
     # --------------------------------------------------------------------------------------------------------- bring it back
@@ -169,12 +169,11 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         )
 
     restored = [shown, kept, *panel.outputs]
-    for event in (
+    filled = [
         history.bring_back(bring_back, kept, restored, **QUIET),
         history.put_beside(add, [kept, *panel.inputs], restored, **QUIET),
         drop.upload(restore, [drop, shown, kept], [*restored, dropped, grid, *varies], **QUIET),
-    ):
-        watching.append(event.success(watch, [shown, kept, dropped], watched, **WATCHING))
+    ]
 
     # -------------------------------------------------------------------------------------------------------- first and again
 
@@ -201,10 +200,11 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     def remember_view(view: str, kept: dict) -> dict:
         return {**kept, "view": view}
 
-    loaded = page.load(load, kept, [*restored, stage, start, view], **QUIET)
-    watching.append(loaded.success(watch, [shown, kept, dropped], watched, **WATCHING))
-    for shown_again in (loaded.success, tab.select):  # numbers may have been measured meanwhile
-        shown_again(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
+    filled.append(page.load(load, kept, [*restored, stage, start, view], **QUIET))
+    for event in filled:
+        event.success(watch, [shown, kept, dropped], watched, **WATCHING)
+    for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
+        event(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(remember_view, [view, kept], kept, **AT_ONCE)
-    gr.on([each.change for each in panel.checkpoints], choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)
+    panel.when_chosen(choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)

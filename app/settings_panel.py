@@ -26,6 +26,7 @@ class SettingsPanel:
         self.overrides: list[gr.Checkbox] = []
         self.groups: list[gr.Group] = []
         self.own: list[dict[str, gr.components.Component]] = []
+        self.after_buttons: list[Any] = []  # what follows a side that came or went
         names = self.known()
         with gr.Row(elem_id="checkpoints"):
             for i, letter in enumerate(SIDES[:MAX_SIDES]):
@@ -41,12 +42,13 @@ class SettingsPanel:
                         self.own.append(_widgets(f" of {letter}", labels_of([])))
                     if i >= FEWEST:
                         gone = gr.Button(f"Remove {letter}", size="sm")
-                        gone.click(
+                        removed = gone.click(
                             lambda: (gr.update(visible=False), None, False, gr.update(visible=False)),
                             None,
                             [box, self.checkpoints[i], override, group],
                             **AT_ONCE,
                         )
+                        self.after_buttons.append(removed.then)
                     self.boxes.append(box)
                 self.overrides.append(override)
                 self.groups.append(group)
@@ -57,7 +59,8 @@ class SettingsPanel:
         shared = [self.shared[name] for name in OWN]
         for name, on, group, own in zip(self.checkpoints, self.overrides, self.groups, self.own, strict=True):
             on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **QUIET)
-        self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **QUIET)
+        added = self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **QUIET)
+        self.after_buttons.append(added.success)
 
     @property
     def inputs(self) -> list[gr.components.Component]:
@@ -71,6 +74,12 @@ class SettingsPanel:
     def known(self) -> list[str]:
         """Names that can be chosen."""
         return list(variants(self.site.runs))
+
+    def when_chosen(self, *handler: Any, **how: Any) -> None:
+        """Attach a handler to the visitor's own choices of checkpoints. Not to those of `fill`, which brings their labels along."""
+        gr.on([each.input for each in self.checkpoints], *handler, **how)
+        for follows in self.after_buttons:
+            follows(*handler, **how)
 
     def read(self, values: Sequence[Any]) -> Comparison:
         """The comparison that the widgets ask for.
@@ -190,5 +199,6 @@ def label_update(choices: list[str], label: str | int | None, chosen: Sequence[C
 
 
 def relabel(chosen: Sequence[Card], label: Any) -> Any:
-    """For a label widget after another checkpoint was chosen."""
-    return label_update(labels_of(chosen), from_widget(label), chosen)
+    """For a label widget after another checkpoint was chosen; a label that stays is not sent: a newer choice would snap back."""
+    choices = labels_of(chosen)
+    return gr.update(choices=choices) if label in choices else label_update(choices, from_widget(label), chosen)

@@ -85,8 +85,10 @@ def put(page: "Page", element: str, value: object) -> None:
 
 
 def compare(page: "Page", expected: str) -> None:
+    """Sample, until the status begins with, or tells, what is expected."""
     page.get_by_role("button", name="Compare", exact=True).click()
-    expect(page.locator("#status")).to_contain_text(expected, timeout=PATIENCE_MS)
+    words = re.compile(rf"(^|· )\s*{re.escape(expected)}")
+    expect(page.locator("#status")).to_contain_text(words, timeout=PATIENCE_MS)
 
 
 def unfold(page: "Page", section: str) -> "Locator":
