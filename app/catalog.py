@@ -13,6 +13,10 @@ from models.files import INDEX, read_json, sha256
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 RUNS_PREFIX = "runs/"
+NUMBERS = (
+    *("value", "low", "high", "num_samples", "reference_num", "train_num", "test_num", "images_seen"),
+    *("steps", "seed", "guidance_scale", "alpha_min", "alpha_eff"),
+)  # of a result file
 MAX_RESULT_BYTES = 8 * 2**20  # a larger file in eval/ is none of ours
 
 
@@ -155,6 +159,11 @@ def variants(runs: Path) -> dict[str, Source]:
     return found
 
 
+def sources(runs: Path) -> dict[str, Source]:
+    """Name -> weights of everything that can be judged: `variants`, and the masked autoencoders."""
+    return {**variants(runs), **{name: _newest(folder) for name, folder in autoencoders(runs).items()}}
+
+
 def autoencoders(runs: Path) -> dict[str, Path]:
     """Name -> folder of the masked autoencoders."""
     return {name: folder for name, folder in folders(runs).items() if _backbone(folder) == "MAE"}
@@ -286,18 +295,28 @@ def _results(folder: Path) -> list[dict[str, Any]]:
             told = read_json(file) if file.stat().st_size <= MAX_RESULT_BYTES else None
         except (OSError, ValueError):
             continue
-        if isinstance(told, dict) and isinstance(told.get("metric"), str) and isinstance(told.get("value"), int | float):
+        if isinstance(told, dict) and isinstance(told.get("metric"), str):
             found += numbers_of(told)
     return found
 
 
 def numbers_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every number of a result file, each with the protocol of all: FD, KD, precision, ... may come of one pass."""
+    """Every number of a result file, each with the protocol of all: FD, KD, precision, ... may come of one pass.
+
+    What should be a number and is none is left out: the file may come from anywhere.
+    """
     others = result.get("metrics")
-    if not isinstance(others, dict):
-        return [result]
-    shared = {key: value for key, value in result.items() if key not in ("metrics", "value", "low", "high")}
-    return [{**shared, "metric": name, **each} for name, each in others.items() if isinstance(each, dict) and "value" in each]
+    if isinstance(others, dict):
+        shared = {key: value for key, value in result.items() if key not in ("metrics", "value", "low", "high")}
+        found = [{**shared, "metric": name, **each} for name, each in others.items() if isinstance(each, dict)]
+    else:
+        found = [result]
+    found = [{key: value for key, value in each.items() if key not in NUMBERS or _is_number(value)} for each in found]
+    return [each for each in found if "value" in each]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _count_parameters(weights: Path) -> int:

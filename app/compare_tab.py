@@ -72,42 +72,60 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             card(side.checkpoint, site.runs)  # told now and not in its turn
         settled = comparison.settled()
         sampling = site.studio.ask(lambda: sample(settled, site.runs), request.session_hash, settled)
+        site.studio.leave(kept["shown"])
         return sampling.id, {**kept, "settings": comparison.as_json(), "shown": sampling.id}
 
-    async def watch(id: str | None, kept: dict, file: str | None) -> AsyncIterator[tuple[Any, ...]]:
-        """Everything that follows from a sampling, until it is over."""
-        sampling = site.studio.find(id)
+    painting: dict[str | None, Sampling] = {}  # by visitor: what the stage is for
+
+    async def watch(id: str | None, file: str | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
+        """Everything that follows from a sampling, until it is over or the stage is for another one."""
+        sampling, visitor = site.studio.find(id), request.session_hash
         if sampling is None:
-            yield (*[gr.skip()] * 3, gr.update(interactive=True), gr.update(interactive=False), show_history(kept), kept, None)
+            yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True), gr.update(interactive=False), None
             return
-        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip(), gr.skip(), gr.skip()
-        async for state, frame, position in site.studio.watch(sampling):
-            if state in (WAITING, RUNNING):
-                yield *await asyncio.to_thread(on_the_way, frame, position), *[gr.skip()] * 6
-        yield await asyncio.to_thread(at_the_end, sampling, kept, file)
+        painting[visitor] = sampling
+        try:
+            yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip()
+            async for state, frame, position in site.studio.watch(sampling):
+                news = await asyncio.to_thread(on_the_way, frame, position) if state in (WAITING, RUNNING) else ()
+                if painting.get(visitor) is not sampling:
+                    yield [gr.skip()] * 6  # Gradio sends what was yielded last once more at the end
+                    return
+                if news:
+                    yield *news, *[gr.skip()] * 4
+            yield await asyncio.to_thread(at_the_end, sampling, file)
+        finally:
+            if painting.get(visitor) is sampling:
+                del painting[visitor]
 
     def on_the_way(frame: Frame | None, position: int) -> tuple[Any, Any]:
         if frame is None:
             return gr.skip(), render.waiting(position)
         return render.stage(frame), render.progress(frame)
 
-    def at_the_end(sampling: Sampling, kept: dict, file: str | None) -> tuple[Any, ...]:
+    def at_the_end(sampling: Sampling, file: str | None) -> tuple[Any, ...]:
         idle = gr.update(interactive=True), gr.update(interactive=False)
         if sampling.state != DONE:
             words = sampling.message if sampling.state == FAILED else "Stopped."
-            return gr.skip(), render.message(words), gr.skip(), *idle, gr.skip(), gr.skip(), None
+            return gr.skip(), render.message(words), gr.skip(), *idle, None
         frame = sampling.frame
         told = render.status(frame) + (repeated(Path(file), frame) if file else "")
-        kept = {**kept, "history": list(dict.fromkeys([sampling.id, *kept["history"]]))[:MAX_HISTORY]}
-        return render.stage(frame), told, frame.recipe, *idle, show_history(kept), kept, None
+        return render.stage(frame), told, frame.recipe, *idle, None
 
-    def show_history(kept: dict) -> str:
+    def remember(id: str | None, kept: dict) -> tuple[dict, str]:
+        """What is finished, in the history; `kept` as it is now, not as it was when the sampling began."""
+        sampling = site.studio.find(id)
+        if sampling is not None and sampling.state == DONE:
+            kept = {**kept, "history": list(dict.fromkeys([sampling.id, *kept["history"]]))[:MAX_HISTORY]}
         known = filter(None, map(site.studio.find, kept["history"]))
-        return render.history([(each.id, each.frame) for each in known if each.state == DONE])
+        return kept, render.history([(each.id, each.frame) for each in known if each.state == DONE])
 
-    watched = [stage, status, recipe, start, stop, history, kept, dropped]
-    busy = start.click(ask, [kept, *panel.inputs], [shown, kept], **QUIET)
-    busy.success(watch, [shown, kept, dropped], watched, **WATCHING)
+    def follow(event: Any) -> None:
+        """Watch the sampling that an event begins or brings back."""
+        watched = event.success(watch, [shown, dropped], [stage, status, recipe, start, stop, dropped], **WATCHING)
+        watched.success(remember, [shown, kept], [kept, history], **QUIET)
+
+    follow(start.click(ask, [kept, *panel.inputs], [shown, kept], **QUIET))
     stop.click(site.studio.stop, shown, None, **AT_ONCE)
 
     # --------------------------------------------------------------------------------------------------------- bring it back
@@ -115,6 +133,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     def bring_back(kept: dict, event: gr.EventData) -> tuple[Any, ...]:
         """An item of the history, with its settings."""
         sampling = found(event)
+        site.studio.leave(kept["shown"])
         return (
             sampling.id,
             {**kept, "settings": sampling.about.as_json(), "shown": sampling.id},
@@ -202,7 +221,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     filled.append(page.load(load, kept, [*restored, stage, start, view], **QUIET))
     for event in filled:
-        event.success(watch, [shown, kept, dropped], watched, **WATCHING)
+        follow(event)
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
         event(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
     view.change(None, view, None, js=SHOW_VIEW)

@@ -1,5 +1,6 @@
 """A grid: checkpoints x the values of one setting, as one labelled picture."""
 
+import csv
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
         comparison: its shared settings hold for all cells, but for the one that varies; overrides are left out.
         axis: one of `AXES`. "alpha_min" takes the checkpoints that differ from the first one in alpha alone, and a row for each seed; of
             several with one alpha that which was chosen, else that which has seen most images.
-        values: with commas between them; of "seed" how many, of "label" names ("all" for each), of "alpha_min" how many seeds.
+        values: with commas between them, a name that has one itself in double quotes; of "seed" how many, of "label" names ("all" for
+            each), of "alpha_min" how many seeds.
 
     Raises:
         ValueError: another axis, values that do not suit it, too many of them.
@@ -114,7 +116,9 @@ def _title(shared: Settings, varies: str) -> str:
 
 
 def _words(values: str) -> list[str]:
-    return [word.strip() for word in str(values).split(",") if word.strip()]
+    """Between commas; a name that has one itself stands in double quotes."""
+    split = next(csv.reader([" ".join(str(values).split())], skipinitialspace=True), [])
+    return [word.strip() for word in split if word.strip()]
 
 
 def _count(values: str, what: str) -> int:

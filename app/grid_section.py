@@ -36,7 +36,13 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
         axis = gr.Dropdown(
             [(words, axis) for axis, (words, _) in AXES.items()], value=SEED, label="What varies", filterable=False, elem_id="axis"
         )
-        values = gr.Textbox(AXES[SEED][1], label="Values", info="with commas between them", max_length=MAX_VALUES, elem_id="values")
+        values = gr.Textbox(
+            AXES[SEED][1],
+            label="Values",
+            info='with commas between them; a "name, with a comma" in quotes',
+            max_length=MAX_VALUES,
+            elem_id="values",
+        )
         start = gr.Button("Draw the grid", min_width=120, elem_id="draw-grid")
         stop = gr.Button("Stop the grid", interactive=False, min_width=100, elem_id="stop-grid")
     status = gr.HTML(render.message(""), elem_id="grid-status")

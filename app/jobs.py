@@ -2,7 +2,7 @@
 
 Nothing about them is kept in the page: a run's folder holds `job.json` (its flags, its place in the queue, its process) and `log.txt`
 (what the process said), beside what the training writes. So a page may end, start again, or have a twin; the next look at the folder
-finds everything. Looking is also what moves the queue on.
+finds everything. Looking also moves the queue on.
 
 Clients give names; only the name of a folder that lies directly in the runs becomes a path.
 """
@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ MOST = {"resolution": 1024, "train_batch_size": 4096, "gradient_accumulation_ste
 MAX_QUEUED = 32
 KILL_AFTER_S = 5.0  # a second "stop" before that is a double click, after it an order
 LOCK_S = 30.0
+MOVE_S = 5.0  # how often the queue is looked at
 MOST_FILES = 200_000  # that are looked at to find an image among them
 
 
@@ -224,6 +226,17 @@ class Jobs:
             statuses = self._statuses()
         order = {RUNNING: 0, STOPPING: 0, QUEUED: 1}
         return sorted(statuses, key=lambda status: (order.get(status.state, 2), status.position, -(status.started_at or 0), status.name))
+
+    def keep_moving(self) -> None:
+        """Start what waits as soon as there is a place, whether or not somebody looks."""
+
+        def move() -> None:
+            while True:
+                with contextlib.suppress(ValueError, OSError):  # the folder is told about where somebody asks
+                    self.all()
+                time.sleep(MOVE_S)
+
+        threading.Thread(target=move, daemon=True, name="queue").start()
 
     def status(self, name: str) -> Status:
         """One run.

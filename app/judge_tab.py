@@ -7,10 +7,10 @@ from typing import Any
 import gradio as gr
 
 from app import judging, render
-from app.catalog import all_results, autoencoders, checkpoints, variants
+from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs
 from app.plots import text
-from app.site import AT_ONCE, QUIET, Site, clears, page_errors
+from app.site import QUIET, Site, clears, page_errors
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
@@ -24,8 +24,8 @@ ABOUT = (
 )
 
 
-def judge_tab(site: Site, tab: gr.Tab) -> None:
-    """The widgets of the tab, and what they do; without jobs the leaderboard alone."""
+def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
+    """The widgets of the tab, and what they do; without jobs the leaderboard alone. Returns what looks for new numbers."""
     if site.jobs is not None:
         _form(site, tab)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
@@ -37,7 +37,7 @@ def judge_tab(site: Site, tab: gr.Tab) -> None:
 
     tab.select(fresh, seen, [seen, board], **QUIET)
     timer.tick(fresh, seen, [seen, board], **QUIET)
-    tab.select(lambda: gr.Timer(active=True), None, timer, **AT_ONCE)
+    return timer
 
 
 def _form(site: Site, tab: gr.Tab) -> None:
@@ -64,16 +64,17 @@ def _form(site: Site, tab: gr.Tab) -> None:
 
     clears([start.click], told)
     start.click(ask, [chosen, measure, reference, number], told, **QUIET)
-    tab.select(lambda: gr.update(choices=[*variants(site.runs), *autoencoders(site.runs)]), None, chosen, **QUIET)
+    tab.select(lambda: gr.update(choices=list(sources(site.runs))), None, chosen, **QUIET)
 
 
 def measured(jobs: Jobs | None) -> dict[str, list[dict[str, Any]]]:
-    """Checkpoints -> what the page's own evaluations found of them, the newest first; an empty list for others."""
+    """Checkpoints -> what the page's own evaluations found of the weights they have now, the newest first; an empty list for others."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for status in jobs.evaluations() if jobs else ():
-        told, _ = judging.read_results(status.folder)
-        for numbers, name in zip(told, status.options["checkpoints"], strict=False):
-            found[name] += numbers
+    finished = jobs.evaluations() if jobs else []
+    now = sources(jobs.runs) if finished else {}
+    for status in finished:
+        for name, same, numbers in judging.results_of(status.folder, status.options, now)[0]:
+            found[name] += numbers if same else []
     return found
 
 
@@ -83,10 +84,11 @@ def leaderboard(site: Site) -> str:
     known = all_results(site.runs)
     rows = [(name, each) for name in names for each in known.get(name, ())]
     differences: list[str] = []
+    now = sources(site.runs)
     for status in site.jobs.evaluations() if site.jobs else ():
-        told, said = judging.read_results(status.folder)
-        for name, numbers in zip(status.options["checkpoints"], told, strict=False):
-            rows += [(name, each) for each in numbers]
+        told, said = judging.results_of(status.folder, status.options, now)
+        for name, same, numbers in told:
+            rows += [(name if same else f"{name} (earlier weights)", each) for each in numbers]
         differences += said
     if not rows:
         return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'

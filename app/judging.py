@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from app.catalog import find, folders, numbers_of
+from app.catalog import Source, find, folders, numbers_of, sources
 from models.files import read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
@@ -63,7 +63,10 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
     if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
         raise ValueError("the reference must be openmoji or a folder of images")
     paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
-    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+    known = sources(runs)
+    weights = [known[name].hash for name in names]  # a run that trains on, or a new one of that name, has others
+    asked = {"measure": measure, "checkpoints": names, "paths": paths, "weights": weights}
+    return {**asked, "reference": reference, "num_samples": int(number)}
 
 
 def _folder(name: Any, measure: Measure, runs: Path) -> str:
@@ -119,6 +122,30 @@ def read_results(folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
         return [numbers_of(entry) for entry in told["entries"]], [_difference(row) for row in told["differences"]]
     except (OSError, ValueError, KeyError, TypeError):
         return [], []
+
+
+class Judged(NamedTuple):
+    """Numbers of a checkpoint, and whether it still has the weights that they are about."""
+
+    name: str
+    same: bool
+    numbers: list[dict[str, Any]]
+
+
+def results_of(folder: Path, options: dict[str, Any], now: dict[str, Source]) -> tuple[list[Judged], list[str]]:
+    """What an evaluation found, and whether that is about what its checkpoints are now.
+
+    Args:
+        now: what the catalogue has, see `sources`.
+
+    Returns:
+        For each checkpoint what was found; and the differences, none if one of the checkpoints has other weights now.
+    """
+    numbers, differences = read_results(folder)
+    names = options["checkpoints"]
+    judged = options.get("weights") or [None] * len(names)
+    same = [was is None or (name in now and now[name].hash == was) for name, was in zip(names, judged, strict=True)]
+    return list(map(Judged, names, same, numbers)), differences if all(same) else []
 
 
 def _difference(row: dict[str, Any]) -> str:

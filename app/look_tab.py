@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import all_results, autoencoders, card, variants
+from app.catalog import all_results, autoencoders, card, sources, variants
 from app.inside import reconstruct, sample_features
 from app.judge_tab import measured
 from app.plots import Line, plot, text
@@ -109,7 +109,7 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
 def _probed(site: Site) -> dict[str, dict[str, Any]]:
     """Checkpoints -> what eval/probe.py told of them, the newest."""
     found, known, there = {}, measured(site.jobs), all_results(site.runs)
-    for name in [*variants(site.runs), *autoencoders(site.runs)]:
+    for name in sources(site.runs):
         told = [each for each in [*known[name], *there.get(name, ())] if isinstance(each.get("results"), list)]
         if told:
             found[name] = told[0]

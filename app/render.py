@@ -276,12 +276,12 @@ def protocol(result: dict[str, Any]) -> str:
         facts.append(str(result.get("feature_extractor")))
     elif result.get("dataset"):
         facts.append(f"{count(result.get('test_num'))} images of {result['dataset']}, fitted to {count(result.get('train_num'))}")
-        best = result.get("best") or {}
+        best = result["best"] if isinstance(result.get("best"), dict) else {}
         if "block" in best:
-            facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']:g}"))
+            facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']}"))
     if result.get("sampler"):
         facts.append(
-            f"{result['sampler']}, {result.get('steps')} steps, guidance {result.get('guidance_scale'):g}, seed {result.get('seed')}"
+            f"{result['sampler']}, {result.get('steps')} steps, guidance {result.get('guidance_scale', 1):g}, seed {result.get('seed')}"
         )
     facts += [f"labels {result['labels']}"] if result.get("labels") else []
     facts += [str(result["precision"])] if result.get("precision") else []

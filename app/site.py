@@ -15,7 +15,7 @@ from app.catalog import cards, default_pair
 from app.jobs import Jobs
 from app.sampler import sample
 from app.settings import Comparison, Settings, Side
-from app.studio import Sampling, Studio
+from app.studio import STOPPED, Sampling, Studio
 from app.votes import Votes
 
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
@@ -49,15 +49,21 @@ class Site:
         return Comparison(Settings(label=labels[0] if labels else None, seed=0), tuple(Side(name) for name in dict.fromkeys(pair)))
 
     def prepare(self) -> None:
-        """Load the libraries in threads: sample what visitors see first, and make the check of trainings ready."""
-        if first := self.first_comparison():
-            self._welcome.append(self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True))
+        """Load the libraries in threads: sample what visitors see first, make the check of trainings ready, and keep their queue moving."""
+        self._greet()
         if self.jobs is not None:
             threading.Thread(target=self.jobs.warm_up, daemon=True, name="warm-up").start()
+            self.jobs.keep_moving()
+
+    def _greet(self) -> None:
+        if first := self.first_comparison():
+            self._welcome[:] = [self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True)]
 
     @property
     def welcome(self) -> Sampling | None:
-        """On its way or finished."""
+        """On its way or finished; once more where a visitor stopped it."""
+        if self._welcome and self._welcome[0].state == STOPPED:
+            self._greet()
         return self._welcome[0] if self._welcome else None
 
 

@@ -117,6 +117,12 @@ class Studio:
                 self._waiting.remove(sampling)
                 sampling.state = STOPPED
 
+    def leave(self, id: Any) -> None:
+        """Stop a sampling whose visitor turned to another one; what was not asked for by a visitor goes on."""
+        sampling = self.find(id)
+        if sampling is not None and not sampling.lasting:
+            self.stop(id)
+
     async def watch(self, sampling: Sampling) -> AsyncIterator[tuple[str, Frame | None, int]]:
         """State, newest frame and position, whenever one of them has changed, until it is over."""
         told = None

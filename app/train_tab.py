@@ -32,8 +32,8 @@ NUMBERS = {
 }
 
 
-def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
-    """The widgets of the tab, and what they do."""
+def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
+    """The widgets of the tab, and what they do; returns what looks at the runs again and again."""
     jobs = site.jobs
     with gr.Accordion("A new training", open=True):
         with gr.Row():
@@ -78,7 +78,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         delete = gr.Button(DELETE, interactive=False, variant="stop", min_width=110, elem_id="delete-training")
     told = gr.HTML(render.message(""), elem_id="told")
     details = gr.HTML("", elem_id="run-details", apply_default_css=False)
-    timer = gr.Timer(REFRESH_S, active=False)  # begins with the first look at this tab
+    timer = gr.Timer(REFRESH_S, active=False)
     seen = gr.State([])  # what was sent last
     form = [name, preset, pair, data, backbone, size, skips, begin, *numbers.values()]
     buttons = [stop, resume, archive, delete, rename]
@@ -131,6 +131,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         for choice in values[1:3]:
             if choice["value"] in (chosen, other):
                 del choice["value"]  # the visitor may choose another one meanwhile
+        del values[-1]["value"]  # so with the archive
         now = [repr(value) for value in values]
         same = [i < len(seen) and seen[i] == now[i] for i in range(len(now))]
         return now, *(gr.skip() if known else value for known, value in zip(same, values, strict=True))
@@ -204,8 +205,8 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     run.input(lambda: DELETE, None, delete, **AT_ONCE)
     timer.tick(fresh, [run, beside, seen], [seen, *looked], **QUIET)
     page.load(look, [run, beside], looked, **QUIET)
-    tab.select(lambda: gr.Timer(active=True), None, timer, **AT_ONCE)
     tab.select(offer, None, [backbone, size, begin], **QUIET)
+    return timer
 
 
 def _source(jobs: Jobs, data: str) -> dict[str, str]:

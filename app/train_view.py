@@ -65,7 +65,8 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     """Curves, newest samples and last words of a run."""
     if status is None:
         return ""
-    log = "\n".join(jobs.progress(status.name, status).log[-12:])
+    progress = jobs.progress(status.name, status)
+    log = "\n".join(progress.log[-12:])
     words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
     if status.kind == EVALUATION:
         found, differences = judging.read_results(status.folder)
@@ -74,7 +75,6 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
         lines += map(text, differences)
         told = "".join(f'<p class="result">{line}</p>' for line in lines)
         return f'<h3>{text(title_of(status))}</h3><p class="status">{text(status.message)}</p>{told}{words}'
-    progress = jobs.progress(status.name, status)
     bar = f'<progress max="{progress.of}" value="{progress.step}" aria-label="Training"></progress>' if progress.of else ""
     facts = [f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")]
     facts += [f"{progress.images_per_s:.0f} images/s"] if progress.images_per_s else []

@@ -8,10 +8,11 @@ from app.guard import GuardedBlocks
 from app.judge_tab import judge_tab
 from app.look_tab import look_tab
 from app.programs import programs
-from app.site import Site
+from app.site import QUIET, Site
 from app.train_tab import train_tab
 
 TITLE = "Fading Shortcuts"
+UPLOADS_S = (3600, 86400)  # how often those are looked for that are to be deleted, and how old they are then
 
 
 def theme() -> gr.Theme:
@@ -26,12 +27,13 @@ def theme() -> gr.Theme:
 
 def build(site: Site) -> gr.Blocks:
     """The page over the shipped checkpoints and those in the site's runs."""
-    with GuardedBlocks(title=TITLE, analytics_enabled=False) as page:
+    with GuardedBlocks(title=TITLE, analytics_enabled=False, delete_cache=UPLOADS_S) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Generative models on the same noise: plain shortcuts beside shortcuts that fade with depth.</p>",
             elem_id="title",
         )
-        with gr.Tabs(overflow_behavior="wrap"):
+        timers = {}  # of the tabs that look at jobs
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Compare") as tab:
                 compare_tab(site, page, tab)
             with gr.Tab("Blind test"):
@@ -40,8 +42,18 @@ def build(site: Site) -> gr.Blocks:
                 look_tab(site, tab)
             if site.jobs is not None:
                 with gr.Tab("Train") as tab:
-                    train_tab(site, page, tab)
+                    timers["Train"] = train_tab(site, page, tab)
             with gr.Tab("Judge") as tab:
-                judge_tab(site, tab)
+                timers["Judge"] = judge_tab(site, tab)
+        _run_where_looked_at(tabs, timers)
         programs(site)
     return page
+
+
+def _run_where_looked_at(tabs: gr.Tabs, timers: dict[str, gr.Timer]) -> None:
+    """Each timer runs while its tab is the open one."""
+
+    def turn(event: gr.SelectData) -> list[gr.Timer]:
+        return [gr.Timer(active=name == event.value) for name in timers]
+
+    tabs.select(turn, None, list(timers.values()), **QUIET)

@@ -331,7 +331,7 @@ def test_hostile_pngs_are_told_in_one_line(content: bytes, tmp_path: Path) -> No
         ("seed", "3", ("seed 5", "seed 6", "seed 7")),
         ("steps", "1, 4", ("1 steps", "4 steps")),
         ("guidance_scale", "1,2.5", ("guidance 1", "guidance 2.5")),
-        ("label", "squares, no label", ("squares", "no label")),
+        ("label", 'squares,"no label"', ("squares", "no label")),
         ("alpha_min", "2", (f"alpha_min 1: {PLAIN}", f"alpha_min 0.6: {DECAYED}")),
     ],
 )
@@ -364,6 +364,16 @@ def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str)
     with pytest.raises(ValueError) as error:
         list(sample_grid(plan(asked(), axis, values, runs), runs))
     assert "\n" not in str(error.value)
+
+
+def test_a_label_with_a_comma_stands_in_quotes(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for index in (tmp_path / "runs").glob("*/model_index.json"):
+        index.write_text(index.read_text().replace('"squares"', '"tench, Tinca tinca"'))
+    grid = plan(asked(label=None), "label", '"tench, Tinca tinca", no label', tmp_path / "runs")
+    assert grid.columns == ("tench, Tinca tinca", "no label")
+    *_, frame = sample_grid(grid, tmp_path / "runs")
+    assert frame.done
 
 
 def test_of_several_with_one_alpha_the_grid_takes_the_chosen_one_else_the_longest_trained(runs: Path, tmp_path: Path) -> None:

@@ -272,6 +272,27 @@ def test_the_history_brings_back_and_puts_beside(page: "Page") -> None:
     np.testing.assert_array_equal(pixels(page.locator("#stage img").first), first)
 
 
+def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") -> None:
+    put(page, "num-images", 2)
+    put(page, "steps", 3)
+    compare(page, "2 + 2 images in")
+    first = pixels(page.locator("#stage img").first)
+    put(page, "num-images", 64)
+    put(page, "steps", 250)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)
+    page.get_by_label("Difference", exact=True).check()
+    page.locator("#history-section li").first.get_by_role("button", name="Bring back").click()
+    expect(page.locator("#status")).to_contain_text("2 + 2 images in")
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_disabled()
+    page.wait_for_timeout(1500)  # the other one would have painted again
+    expect(page.locator("#status")).to_contain_text("2 + 2 images in")
+    expect(page.locator("#stage img")).to_have_count(4)
+    np.testing.assert_array_equal(pixels(page.locator("#stage img").first), first)
+    page.reload()
+    expect(page.get_by_label("Difference", exact=True)).to_be_checked()  # chosen while it ran, and not forgotten at its end
+
+
 def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None:
     put(page, "steps", 2)
     unfold(page, "grid-section")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,18 @@ import pytest
 
 from app import job_flags, job_process
 from app import jobs as jobs_module
+from app.catalog import all_results
 from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
 from app.jobs import Jobs
+from app.judge_tab import leaderboard, measured
+from app.render import result_words
+from app.site import Site
 from app.train_view import overview_of
+from app.votes import Votes
 from models import Pipeline
+from models.files import write_json
 from tests.conftest import ROOT, script_environment
+from tests.tiny_pair import PLAIN, write_pair
 from training import monitor
 
 TINY = {
@@ -526,6 +534,70 @@ def test_one_evaluation_is_not_queued_twice(jobs: Jobs) -> None:
     assert jobs.judge({**options, "num_samples": 65}).position == 2
     jobs.stop(queued.name)
     assert jobs.judge(options).position == 2
+
+
+def test_numbers_are_about_the_weights_that_were_judged(jobs: Jobs, tmp_path: Path) -> None:
+    write_pair(jobs.runs)
+    jobs.at_most = 0
+    judged = jobs.judge({"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64})
+    write_json(judged.folder / "result.json", {"metric": "FD", "value": 3.5, "num_samples": 64})
+    job = json.loads((judged.folder / JOB).read_text())
+    write_json(judged.folder / JOB, {**job, "pid": 2**22 - 1, "process_began": 0.0, "started_at": 1.0})
+    site = Site(jobs.runs, jobs, Votes(tmp_path / "votes"))
+    assert [each["value"] for each in measured(jobs)[PLAIN]] == [3.5]
+    assert "earlier" not in leaderboard(site)
+    index = jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json"  # as a new run of that name would leave it
+    index.write_text(index.read_text().replace("1234", "5678"))
+    assert measured(jobs)[PLAIN] == [] and "(earlier weights)" in leaderboard(site)
+    shutil.rmtree(index.parent)
+    assert measured(jobs)[PLAIN] == [] and "(earlier weights)" in leaderboard(site)
+
+
+def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:
+    write_pair(jobs.runs)
+    odd = [
+        {"metric": "FD", "value": True},
+        {"metric": "FD", "value": "3"},
+        {
+            "metric": "FD",
+            "value": 1.0,
+            "low": "x",
+            "high": None,
+            "sampler": "euler",
+            "guidance_scale": "a",
+            "alpha_min": [],
+            "reference": 3,
+        },
+        {"metric": "KD", "value": None, "metrics": {"KD": {"value": 2.0, "low": {}}, "IS": {"value": None}, "FD": 4}},
+        {"metric": "linear", "value": 5.0, "dataset": "d", "best": {"block": 1, "time": "late"}, "images_seen": "many"},
+        {"metric": "linear", "value": 6.0, "dataset": "d", "best": [1]},
+    ]
+    for i, result in enumerate(odd):
+        write_json(jobs.runs / "tiny-plain" / "eval" / f"{i}.json", result)
+    found = all_results(jobs.runs)[PLAIN]
+    assert [each["value"] for each in found] == [1.0, 2.0, 5.0, 6.0]
+    assert all(map(result_words, found)) and "unknown images seen" in leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))
+
+
+def test_the_queue_moves_while_nobody_looks(jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "MOVE_S", 0.05)
+    started: list[str] = []
+    monkeypatch.setattr(jobs_module, "launch", lambda folder, _: started.append(folder.name))
+    before = process()
+    write_job(jobs, "before", before)
+    write_job(jobs, "next")
+    jobs.keep_moving()
+    time.sleep(0.3)
+    assert started == []
+    before.kill()
+    before.wait()
+    try:
+        deadline = time.monotonic() + 10
+        while not started and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert started[0] == "next"
+    finally:
+        jobs.at_most = 0  # the thread goes on
 
 
 def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
