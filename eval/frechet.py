@@ -70,7 +70,9 @@ def frechet_influence(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray)
     return value, influence - influence.mean()
 
 
-def frechet_infinity(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, points: int = 15, seed: int = 0) -> tuple[float, float]:
+def frechet_infinity(
+    features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, points: int = 15, seed: int = 0
+) -> tuple[float, np.ndarray]:
     """The distance that infinitely many samples would have (arXiv 1911.07023): it falls as 1 / N, so follow that line to 0.
 
     It is a line where N is several times D, and steeper below: from 1.6 D samples on a spectrum as real features have, what it finds
@@ -83,7 +85,9 @@ def frechet_infinity(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, 
         seed: of the subsets.
 
     Returns:
-        The extrapolated distance, which may be below 0, and the standard error of the fit.
+        The extrapolated distance, which may be below 0, and the residuals (points,) of the fit, scaled so that their norm is its
+        standard error: those of other features of as many samples come of the same subsets, so the norm of a difference is that of
+        the difference of two fits.
     """
     num = len(features)
     _, _, mu2, sigma2 = _checked(mu2, sigma2, mu2, sigma2)
@@ -98,8 +102,9 @@ def frechet_infinity(features: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, 
         squares = _eigenvalues(np.atleast_2d(np.cov(turned[chosen], rowvar=False)))
         inverse.append(1 / size)
         distances.append(_distance(subset.mean(0), subset.var(0, ddof=1).sum(), mu2, np.trace(sigma2), squares))
-    (_, intercept), covariance = np.polyfit(inverse, distances, 1, cov=True)
-    return float(intercept), float(np.sqrt(covariance[1, 1]))
+    line, covariance = np.polyfit(inverse, distances, 1, cov="unscaled")
+    residuals = np.array(distances) - np.polyval(line, inverse)
+    return float(line[1]), residuals * np.sqrt(covariance[1, 1] / (points - 2))
 
 
 def _checked(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> list[np.ndarray]:

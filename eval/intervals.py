@@ -29,6 +29,7 @@ class Estimate:
         halves: (HALVES,) the number of random halves of the samples, which varies around its mean as the value does around its own
             (the delete-half jackknife, Shao and Wu 1989). The same halves for all estimates of one N, so that differences are paired.
         extra_se: spread from elsewhere, such as the random subsets of a KID.
+        fit: (P,) residuals whose norm is the standard error of a fit over subsets; the same subsets for all estimates of one N.
         how: in words.
         limits: that the number cannot leave.
     """
@@ -37,13 +38,15 @@ class Estimate:
     influence: np.ndarray | None = field(default=None, repr=False)
     halves: np.ndarray | None = field(default=None, repr=False)
     extra_se: float = 0.0
+    fit: np.ndarray | None = field(default=None, repr=False)
     how: str = ""
     limits: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def standard_error(self) -> float:
         of_samples = self.influence.std(ddof=1) / len(self.influence) ** 0.5 if self.influence is not None else self.halves.std(ddof=1)
-        return float(np.hypot(of_samples, self.extra_se))
+        of_fit = 0.0 if self.fit is None else np.linalg.norm(self.fit)
+        return float(np.linalg.norm([of_samples, self.extra_se, of_fit]))
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Both ends."""
@@ -104,9 +107,11 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     if any(part is None for part in parts) or len(parts[0]) != len(parts[1]):
         raise ValueError("only numbers of one kind, over as many samples, can be paired")
     spread = {"influence" if one.influence is not None else "halves": parts[0] - parts[1]}
+    fit = None if one.fit is None or other.fit is None else one.fit - other.fit
     shares = isinstance(one, Share) and isinstance(other, Share)
     kind, how = (ShareDifference, "paired, Bonett and Price's") if shares else (Estimate, f"paired, {one.how}")
-    return kind(one.value - other.value, **spread, extra_se=float(np.hypot(one.extra_se, other.extra_se)), how=how)
+    extra_se = float(np.hypot(one.extra_se, other.extra_se))
+    return kind(one.value - other.value, **spread, extra_se=extra_se, fit=fit, how=how)
 
 
 def verdict(low: float, high: float, lower_is_better: bool) -> str:

@@ -43,8 +43,8 @@ def frechet(features: np.ndarray, reference: Reference) -> Estimate:
 
 def extrapolated(features: np.ndarray, reference: Reference, at_n: Estimate) -> Estimate:
     """Fréchet distance of infinitely many images; varies as that of these, `at_n`, does, and with the fit."""
-    value, error = frechet_infinity(features, reference.mu, reference.sigma)
-    return Estimate(value, at_n.influence, extra_se=error, how=f"{_INFLUENCE}, and the fit over 1 / N")
+    value, fit = frechet_infinity(features, reference.mu, reference.sigma)
+    return Estimate(value, at_n.influence, fit=fit, how=f"{_INFLUENCE}, and the fit over 1 / N")
 
 
 def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[Estimate, dict[str, float]]:

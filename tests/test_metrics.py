@@ -228,6 +228,20 @@ def test_pairs_see_what_single_numbers_cannot() -> None:
         difference(one, frechet(x[:100], reference))
 
 
+def test_paired_extrapolations_cover_and_are_not_too_wide() -> None:
+    """The fits of a pair go over the same subsets, so their errors are of one draw, too: they are not counted twice."""
+    random, reference = np.random.default_rng(6), Reference(*REFERENCE)
+    truth = ((1.02 * SCALES - 1) ** 2).sum() - ((SCALES - 1) ** 2).sum()
+    found = []
+    for _ in range(150):
+        x = random.normal(size=(NUM, DIM)) * SCALES
+        one, other = (extrapolated(each, reference, frechet(each, reference)) for each in (x, 1.02 * x))
+        found.append((other.value - one.value, *difference(other, one).interval()))
+    value, low, high = np.array(found).T
+    assert 0.89 <= ((low <= truth) & (truth <= high)).mean() <= 0.99
+    assert np.mean(high - low) == pytest.approx(2 * 1.96 * value.std(ddof=1), rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "lower_is_better", "word"),
     [(-2, -1, True, "better"), (-2, -1, False, "worse"), (1, 2, True, "worse"), (1, 2, False, "better"), (-1, 1, True, "undecided")],
