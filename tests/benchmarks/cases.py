@@ -138,15 +138,7 @@ def folder_of(data: ImageData) -> Iterator[Path]:
 
 def loop(inputs: Inputs) -> Case:
     """A step of our whole loop against the published one: DiT-XS without long skips, 32 px, 576 images, on a CPU."""
-    from torchvision.transforms import CenterCrop
-
-    torch.manual_seed(0)
-    data, model = noise_images(576, 32), xs("dit", alpha_min=0.5, long_skips=False)
-    ours = whole_step(model, data, FlowMatching(CLASSES), max_grad_norm=1.0, ema_decay=0.9999)
-    network = network_of(inputs.peer, "dit")
-    theirs = published_step(network, endless(inputs.keep(folder_of(data)), BATCH, CenterCrop(32)))
-    about = f"DiT-XS, 32 px, patch 4: whole step / {inputs.theirs}"
-    return Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+    return _loop("dit", "DiT-XS", inputs, long_skips=False)
 
 
 def mae_loop(inputs: Inputs) -> Case:
@@ -165,16 +157,21 @@ def mae_loop(inputs: Inputs) -> Case:
 
 def uvit_loop(inputs: Inputs) -> Case:
     """The same of a U-ViT, against a checkout of it."""
-    from torchvision.transforms import CenterCrop
-
     if inputs.peer is None:
         raise ValueError("uvit-loop needs a checkout of baofff/U-ViT; give it with --peer")
+    return _loop("uvit", "U-ViT-XS", inputs)
+
+
+def _loop(backbone: str, title: str, inputs: Inputs, **options: Any) -> Case:
+    """Whole steps of a diffusion model at an alpha_min of 0.5."""
+    from torchvision.transforms import CenterCrop
+
     torch.manual_seed(0)
-    data, model = noise_images(576, 32), xs("uvit", alpha_min=0.5)
+    data, model = noise_images(576, 32), xs(backbone, alpha_min=0.5, **options)
     ours = whole_step(model, data, FlowMatching(CLASSES), max_grad_norm=1.0, ema_decay=0.9999)
-    network = network_of(inputs.peer, "uvit")
+    network = network_of(inputs.peer, backbone)
     theirs = published_step(network, endless(inputs.keep(folder_of(data)), BATCH, CenterCrop(32)))
-    about = f"U-ViT-XS, 32 px, patch 4: whole step / {inputs.theirs}"
+    about = f"{title}, 32 px, patch 4: whole step / {inputs.theirs}"
     return Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
 
 
