@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 from models.files import Parser, one_line_errors
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody
+        # a folder of its own: at its end a page deletes what it was sent, by content, which may be another page's, too
+        os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="fading-shortcuts-"))
         name, _, password = (parsed.auth or "").partition(":")
         if parsed.auth is not None and not (name and password):
             raise ValueError("--auth must be NAME:PASSWORD, neither of them empty")

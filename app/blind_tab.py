@@ -15,7 +15,7 @@ from app.catalog import card, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import from_widget, labels_of, relabel
-from app.site import LATEST, QUIET, WATCHING, Site, page_errors
+from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import written_aside
@@ -103,13 +103,13 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
             aside.write_text(site.votes.to_csv(), encoding="utf-8")
         return render.tallies(site.votes.tallies()), str(csv_file)
 
-    start.click(ask, [one, other, label, voter], [asked, voter], **QUIET).success(
+    start.click(ask, [one, other, label, voter], [asked, voter], **AS_SENT).success(
         watch, asked, [stage, status, start, shown, *buttons], **WATCHING
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
         button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
     gr.on([one.input, other.input], labels, [one, other, label], label, **LATEST)
-    page.load(refresh, [one, other], [one, other, tallies, export], **QUIET)
+    page.load(refresh, [one, other], [one, other, tallies, export], **AS_SENT)
 
 
 def unnamed(frame: Frame) -> str:

@@ -64,7 +64,7 @@ class Source:
         return _hash(self.version)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _hash(version: tuple[tuple[str, int, int], ...]) -> str:
     return hashlib.sha256("".join(sha256(Path(file)) for file, _, _ in version).encode()).hexdigest()[:16]
 

@@ -16,12 +16,12 @@ from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
 from app.settings_panel import SettingsPanel
-from app.site import AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
 MAX_HISTORY = 20
-NOTHING_KEPT: dict[str, Any] = {"settings": None, "shown": None, "history": [], "view": "sides"}
+NOTHING_KEPT: dict[str, Any] = {"settings": None, "shown": None}
 SHOW_VIEW = "view => { showView(view); return view }"
 HISTORY_EVENTS = """
 element.addEventListener('click', event => {
@@ -34,8 +34,11 @@ element.addEventListener('click', event => {
 def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     """The widgets of the tab, and what they do."""
     first = site.first_comparison()
-    # what a refresh brings back: settings, the id of what is shown, those of the history; it stays in the visitor's browser
-    kept = gr.BrowserState(NOTHING_KEPT, storage_key="fading-shortcuts-comparison", secret="no secret")
+    # what a refresh brings back stays in the visitor's browser; each is written by one kind of event, so that none undoes another's
+    kept, kept_history, kept_view = (
+        gr.BrowserState(nothing, storage_key=f"fading-shortcuts-{what}", secret="no secret")
+        for what, nothing in (("comparison", NOTHING_KEPT), ("history", []), ("view", "sides"))
+    )  # settings and the id of what is shown; ids of finished samplings; one of VIEWS
     shown = gr.State(None)  # id of a sampling
     dropped = gr.State(None)  # the PNG whose recipe is on its way
 
@@ -72,10 +75,16 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             card(side.checkpoint, site.runs)  # told now and not in its turn
         settled = comparison.settled()
         sampling = site.studio.ask(lambda: sample(settled, site.runs), request.session_hash, settled)
-        site.studio.leave(kept["shown"])
-        return sampling.id, {**kept, "settings": comparison.as_json(), "shown": sampling.id}
+        leave(kept, request)
+        return sampling.id, {"settings": comparison.as_json(), "shown": sampling.id}
 
-    painting: dict[str | None, Sampling] = {}  # by visitor: what the stage is for
+    painting: dict[str | None, Sampling] = {}  # by page: what its stage is for
+
+    def leave(kept: dict, request: gr.Request) -> None:
+        """Stop what this page was about, unless another one shows it, too."""
+        others = [each.id for page, each in list(painting.items()) if page != request.session_hash]
+        if kept["shown"] not in others:
+            site.studio.leave(kept["shown"])
 
     async def watch(id: str | None, file: str | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
         """Everything that follows from a sampling, until it is over or the stage is for another one."""
@@ -87,13 +96,14 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         try:
             yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip()
             async for state, frame, position in site.studio.watch(sampling):
-                news = await asyncio.to_thread(on_the_way, frame, position) if state in (WAITING, RUNNING) else ()
+                if state in (WAITING, RUNNING):
+                    news = *await asyncio.to_thread(on_the_way, frame, position), *[gr.skip()] * 4
+                else:
+                    news = await asyncio.to_thread(at_the_end, sampling, file)
                 if painting.get(visitor) is not sampling:
-                    yield [gr.skip()] * 6  # Gradio sends what was yielded last once more at the end
-                    return
-                if news:
-                    yield *news, *[gr.skip()] * 4
-            yield await asyncio.to_thread(at_the_end, sampling, file)
+                    break
+                yield news
+            yield [gr.skip()] * 6  # Gradio sends what was yielded last once more at the end
         finally:
             if painting.get(visitor) is sampling:
                 del painting[visitor]
@@ -112,33 +122,31 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         told = render.status(frame) + (repeated(Path(file), frame) if file else "")
         return render.stage(frame), told, frame.recipe, *idle, None
 
-    def remember(id: str | None, kept: dict) -> tuple[dict, str]:
-        """What is finished, in the history; `kept` as it is now, not as it was when the sampling began."""
+    def remember(id: str | None, ids: list[str]) -> tuple[list[str], str]:
+        """What is finished, in the history."""
         sampling = site.studio.find(id)
+        ids = ids if isinstance(ids, list) else []
         if sampling is not None and sampling.state == DONE:
-            kept = {**kept, "history": list(dict.fromkeys([sampling.id, *kept["history"]]))[:MAX_HISTORY]}
-        known = filter(None, map(site.studio.find, kept["history"]))
-        return kept, render.history([(each.id, each.frame) for each in known if each.state == DONE])
+            ids = [sampling.id, *(each for each in ids if each != sampling.id)][:MAX_HISTORY]
+        known = filter(None, map(site.studio.find, ids))
+        return ids, render.history([(each.id, each.frame) for each in known if each.state == DONE])
 
     def follow(event: Any) -> None:
         """Watch the sampling that an event begins or brings back."""
-        watched = event.success(watch, [shown, dropped], [stage, status, recipe, start, stop, dropped], **WATCHING)
-        watched.success(remember, [shown, kept], [kept, history], **QUIET)
+        several: dict[str, Any] = dict(trigger_mode="multiple")  # one more may begin while the last one's end is on its way
+        watched = event.success(watch, [shown, dropped], [stage, status, recipe, start, stop, dropped], **several, **WATCHING)
+        watched.success(remember, [shown, kept_history], [kept_history, history], **several, **QUIET)
 
-    follow(start.click(ask, [kept, *panel.inputs], [shown, kept], **QUIET))
+    follow(start.click(ask, [kept, *panel.inputs], [shown, kept], **AS_SENT))
     stop.click(site.studio.stop, shown, None, **AT_ONCE)
 
     # --------------------------------------------------------------------------------------------------------- bring it back
 
-    def bring_back(kept: dict, event: gr.EventData) -> tuple[Any, ...]:
+    def bring_back(kept: dict, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         """An item of the history, with its settings."""
         sampling = found(event)
-        site.studio.leave(kept["shown"])
-        return (
-            sampling.id,
-            {**kept, "settings": sampling.about.as_json(), "shown": sampling.id},
-            *panel.fill(sampling.about),
-        )
+        leave(kept, request)
+        return sampling.id, {"settings": sampling.about.as_json(), "shown": sampling.id}, *panel.fill(sampling.about)
 
     def add(kept: dict, event: gr.EventData, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         """An item of the history beside what the widgets say, where it differs as overrides."""
@@ -174,14 +182,14 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def cards_table(names: list[str | None]) -> str:
         there = [name for name in names if name]
-        found = measured(site.jobs)
+        found = measured(site.jobs, there)
         return render.table([card(name, site.runs) for name in there], [[*results(name, site.runs), *found[name]] for name in there])
 
     def repeated(file: Path, frame: Frame) -> str:
         """Whether a dropped image came out again."""
         try:
             same = recipes.same_pixels(file, frame)
-        except ValueError:
+        except (ValueError, OSError):
             return ""
         return render.message(
             "The dropped image came out the same, bit for bit." if same else "The dropped image came out differently here."
@@ -190,13 +198,13 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     restored = [shown, kept, *panel.outputs]
     filled = [
         history.bring_back(bring_back, kept, restored, **QUIET),
-        history.put_beside(add, [kept, *panel.inputs], restored, **QUIET),
+        history.put_beside(add, [kept, *panel.inputs], restored, **AS_SENT),
         drop.upload(restore, [drop, shown, kept], [*restored, dropped, grid, *varies], **QUIET),
     ]
 
     # -------------------------------------------------------------------------------------------------------- first and again
 
-    def load(kept: dict) -> tuple[Any, ...]:
+    def load(kept: dict, view: str) -> tuple[Any, ...]:
         """Runs that came or went since the page was built; what this visitor left, else the first comparison."""
         kept = {**NOTHING_KEPT, **(kept if isinstance(kept, dict) else {})}
         first, sampling = site.first_comparison(), site.studio.find(kept["shown"])
@@ -208,7 +216,11 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         if asked is None:
             return None, kept, *[gr.skip()] * len(panel.outputs), render.empty_stage(False), gr.update(interactive=False), "sides"
         back = sampling.id if sampling else None
-        return back, kept, *panel.fill(asked), render.empty_stage(True), gr.update(interactive=True), kept["view"]
+        return back, kept, *panel.fill(asked), render.empty_stage(True), gr.update(interactive=True), view
+
+    def look_at_cards(*names: str | None) -> str:
+        with page_errors():
+            return cards_table(list(names))
 
     def choose(*values: Any) -> tuple[Any, ...]:
         """Cards and labels of the checkpoints that are chosen now."""
@@ -216,14 +228,11 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             names, label, own = list(values[:MAX_SIDES]), values[MAX_SIDES], values[MAX_SIDES + 1 :]
             return cards_table(names), *panel.label_updates(names, label, own)
 
-    def remember_view(view: str, kept: dict) -> dict:
-        return {**kept, "view": view}
-
-    filled.append(page.load(load, kept, [*restored, stage, start, view], **QUIET))
+    filled.append(page.load(load, [kept, kept_view], [*restored, stage, start, view], **QUIET))
     for event in filled:
         follow(event)
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
-        event(lambda *names: cards_table(list(names)), panel.checkpoints, table, **QUIET)
-    view.change(None, view, None, js=SHOW_VIEW)
-    view.input(remember_view, [view, kept], kept, **AT_ONCE)
+        event(look_at_cards, panel.checkpoints, table, **AS_SENT)
     panel.when_chosen(choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)
+    view.change(None, view, None, js=SHOW_VIEW)
+    view.input(lambda view: view, view, kept_view, **{**AT_ONCE, "trigger_mode": "always_last"})

@@ -12,7 +12,7 @@ from app import render
 from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
 from app.settings_panel import SettingsPanel
-from app.site import AT_ONCE, QUIET, WATCHING, Site, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
 
 # what varies -> its words, and values to begin with
@@ -64,7 +64,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
         yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
     clears([start.click], status)
-    busy = start.click(ask, [axis, values, *panel.inputs], id, **QUIET)
+    busy = start.click(ask, [axis, values, *panel.inputs], id, **AS_SENT)
     busy.success(watch, id, [picture, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)
     axis.input(lambda axis: AXES[axis][1], axis, values, **AT_ONCE)

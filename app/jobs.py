@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from app import judging
-from app.catalog import find
+from app.catalog import find, sources
 from app.job_files import (
     ACTIVE,
     CONFIG,
@@ -204,7 +204,7 @@ class Jobs:
         if options["reference"] != EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         with self._locked():
-            if any(status.active and status.options == options for status in self._statuses()):
+            if any(status.active and status.options | {"weights": None} == options | {"weights": None} for status in self._statuses()):
                 raise ValueError(f"{judging.title(options)} is on its way already; its result appears when it is done")
             self._require_place(1)
             folder = self.runs / EVALUATIONS / secrets.token_hex(4)
@@ -231,9 +231,14 @@ class Jobs:
         """Start what waits as soon as there is a place, whether or not somebody looks."""
 
         def move() -> None:
+            told = ""
             while True:
-                with contextlib.suppress(ValueError, OSError):  # the folder is told about where somebody asks
-                    self.all()
+                try:
+                    if any(job is not None and job.started_at is None for job in map(read_job, (*self._runs(), *self._evaluations()))):
+                        self.all()
+                except Exception as error:  # whatever it is: as soon as it is mended the queue moves again
+                    if told != (told := f"the queue cannot move: {type(error).__name__}: {error}"):
+                        print(told, flush=True)
                 time.sleep(MOVE_S)
 
         threading.Thread(target=move, daemon=True, name="queue").start()
@@ -274,7 +279,9 @@ class Jobs:
 
     def stop_all(self, wait_s: float = 100) -> None:
         """Ask all that run to save and leave, and wait until they have, at most so long; those that are queued stay so from now on."""
-        self.at_most = 0
+        with contextlib.suppress(ValueError), self._locked():  # nothing is being started meanwhile
+            self.at_most = 0
+        self.at_most = 0  # where there is no lock nothing starts, either
         for status in self._statuses():
             if status.state == RUNNING:
                 with contextlib.suppress(ValueError):  # it has just ended, or was started elsewhere
@@ -518,7 +525,16 @@ class Jobs:
         statuses = self._statuses()
         queue = sorted((status for status in statuses if status.state == QUEUED), key=lambda status: status.position)
         for status in queue[: max(0, self._places(statuses))]:
+            if status.kind == EVALUATION:
+                self._note_weights(status.folder)
             launch(status.folder, self.num_processes)
+
+    def _note_weights(self, evaluation: Path) -> None:
+        """Which weights an evaluation is about: the run may train on, or another one may get its name."""
+        job = read_job(evaluation)
+        if job is not None:
+            weights = judging.weights_of(job.options["checkpoints"], sources(self.runs))
+            write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights})))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Judge: distances and probes of checkpoints as jobs, and a leaderboard of everything that was measured."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,7 +10,7 @@ from app import judging, render
 from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs
 from app.plots import text
-from app.site import QUIET, Site, clears, page_errors
+from app.site import AS_SENT, QUIET, Site, clears, page_errors
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
@@ -63,15 +63,21 @@ def _form(site: Site, tab: gr.Tab) -> None:
         return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
 
     clears([start.click], told)
-    start.click(ask, [chosen, measure, reference, number], told, **QUIET)
+    start.click(ask, [chosen, measure, reference, number], told, **AS_SENT)
     tab.select(lambda: gr.update(choices=list(sources(site.runs))), None, chosen, **QUIET)
 
 
-def measured(jobs: Jobs | None) -> dict[str, list[dict[str, Any]]]:
-    """Checkpoints -> what the page's own evaluations found of the weights they have now, the newest first; an empty list for others."""
+def measured(jobs: Jobs | None, names: Container[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Checkpoints -> what the page's own evaluations found of the weights they have now, the newest first; an empty list for others.
+
+    Args:
+        names: of the checkpoints to look at; None takes all. Their weights are read to know them.
+    """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     finished = jobs.evaluations() if jobs else []
     now = sources(jobs.runs) if finished else {}
+    if names is not None:
+        finished = [status for status in finished if any(name in names for name in status.options["checkpoints"])]
     for status in finished:
         for name, same, numbers in judging.results_of(status.folder, status.options, now)[0]:
             found[name] += numbers if same else []
@@ -88,7 +94,8 @@ def leaderboard(site: Site) -> str:
     for status in site.jobs.evaluations() if site.jobs else ():
         told, said = judging.results_of(status.folder, status.options, now)
         for name, same, numbers in told:
-            rows += [(name if same else f"{name} (earlier weights)", each) for each in numbers]
+            title = name if same else f"{name} (earlier weights)" if name in now else f"{name} (not here any more)"
+            rows += [(title, each) for each in numbers]
         differences += said
     if not rows:
         return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'

@@ -1,10 +1,11 @@
 """Evaluations that the page runs as jobs: which there are, their command lines, and what became of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.catalog import Source, find, folders, numbers_of, sources
+from app.catalog import Source, find, folders, numbers_of
 from models.files import read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
@@ -63,10 +64,18 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
     if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
         raise ValueError("the reference must be openmoji or a folder of images")
     paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
-    known = sources(runs)
-    weights = [known[name].hash for name in names]  # a run that trains on, or a new one of that name, has others
-    asked = {"measure": measure, "checkpoints": names, "paths": paths, "weights": weights}
-    return {**asked, "reference": reference, "num_samples": int(number)}
+    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+
+
+def weights_of(names: Sequence[str], now: dict[str, Source]) -> list[str | None]:
+    """Hashes of the weights that checkpoints have; None where there are none, or a training is about to write them."""
+    found: list[str | None] = []
+    for name in names:
+        try:
+            found.append(now[name].hash)
+        except (KeyError, OSError):
+            found.append(None)
+    return found
 
 
 def _folder(name: Any, measure: Measure, runs: Path) -> str:
@@ -125,7 +134,7 @@ def read_results(folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
 
 
 class Judged(NamedTuple):
-    """Numbers of a checkpoint, and whether it still has the weights that they are about."""
+    """Numbers of a checkpoint, and whether it still has the weights that they are about (those it had when its evaluation began)."""
 
     name: str
     same: bool
@@ -144,7 +153,7 @@ def results_of(folder: Path, options: dict[str, Any], now: dict[str, Source]) ->
     numbers, differences = read_results(folder)
     names = options["checkpoints"]
     judged = options.get("weights") or [None] * len(names)
-    same = [was is None or (name in now and now[name].hash == was) for name, was in zip(names, judged, strict=True)]
+    same = [was in (None, has) for was, has in zip(judged, weights_of(names, now), strict=False)]
     return list(map(Judged, names, same, numbers)), differences if all(same) else []
 
 

@@ -15,7 +15,7 @@ from app.plots import Line, plot, text
 from app.sampler import Frame
 from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
 from app.settings_panel import from_widget, labels_of, relabel
-from app.site import AT_ONCE, QUIET, WATCHING, Site, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
 
 
@@ -67,8 +67,8 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             return relabel([card(name, site.runs) for name in names], label)
 
     clears([start.click], status)
-    start.click(ask, [chosen, label, seed], id, **QUIET).success(watch, id, [maps, status, start], **WATCHING)
-    chosen.input(labels, [chosen, label], label, **QUIET)
+    start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start], **WATCHING)
+    chosen.input(labels, [chosen, label], label, **LATEST)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 
 
@@ -102,8 +102,12 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
         names = [name for name in names if name in found] or list(found)[:2]
         return gr.update(choices=list(found), value=names), _curves(names, found)
 
-    names.input(lambda names: _curves(names, _probed(site)), names, shown, **QUIET)
-    tab.select(offer, names, [names, shown], **QUIET)
+    def curves(names: list[str]) -> str:
+        found = _probed(site)
+        return _curves([name for name in names if name in found], found)
+
+    names.input(curves, names, shown, **AS_SENT)
+    tab.select(offer, names, [names, shown], **AS_SENT)
 
 
 def _probed(site: Site) -> dict[str, dict[str, Any]]:
@@ -174,4 +178,4 @@ def _autoencoders_section(site: Site, tab: gr.Tab) -> None:
         return gr.update(choices=known, value=[name for name in names if name in known] or known[:2])
 
     start.click(paint, [names, picture, ratio, seed], shown, **QUIET)
-    tab.select(offer, names, names, **QUIET)
+    tab.select(offer, names, names, **AS_SENT)

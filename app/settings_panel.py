@@ -8,7 +8,7 @@ import gradio as gr
 from app.catalog import Card, card, label_index, shared_classes, variants
 from app.render import NO_LABEL, SAMPLERS, SIDES
 from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
-from app.site import AT_ONCE, QUIET, Site
+from app.site import AS_SENT, AT_ONCE, LATEST, Site
 
 FEWEST = 2  # sides that are always there
 
@@ -26,7 +26,7 @@ class SettingsPanel:
         self.overrides: list[gr.Checkbox] = []
         self.groups: list[gr.Group] = []
         self.own: list[dict[str, gr.components.Component]] = []
-        self.after_buttons: list[Any] = []  # what follows a side that came or went
+        self.after_buttons: list[Any] = []  # what follows a side that came, went, or got settings of its own
         names = self.known()
         with gr.Row(elem_id="checkpoints"):
             for i, letter in enumerate(SIDES[:MAX_SIDES]):
@@ -58,8 +58,9 @@ class SettingsPanel:
             self.shared = _widgets("", classes, first.shared if first else None)
         shared = [self.shared[name] for name in OWN]
         for name, on, group, own in zip(self.checkpoints, self.overrides, self.groups, self.own, strict=True):
-            on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **QUIET)
-        added = self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **QUIET)
+            begun = on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **LATEST)
+            self.after_buttons.append(begun.success)  # another checkpoint may have been chosen meanwhile
+        added = self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **AS_SENT)
         self.after_buttons.append(added.success)
 
     @property
@@ -76,7 +77,7 @@ class SettingsPanel:
         return list(variants(self.site.runs))
 
     def when_chosen(self, *handler: Any, **how: Any) -> None:
-        """Attach a handler to the visitor's own choices of checkpoints. Not to those of `fill`, which brings their labels along."""
+        """Attach a handler to the visitor's own choices of checkpoints, and to what follows from them; not to those of `fill`."""
         gr.on([each.input for each in self.checkpoints], *handler, **how)
         for follows in self.after_buttons:
             follows(*handler, **how)

@@ -20,7 +20,9 @@ from app.votes import Votes
 
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
 AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseconds and never fails: errors are told by the queue alone
-LATEST: dict[str, Any] = dict(**QUIET, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
+# for what reads lists whose choices change: else Gradio refuses what it did not offer last, which the browser may not have got yet
+AS_SENT: dict[str, Any] = dict(**QUIET, preprocess=False)
+LATEST: dict[str, Any] = dict(**AS_SENT, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
 WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
 
 
@@ -56,6 +58,8 @@ class Site:
             self.jobs.keep_moving()
 
     def _greet(self) -> None:
+        for before in self._welcome:
+            before.lasting = False
         if first := self.first_comparison():
             self._welcome[:] = [self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True)]
 
@@ -63,7 +67,8 @@ class Site:
     def welcome(self) -> Sampling | None:
         """On its way or finished; once more where a visitor stopped it."""
         if self._welcome and self._welcome[0].state == STOPPED:
-            self._greet()
+            with contextlib.suppress(ValueError):  # the queue is full
+                self._greet()
         return self._welcome[0] if self._welcome else None
 
 

@@ -10,7 +10,7 @@ from app.catalog import variants
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
-from app.site import AT_ONCE, LATEST, QUIET, Site, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, Site, clears, page_errors
 from app.train_view import details_of, overview_of, place_of, possible, time_words, title_of
 
 REFRESH_S = 2.0
@@ -193,18 +193,18 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     clears([each.input for each in form] + [start.click, check.click], advised)
     clears([run.input, *(each.click for each in (stop, resume, rename, archive, delete, unarchive))], told)
     preset.input(describe_preset, preset, [preset, *numbers.values()], **QUIET)
-    start.click(on_start, form, [advised, *looked], **QUIET)
-    check.click(on_check, form, advised, **QUIET)
-    stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **QUIET)
-    resume.click(act("goes on", resumed), [run, beside, more], changed, **QUIET)
-    rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **QUIET)
-    archive.click(act("put into the archive", jobs.archive), [run, beside], changed, **QUIET)
-    delete.click(first_or_really, [delete, run, beside], changed, **QUIET)
-    unarchive.click(from_archive, [put_away, beside], changed, **QUIET)
+    start.click(on_start, form, [advised, *looked], **AS_SENT)
+    check.click(on_check, form, advised, **AS_SENT)
+    stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **AS_SENT)
+    resume.click(act("goes on", resumed), [run, beside, more], changed, **AS_SENT)
+    rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **AS_SENT)
+    archive.click(act("put into the archive", jobs.archive), [run, beside], changed, **AS_SENT)
+    delete.click(first_or_really, [delete, run, beside], changed, **AS_SENT)
+    unarchive.click(from_archive, [put_away, beside], changed, **AS_SENT)
     gr.on([run.input, beside.input], look, [run, beside], looked, **LATEST)
     run.input(lambda: DELETE, None, delete, **AT_ONCE)
-    timer.tick(fresh, [run, beside, seen], [seen, *looked], **QUIET)
-    page.load(look, [run, beside], looked, **QUIET)
+    timer.tick(fresh, [run, beside, seen], [seen, *looked], **AS_SENT)
+    page.load(look, [run, beside], looked, **AS_SENT)
     tab.select(offer, None, [backbone, size, begin], **QUIET)
     return timer
 

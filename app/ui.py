@@ -56,4 +56,4 @@ def _run_where_looked_at(tabs: gr.Tabs, timers: dict[str, gr.Timer]) -> None:
     def turn(event: gr.SelectData) -> list[gr.Timer]:
         return [gr.Timer(active=name == event.value) for name in timers]
 
-    tabs.select(turn, None, list(timers.values()), **QUIET)
+    tabs.select(turn, None, list(timers.values()), trigger_mode="multiple", **QUIET)

@@ -85,9 +85,10 @@ def put(page: "Page", element: str, value: object) -> None:
 
 
 def compare(page: "Page", expected: str) -> None:
-    """Sample, until the status begins with, or tells, what is expected."""
+    """Sample, until the status begins with, or tells, what is expected, and what it does not say yet."""
+    words = re.compile(rf"(^|· )\s*({re.escape(expected)}|[^·]*, {re.escape(expected)})")
+    expect(page.locator("#status")).not_to_contain_text(words)
     page.get_by_role("button", name="Compare", exact=True).click()
-    words = re.compile(rf"(^|· )\s*{re.escape(expected)}")
     expect(page.locator("#status")).to_contain_text(words, timeout=PATIENCE_MS)
 
 
@@ -116,7 +117,7 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
 
 
 def test_two_checkpoints_are_sampled_and_looked_at_in_four_ways(page: "Page") -> None:
-    compare(page, "8 + 8 images in")
+    compare(page, "squares")
     expect(page.locator("#status")).to_contain_text("seed 0")
     expect(page.locator("#status")).to_contain_text("squares")
     images = page.locator("#stage img")
@@ -275,7 +276,7 @@ def test_the_history_brings_back_and_puts_beside(page: "Page") -> None:
 def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") -> None:
     put(page, "num-images", 2)
     put(page, "steps", 3)
-    compare(page, "2 + 2 images in")
+    compare(page, "3 steps")
     first = pixels(page.locator("#stage img").first)
     put(page, "num-images", 64)
     put(page, "steps", 250)
@@ -291,6 +292,26 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
     np.testing.assert_array_equal(pixels(page.locator("#stage img").first), first)
     page.reload()
     expect(page.get_by_label("Difference", exact=True)).to_be_checked()  # chosen while it ran, and not forgotten at its end
+    expect(page.locator("#status")).to_contain_text("2 + 2 images in", timeout=PATIENCE_MS)
+
+
+def test_one_more_can_be_put_beside_before_the_last_one_is_sampled(page: "Page") -> None:
+    history = unfold(page, "history-section")  # the reload has closed it
+    put(page, "num-images", 64)
+    put(page, "steps", 250)
+    add = history.locator("li").first.get_by_role("button", name="Add")
+    add.click()
+    expect(page.get_by_label("Checkpoint D", exact=True)).to_be_visible()
+    expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)
+    for side in "DC":
+        page.get_by_role("button", name=f"Remove {side}").click()
+        expect(page.get_by_label(f"Checkpoint {side}", exact=True)).to_be_hidden()
+    put(page, "num-images", 2)
+    put(page, "steps", 4)
+    add.click()
+    expect(page.locator("#status")).to_contain_text("2 + 2 + 2 + 2 images in", timeout=PATIENCE_MS)
+    for side in "DC":
+        page.get_by_role("button", name=f"Remove {side}").click()
 
 
 def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None:

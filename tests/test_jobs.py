@@ -536,21 +536,32 @@ def test_one_evaluation_is_not_queued_twice(jobs: Jobs) -> None:
     assert jobs.judge(options).position == 2
 
 
-def test_numbers_are_about_the_weights_that_were_judged(jobs: Jobs, tmp_path: Path) -> None:
+def test_numbers_are_about_the_weights_that_were_judged(
+    jobs: Jobs, process: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pair(jobs.runs)
-    jobs.at_most = 0
-    judged = jobs.judge({"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64})
+    monkeypatch.setattr(jobs_module, "launch", lambda *_: None)
+    index = jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json"
+    before = process()
+    write_job(jobs, "before", before)
+    options = {"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64}
+    judged = jobs.judge(options)
+    index.write_text(index.read_text().replace("1234", "2345"))  # it trains on while its evaluation waits
+    before.kill()
+    before.wait()
+    jobs.all()  # now the evaluation begins
+    with pytest.raises(ValueError, match="on its way already"):
+        jobs.judge(options)
     write_json(judged.folder / "result.json", {"metric": "FD", "value": 3.5, "num_samples": 64})
     job = json.loads((judged.folder / JOB).read_text())
     write_json(judged.folder / JOB, {**job, "pid": 2**22 - 1, "process_began": 0.0, "started_at": 1.0})
     site = Site(jobs.runs, jobs, Votes(tmp_path / "votes"))
     assert [each["value"] for each in measured(jobs)[PLAIN]] == [3.5]
     assert "earlier" not in leaderboard(site)
-    index = jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json"  # as a new run of that name would leave it
-    index.write_text(index.read_text().replace("1234", "5678"))
+    index.write_text(index.read_text().replace("2345", "5678"))  # as a new run of that name would leave it
     assert measured(jobs)[PLAIN] == [] and "(earlier weights)" in leaderboard(site)
     shutil.rmtree(index.parent)
-    assert measured(jobs)[PLAIN] == [] and "(earlier weights)" in leaderboard(site)
+    assert measured(jobs)[PLAIN] == [] and "(not here any more)" in leaderboard(site)
 
 
 def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:
@@ -579,16 +590,20 @@ def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) ->
     assert all(map(result_words, found)) and "unknown images seen" in leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))
 
 
-def test_the_queue_moves_while_nobody_looks(jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_moves_while_nobody_looks(
+    jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(jobs_module, "MOVE_S", 0.05)
     started: list[str] = []
     monkeypatch.setattr(jobs_module, "launch", lambda folder, _: started.append(folder.name))
     before = process()
     write_job(jobs, "before", before)
     write_job(jobs, "next")
+    write_job(jobs, "damaged", options=[])
     jobs.keep_moving()
     time.sleep(0.3)
-    assert started == []
+    assert started == [] and capsys.readouterr().out.count("the queue cannot move") == 1
+    shutil.rmtree(jobs.runs / "damaged")
     before.kill()
     before.wait()
     try:
