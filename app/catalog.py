@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.libraries import load_libraries
-from models.files import INDEX, read_json, sha256
+from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, read_json, sha256
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 RUNS_PREFIX = "runs/"
@@ -50,7 +50,7 @@ class Source:
         parts = [self.exported, self.folder / "scheduler", self.folder / "vae"]
         found = [self.folder / INDEX, *(file for part in parts if part.is_dir() for file in sorted(part.iterdir()))]
         if self.step is not None:
-            found += [self.snapshot / ("custom_checkpoint_0.pkl" if self.averaged else "model.safetensors")]
+            found += [self.snapshot / name for name in ([AVERAGES_SAVED] if self.averaged else WEIGHTS_SAVED)]
         return [file for file in found if file.is_file()]
 
     @property

@@ -94,19 +94,18 @@ def _load(source: Source) -> "Pipeline":
 
 def _put_weights(model: Any, source: Source) -> None:
     """Those that a training left at an earlier step."""
-    import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    from training.checkpoint import averages_in, weights_in
     from training.ema import EMA
 
     try:
         if source.averaged:
             ema = EMA(model.parameters(), decay=1.0)
-            ema.load_state_dict(torch.load(source.snapshot / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True))
+            ema.load_state_dict(averages_in(source.snapshot))
             ema.copy_to(model.parameters())
         else:
-            model.load_state_dict(load_file(source.snapshot / "model.safetensors"))
+            model.load_state_dict(weights_in(source.snapshot))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{source.snapshot.name} of {source.folder.name} is damaged and cannot be loaded") from error
 

@@ -71,6 +71,8 @@ class DiT(DecayedModel):
         ValueError: sizes that do not fit together, with the remedy.
     """
 
+    _no_split_modules = ("DiTBlock",)
+
     @register_to_config
     def __init__(
         self,

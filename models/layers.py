@@ -18,6 +18,7 @@ class DecayedModel(ModelMixin, ConfigMixin):
     shortcuts: list[Shortcut]
     gradient_checkpointing = False  # see `enable_gradient_checkpointing`, of diffusers
     _supports_gradient_checkpointing = True
+    _no_split_modules: tuple[str, ...]  # classes of the blocks: FSDP gathers one of them at a time
 
     def recomputing(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
         """block(*arguments). With gradient checkpointing what is inside is not kept, but computed again on the way back."""

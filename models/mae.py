@@ -79,6 +79,8 @@ class MAE(DecayedModel):
         ValueError: sizes that do not fit together, with the remedy.
     """
 
+    _no_split_modules = ("Block",)
+
     @register_to_config
     def __init__(
         self,

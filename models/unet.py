@@ -98,6 +98,10 @@ class UNet(DecayedModel):
         return shortcuts_of(self.unet)
 
     @property
+    def _no_split_modules(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(sorted({type(module).__name__ for module in self.modules() if isinstance(module, ResnetBlock2D)}))
+
+    @property
     def stages(self) -> list[nn.Module]:
         """In the order of execution."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]

@@ -55,6 +55,8 @@ class UViT(DecayedModel):
         ValueError: sizes that do not fit together, with the remedy.
     """
 
+    _no_split_modules = ("UViTBlock",)
+
     @register_to_config
     def __init__(
         self,

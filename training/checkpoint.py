@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from models.files import INDEX, read_json, remove, sha256, write_json, written_aside
+from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, read_json, remove, sha256, write_json, written_aside
 from models.pipeline import Pipeline
 from training.ema import EMA
 
@@ -122,6 +123,25 @@ def _damage(checkpoint: Path) -> str | None:
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
             return f"{name} has changed"
     return None
+
+
+def weights_in(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights as they were trained; sharded trainings leave them in a file of torch's.
+
+    Raises:
+        OSError, SafetensorError, RuntimeError, UnpicklingError: damaged files.
+    """
+    whole, sharded = (checkpoint / name for name in WEIGHTS_SAVED)
+    return load_file(whole) if whole.is_file() else torch.load(sharded, map_location="cpu", weights_only=True)
+
+
+def averages_in(checkpoint: Path) -> dict[str, list[Tensor]]:
+    """What `EMA.load_state_dict` takes.
+
+    Raises:
+        OSError, RuntimeError, UnpicklingError: damaged files.
+    """
+    return torch.load(checkpoint / AVERAGES_SAVED, map_location="cpu", weights_only=True)
 
 
 def not_written(path: Path, error: Exception) -> OSError:

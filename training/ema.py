@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.sharding import copy_whole, gathered, local
+
 
 class EMA:
     """theta_ema <- d * theta_ema + (1 - d) * theta, with warm-up d = min(decay, (1 + step) / (10 + step)).
 
-    All tensors at once (foreach), in float32, beside the model. With a decay of 0 nothing is kept: the average is the parameters.
+    All tensors at once (foreach), in float32, beside the model, and sharded as it is. With a decay of 0 nothing is kept: the average
+    is the parameters.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
@@ -23,7 +26,8 @@ class EMA:
         if not self.decay:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [parameter.detach().float() for parameter in parameters], 1 - decay)
+        parts = [local(parameter.detach()).float() for parameter in parameters]
+        torch._foreach_lerp_([local(average) for average in self.averages], parts, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -33,9 +37,15 @@ class EMA:
         for parameter, average in zip(parameters, self.averages, strict=True):
             parameter.copy_(average)
 
+    def whole(self, keep: bool = True) -> "EMA":
+        """The same with whole averages, which only those processes get that keep them; every process calls this."""
+        same = EMA([], self.decay)
+        same.averages = [gathered(average, keep) for average in self.averages]
+        return same
+
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self.averages}
+        return {"averages": self.whole().averages}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for average, saved in zip(self.averages, state["averages"], strict=True):
-            average.copy_(saved)
+            copy_whole(average, saved)

@@ -30,6 +30,7 @@ from training.ema import EMA
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
+from training.sharding import Whole, local, prepare
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
 
@@ -155,11 +156,13 @@ def train(
         model.enable_gradient_checkpointing()
     if options.compile:
         model.compile(dynamic=False)
-    bare, (model, optimizer) = model, accelerator.prepare(model, optimizer)
+    whole = Whole(accelerator, model)
+    bare, (model, optimizer) = model, prepare(accelerator, model, optimizer)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     accelerator.register_for_checkpointing(ema, losses)
 
     computed = {"precision": accelerator.mixed_precision, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
+    computed["sharded"] = whole.sharded
     config = {**config, **dataclasses.asdict(options), **computed}
     step = _resume_or_start(accelerator, run, options, config)
     metrics = MetricsFile(run, accelerator, step)
@@ -178,16 +181,18 @@ def train(
 
     def save() -> None:
         mean_loss()
-        if not all(parameter.isfinite().all() for parameter in bare.parameters()):
+        infinite = sum((~local(parameter).isfinite()).any().float() for parameter in bare.parameters())
+        if accelerator.reduce(infinite).item():
             raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         publish()
 
     def publish() -> None:
+        network, averages = whole(bare, ema)
         if accelerator.is_main_process:
             seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
-            export(run, bare, ema, {**seen, **source})
+            export(run, network, averages, {**seen, **source})
 
     if step and step != checkpoint_files.exported_step(run):  # killed between the two
         publish()
@@ -240,9 +245,10 @@ def train(
                         "images_per_s": round(rate, 2),
                         **statistics,
                     }
+                    network, averages = whole(bare, ema) if looks else (bare, ema)
                     if accelerator.is_main_process:
                         for look in looks:
-                            line |= look(run, step, bare, ema) or {}
+                            line |= look(run, step, network, averages) or {}
                 metrics.write(line)
                 if max(line["block_norms"]) > EXPLODED:
                     size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
