@@ -94,7 +94,8 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             return
         painting[visitor] = sampling
         try:
-            yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip()
+            if sampling.state in (WAITING, RUNNING):  # else the buttons would change twice at once, and the browser may mix that up
+                yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip()
             async for state, frame, position in site.studio.watch(sampling):
                 if state in (WAITING, RUNNING):
                     news = *await asyncio.to_thread(on_the_way, frame, position), *[gr.skip()] * 4

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.catalog import card, cards
+from app.catalog import card, cards, label_index
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 
@@ -117,6 +117,8 @@ def _title(shared: Settings, varies: str) -> str:
 
 def _words(values: str) -> list[str]:
     """Between commas; a name that has one itself stands in double quotes."""
+    if str(values).count('"') % 2:
+        raise ValueError('a name that begins with a " must end with one')
     split = next(csv.reader([" ".join(str(values).split())], skipinitialspace=True), [])
     return [word.strip() for word in split if word.strip()]
 
@@ -140,7 +142,11 @@ def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
     known = [name for name in card(names[0], runs).class_names if all(name in card(other, runs).class_names for other in names[1:])]
     if values.strip() in ("all", ""):
         return known[:MAX_COLUMNS] or [None]
-    return [None if word == NO_LABEL else word for word in _words(values)]
+    words = [None if word == NO_LABEL else word for word in _words(values)]
+    for name in names:
+        for word in words:
+            label_index(card(name, runs), word)  # what a checkpoint does not know is told now
+    return words
 
 
 def sample_grid(grid: Plan, runs: Path) -> Iterator[Frame]:

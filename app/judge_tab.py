@@ -20,7 +20,8 @@ HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "IS")
 REFRESH_S = 5.0
 ABOUT = (
     "Evaluations queue with the trainings, and are watched and stopped under **Train**. "
-    "Several checkpoints are compared pairwise, on the same noise."
+    "Several checkpoints are compared pairwise, on the same noise. "
+    "The first one against a set of images takes minutes longer: that set's features are taken once, and kept."
 )
 
 

@@ -59,7 +59,8 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
         raise ValueError("probes look at one checkpoint at a time; choose one")
     number = options.get("num_samples", 2048)
     if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 or not 2 <= number <= MOST_SAMPLES:
-        raise ValueError(f"the number of samples cannot be {str(number)[:50]}; give a whole number from 2 to {MOST_SAMPLES:,}")
+        what = "is missing" if number is None else f"cannot be {str(number)[:50]}"
+        raise ValueError(f"the number of samples {what}; give a whole number from 2 to {MOST_SAMPLES:,}")
     reference = options.get("reference", EMBEDDED)
     if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
         raise ValueError("the reference must be openmoji or a folder of images")
@@ -97,7 +98,9 @@ def command(options: dict[str, Any], folder: Path) -> list[str]:
         parts = [] if reference == EMBEDDED else ["--test_share=0.2"]  # a folder may have no second split
         places = [f"--output={folder}", "--no-pictures", f"--json={folder / RESULT}"]
         return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", *limits, *parts, *places, *measure.flags]
-    common = [f"--reference={reference}", f"--num_samples={number}", *measure.flags]
+    # all of the embedded set, as in the numbers of the shipped checkpoints
+    split = ["--reference_split=all"] if reference == EMBEDDED else []
+    common = [f"--reference={reference}", *split, f"--num_samples={number}", *measure.flags]
     if len(paths) > 1:
         return ["eval/compare.py", *paths, *common, f"--output={folder}"]
     return ["eval/fid.py", *_checkpoint(paths[0]), *common, f"--json={folder / RESULT}"]

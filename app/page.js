@@ -68,6 +68,7 @@
       viewer = document.body.appendChild(document.createElement('dialog'))
       viewer.id = 'viewer'
       viewer.setAttribute('aria-label', 'Full screen')
+      viewer.tabIndex = -1  // keeps the keys where the button that had the focus is gone
       viewer.addEventListener('click', event => { if (event.target === viewer) viewer.close() })
       viewer.addEventListener('keydown', event => {
         const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key]
@@ -80,6 +81,7 @@
   function turn(way) {
     const most = Math.max(...gallery.map(side => pictures(side).length))
     index = (index + way + most) % most
+    const pressed = document.activeElement?.getAttribute('aria-label')
     const column = innerWidth < 640 && gallery.length > 1
     const [wide, high] = column ? [innerWidth - 32, (innerHeight - 120) / gallery.length - 72] : [(innerWidth - 48) / gallery.length - 24, innerHeight - 190]
     viewer.replaceChildren(bar(most), Object.assign(document.createElement('div'), { className: 'pair' }))
@@ -96,6 +98,8 @@
       const file = picture.parentElement.dataset.file
       if (file) caption.append(Object.assign(document.createElement('a'), { href: picture.src, download: file, textContent: 'Download PNG' }))
     }
+    const again = way && [...viewer.querySelectorAll('button')].find(button => button.getAttribute('aria-label') === pressed)
+    ;(again || viewer).focus()
   }
   function bar(most) {
     const element = Object.assign(document.createElement('div'), { className: 'bar' })

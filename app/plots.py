@@ -88,7 +88,7 @@ def _spread(low: float, high: float) -> tuple[float, float]:
 def _tick(value: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:.4g}k"
-    return f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def text(value: object) -> str:

@@ -135,7 +135,7 @@ def _trainings(jobs: Jobs) -> None:
         Parameters:
             name: of the run; of a pair NAME-plain and NAME-decayed are made of it.
             options: flags of training/train_diffusion.py or training/train_mae.py with their values, such as
-                {"preset": "demo-decayed", "max_train_steps": 100}.
+                {"preset": "demo-decayed", "max_train_steps": 100}; `--help` of these lists them (output_dir is the page's own).
             pair: whether it is a pair; the options are the decayed one's.
 
         Returns:

@@ -108,8 +108,8 @@ class Comparison:
         shared = _drawn(asdict(self.shared))
         sides = []
         for side in self.sides:
-            own = _drawn(dict(side.own))
-            sides.append(Side(side.checkpoint, {name: value for name, value in own.items() if value != shared[name]}))
+            own = {name: value for name, value in side.own.items() if value != getattr(self.shared, name)}  # -1 and -1 are one draw
+            sides.append(Side(side.checkpoint, {name: value for name, value in _drawn(own).items() if value != shared[name]}))
         return Comparison(Settings(**shared), tuple(sides))
 
     def as_json(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     delete.click(first_or_really, [delete, run, beside], changed, **AS_SENT)
     unarchive.click(from_archive, [put_away, beside], changed, **AS_SENT)
     gr.on([run.input, beside.input], look, [run, beside], looked, **LATEST)
-    run.input(lambda: DELETE, None, delete, **AT_ONCE)
+    run.input(lambda: (DELETE, "", ""), None, [delete, more, new_name], **AT_ONCE)
     timer.tick(fresh, [run, beside, seen], [seen, *looked], **AS_SENT)
     page.load(look, [run, beside], looked, **AS_SENT)
     tab.select(offer, None, [backbone, size, begin], **QUIET)

@@ -101,7 +101,7 @@ def _curves(runs: Sequence[tuple[str, Progress]]) -> str:
     return (
         plot(lines("loss"), "Loss", "step")
         + plot(lines("images_per_s"), "Images a second", "step", low=0.0)
-        + plot(lines("effective_rank"), "Effective rank of the middle", "step")
+        + plot(lines("effective_rank"), "Effective rank (entropy) of the middle", "step")
         + plot(norms, "Norm of every block, the last one strong", "step", logarithmic=True)
     )
 

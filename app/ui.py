@@ -22,7 +22,7 @@ def theme() -> gr.Theme:
         neutral_hue="slate",
         font=("system-ui", "-apple-system", "Segoe UI", "sans-serif"),
         font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
-    )
+    ).set(body_text_color_subdued="*neutral_500")  # the default's is hard to read on white
 
 
 def build(site: Site) -> gr.Blocks:

@@ -19,7 +19,7 @@ from app import catalog, recipe, render
 from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying
 from app.sampler import Frame, PipelineCache, sample
-from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, Comparison, Settings, Side
+from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
@@ -358,12 +358,20 @@ def test_every_cell_of_a_grid_is_the_image_that_its_labels_tell(runs: Path, axis
 @pytest.mark.parametrize(
     "axis, values",
     [("magic", "1"), ("steps", ""), ("steps", "a"), ("steps", "0"), ("seed", "99"), ("seed", "1,2"), ("label", "triangles"),
-     ("guidance_scale", ",".join(map(str, range(40))))],
+     ("label", '"squares, crosses'), ("guidance_scale", ",".join(map(str, range(40))))],
 )  # fmt: skip
 def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str) -> None:
     with pytest.raises(ValueError) as error:
-        list(sample_grid(plan(asked(), axis, values, runs), runs))
+        plan(asked(), axis, values, runs)
     assert "\n" not in str(error.value)
+
+
+def test_a_seed_that_is_drawn_for_all_is_drawn_once() -> None:
+    shared = Settings(seed=RANDOM_SEED)
+    settled = Comparison(shared, (Side("one"), Side("other", {"seed": RANDOM_SEED, "steps": 9}))).settled()
+    assert settled.shared.seed >= 0 and settled.sides[1].own == {"steps": 9}
+    alone = Comparison(Settings(seed=7), (Side("one", {"seed": RANDOM_SEED}),)).settled()
+    assert alone.sides[0].own["seed"] != RANDOM_SEED
 
 
 def test_a_label_with_a_comma_stands_in_quotes(runs: Path, tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
     put(page, "steps", 5)
     compare(page, "2 + 2 + 2 + 2 images in")
     expect(page.locator(".flag")).to_have_text(["steps 3"])
+    tops = page.locator("#stage .tiles").evaluate_all("all => all.map(tiles => tiles.getBoundingClientRect().top)")
+    assert tops[0] == tops[1] and tops[2] == tops[3], "images of a row are level, whatever their captions say"
     images = page.locator("#stage img")
     np.testing.assert_array_equal(pixels(images.nth(0)), pixels(images.nth(4)))
     assert (pixels(images.nth(0)) != pixels(images.nth(6))).any()
@@ -233,6 +235,14 @@ def test_a_downloaded_picture_comes_back_bit_for_bit(page: "Page", context: "Bro
     assert file.name == "runs-tiny-decayed-seed-9.png"
     page.keyboard.press("Escape")
     expect(viewer).to_be_hidden()
+    page.locator("#stage .tile").nth(2).click()  # once more: the keys are the viewer's again
+    page.keyboard.press("ArrowLeft")
+    expect(viewer).to_contain_text("image 2 of 3")
+    viewer.get_by_label("Next image").click()
+    page.keyboard.press("Enter")
+    expect(viewer).to_contain_text("image 1 of 3")
+    assert viewer.evaluate("element => element.getBoundingClientRect().width <= innerWidth")
+    page.keyboard.press("Escape")
 
     other = context.new_page()
     open_page(other, server)
@@ -312,6 +322,15 @@ def test_one_more_can_be_put_beside_before_the_last_one_is_sampled(page: "Page")
     expect(page.locator("#status")).to_contain_text("2 + 2 + 2 + 2 images in", timeout=PATIENCE_MS)
     for side in "DC":
         page.get_by_role("button", name=f"Remove {side}").click()
+
+
+def test_a_list_that_is_left_by_keyboard_covers_nothing(page: "Page") -> None:
+    page.get_by_label("Label", exact=True).focus()
+    expect(page.get_by_role("listbox")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.locator("[role=listbox]:visible")).to_have_count(0)
+    page.wait_for_timeout(400)  # Gradio opens it once more
+    assert page.locator("[role=listbox]:visible").count() == 0
 
 
 def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None:
