@@ -39,7 +39,7 @@ class SettingsPanel:
                         False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}", elem_classes="quiet"
                     )
                     with gr.Group(visible=False) as group:
-                        gr.HTML('<p class="protocol">These stay as they are when the shared ones below change.</p>', padding=True)
+                        gr.HTML('<p class="protocol note">These stay as they are when the shared ones below change.</p>')
                         self.own.append(_widgets(f" of {letter}", labels_of([])))
                     if i >= FEWEST:
                         gone = gr.Button(f"Remove {letter}", size="sm")
