@@ -1,6 +1,7 @@
 """Guards: files that are whole or not there, memory asked for before it is taken, errors that are one line."""
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +98,21 @@ def require_memory(num_bytes: int, what: str) -> None:
     if num_bytes > free:
         need, have = num_bytes / 2**30, free / 2**30
         raise ValueError(f"{what} would take about {need:,.0f} GiB of memory, and {have:.0f} GiB are free; ask for less")
+
+
+def temporary_folder() -> Path:
+    """A new folder, deleted when the program ends."""
+    folder = tempfile.mkdtemp(prefix="fading-shortcuts-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def require_disk(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise ValueError if that many bytes are not free where the folder is."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        sizes = f"{num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+        raise ValueError(f"{what} take {sizes} in {folder}; make room, or set XDG_CACHE_HOME to another disk")
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,14 +6,15 @@ box would cost more to launch than to run, and a batch is resized at once.
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data import ImageData, TrainingData, in_unit_range
+from training.data import ImageData, Order, TrainingData, in_unit_range
+from training.stream import ImageStream
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a box
 ATTEMPTS = 10
@@ -107,7 +108,7 @@ class CroppedData(TrainingData):
         min_scale: least share of an image's area.
     """
 
-    whole: ImageData
+    whole: ImageData | ImageStream
     min_scale: float
 
     def __len__(self) -> int:
@@ -117,12 +118,18 @@ class CroppedData(TrainingData):
     def shape(self) -> tuple[int, int, int]:
         return self.whole.shape
 
-    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def order(self, seed: int, batch_size: int, batches_a_step: int) -> Order:
+        return self.whole.order(seed, batch_size, batches_a_step)
+
+    def labels_of(self, indices: Any) -> np.ndarray | None:
+        return self.whole.labels_of(indices)
+
+    def samples(self, indices: Any, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         boxes = random_boxes(len(indices), self.shape[-1], self.min_scale, generator)
         return in_unit_range(crop_and_resize(self.whole.pixels(indices, device), boxes), mirrored)
 
 
-def with_crops(data: ImageData, min_scale: float) -> TrainingData:
+def with_crops(data: ImageData | ImageStream, min_scale: float) -> TrainingData:
     """Random-resized crops of at least that share of an image's area; 1 leaves the images whole."""
     if min_scale == 1:
         return data

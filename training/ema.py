@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.sharding import copy_whole, gathered, local
@@ -44,7 +45,8 @@ class EMA:
         return same
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self.whole().averages}
+        keep = not dist.is_initialized() or dist.get_rank() == 0  # the process that writes them
+        return {"averages": self.whole(keep).averages}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for average, saved in zip(self.averages, state["averages"], strict=True):

@@ -1,7 +1,7 @@
 """Images -> latents of a diffusers `AutoencoderKL`, encoded once, then memory-mapped (latent diffusion, arXiv 2112.10752)."""
 
 import hashlib
-import shutil
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from models.files import remove, written_aside
+from models.files import remove, require_disk, written_aside
 from models.vae import AutoencoderKL, latent_shape, to_moments
 from training.data import ImageData, TrainingData, cache_dir
 
@@ -92,10 +92,7 @@ def _cached(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple[int, i
 
 
 def _write_moments(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple[int, ...], mirrored: bool) -> None:
-    need, free = 2 * int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(path.parent).free
-    if need > free:
-        sizes = f"{need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
-        raise ValueError(f"the latents of {data.name} take {sizes} in {path.parent}; make room, or set XDG_CACHE_HOME to another disk")
+    require_disk(path.parent, 2 * math.prod(shape), f"the latents of {data.name}")
     batch_size = max(1, PIXELS_AT_ONCE.get(vae.device.type, PIXELS_AT_ONCE["cpu"]) // data.shape[-1] ** 2)
     what = f"encoding {data.name}{', mirrored' * mirrored}"
     with (

@@ -25,12 +25,13 @@ from models.precision import precision
 from models.shortcut import SCHEDULES, UNSTABLE_BELOW, alpha_window, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
 from training import checkpoint as checkpoint_files
-from training.data import Order, TrainingData, seed_of
+from training.data import TrainingData, seed_of
 from training.ema import EMA
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
 from training.sharding import Whole, local, prepare
+from training.stream import Streams
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
 
@@ -159,7 +160,9 @@ def train(
     whole = Whole(accelerator, model)
     bare, (model, optimizer) = model, prepare(accelerator, model, optimizer)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
-    accelerator.register_for_checkpointing(ema, losses)
+    order = data.order(options.seed, batch_size, micro_batches)
+    stateful = [order] if isinstance(order, Streams) else []
+    accelerator.register_for_checkpointing(ema, losses, *stateful)
 
     computed = {"precision": accelerator.mixed_precision, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
     computed["sharded"] = whole.sharded
@@ -188,7 +191,7 @@ def train(
         publish()
 
     def publish() -> None:
-        network, averages = whole(bare, ema)
+        network, averages = whole(bare, ema, to_compute=False)
         if accelerator.is_main_process:
             seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
@@ -197,7 +200,6 @@ def train(
     if step and step != checkpoint_files.exported_step(run):  # killed between the two
         publish()
 
-    order = Order(len(data), options.seed)
     saved, skipped = step, 0
     line_began, line_step = time.monotonic(), step
     bar = tqdm(
@@ -245,7 +247,7 @@ def train(
                         "images_per_s": round(rate, 2),
                         **statistics,
                     }
-                    network, averages = whole(bare, ema) if looks else (bare, ema)
+                    network, averages = whole(bare, ema, to_compute=True) if looks else (bare, ema)
                     if accelerator.is_main_process:
                         for look in looks:
                             line |= look(run, step, network, averages) or {}
@@ -339,6 +341,9 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
     before = read_json(run / checkpoint_files.CONFIG)
     free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
+    if before.get("sharded", False) != config["sharded"]:
+        how = "with" if before["sharded"] else "without"
+        raise ValueError(f"{run} was trained {how} --config_file training/configs/fsdp2.yaml; go on {how} it, or start another run")
     changed = [key for key in config if key not in free and key in before and before[key] != config[key]]
     if changed:
         what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)

@@ -41,6 +41,8 @@ def read_options(arguments: argparse.Namespace, group: type[T]) -> T:
     for field in dataclasses.fields(group):
         value, least, most = values[field.name], field.metadata["least"], field.metadata["most"]
         low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"--{field.name} is {value}; it must be finite")
         if isinstance(value, int | float) and not low <= value <= high:  # not a number is in no range
             allowed = (
                 "a number"

@@ -78,8 +78,12 @@ class Whole:
         self.twin = copy.deepcopy(model).cpu() if self.sharded and self.main else None
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, ema: "EMA") -> tuple[nn.Module, "EMA"]:
-        """The prepared model and its averages -> the same with whole tensors; of no use in the other processes."""
+    def __call__(self, model: nn.Module, ema: "EMA", to_compute: bool) -> tuple[nn.Module, "EMA"]:
+        """The prepared model and its averages -> the same with whole tensors; of no use in the other processes.
+
+        Args:
+            to_compute: put a sharded model's weights on the device; else they stay on the CPU, where there is room for them.
+        """
         if not self.sharded:
             return model, ema
         weights = {name: gathered(tensor, self.main) for name, tensor in model.state_dict().items()}
@@ -87,7 +91,7 @@ class Whole:
         if self.twin is None:
             return model, averages
         self.twin.load_state_dict(weights)
-        return copy.deepcopy(self.twin).to(self.device), averages
+        return (copy.deepcopy(self.twin).to(self.device) if to_compute else self.twin), averages
 
 
 def gathered(tensor: Tensor, keep: bool = True) -> Tensor:

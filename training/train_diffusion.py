@@ -32,6 +32,7 @@ from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYP
 from training.options import option
 from training.presets import PRESETS
 from training.processes import spread_over_cpu_processes
+from training.stream import at_hand
 
 GRID_IMAGES, GRID_COLUMNS = 36, 9
 
@@ -135,7 +136,7 @@ def run(
     objective = create_objective_from(objective_options, num_classes, vae)
     if model_options.init_from and not resuming:
         check_time(model_options.init_from, objective)
-    say(f"{len(data):,} images of {data.name}{classes}")
+    say(f"{data.extent} of {data.name}{classes}")
     say(describe(f"{model_options.backbone}-{model_options.size}", model))
 
     def pipeline(network: nn.Module, training: dict[str, Any] | None = None) -> Pipeline:
@@ -147,15 +148,15 @@ def run(
 
     looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
     if watch_options.metrics_during_training:
-        class_names = data.class_names if num_classes else ()
-        looks.append((watch_options.metrics_during_training, small_distance(watch_options, data, class_names, pipeline)))
+        class_names, images = data.class_names if num_classes else (), at_hand(data, "--metrics_during_training")
+        looks.append((watch_options.metrics_during_training, small_distance(watch_options, images, class_names, pipeline)))
     if loop_options.probe_every:
-        looks.append((loop_options.probe_every, quick_probe(data, pipeline, objective, loop_options)))
+        looks.append((loop_options.probe_every, quick_probe(at_hand(data, "--probe_every"), pipeline, objective, loop_options)))
 
     step = train(
         loop_options,
         model,
-        encode(data, vae, loop_options.random_flip) if vae else data,
+        encode(at_hand(data, "--vae"), vae, loop_options.random_flip) if vae else data,
         objective,
         {
             "preset": preset,

@@ -25,7 +25,7 @@ from models.registry import backbone_name, create_model, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
-from training.data import ImageData, TrainingData
+from training.data import ImageData
 from training.ema import EMA
 from training.loop import Callback, LoopOptions, check, describe, train
 from training.monitor import save_grid
@@ -33,6 +33,7 @@ from training.objectives import MaskedAutoencoding
 from training.options import option
 from training.presets import MAE_PRESETS
 from training.processes import spread_over_cpu_processes
+from training.stream import at_hand
 
 PICTURES, PICTURES_A_ROW = 12, 4
 
@@ -101,12 +102,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def few_images(data: TrainingData) -> Tensor:
-    """Some images (N, C, H, W), whole, from all over the data set."""
-    indices = np.linspace(0, len(data) - 1, min(PICTURES, len(data))).astype(int)
-    return data.samples(indices, torch.device("cpu"), None, None)
-
-
 @torch.no_grad()
 def reconstructions(model: nn.Module, images: Tensor, mask_ratio: float) -> np.ndarray:
     """uint8 (3 * N, H, W, C): of every image the original, what the encoder sees of it, and what the decoder makes of that.
@@ -160,12 +155,12 @@ def run(
     model = build(model_options, shortcut_options, resolution)
     resuming = loop_options.resume_from_checkpoint is not None
     images_before = begin_with(model, model_options.init_from, folder, resuming) if model_options.init_from else 0
-    say(f"{len(data):,} images of {data.name}")
+    say(f"{data.extent} of {data.name}")
     say(describe(f"{model_options.backbone}-{model_options.size}", model))
 
     groups = (data_options, model_options, shortcut_options, task_options)
     config = {"preset": preset, "images_before": images_before}
-    shown = few_images(data)
+    shown = data.some(PICTURES)
 
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
         pictures = reconstructions(averaged(network, ema), shown, mask_ratio)
@@ -173,7 +168,7 @@ def run(
 
     looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
     if loop_options.probe_every:
-        looks.append((loop_options.probe_every, quick_probe(data, loop_options)))
+        looks.append((loop_options.probe_every, quick_probe(at_hand(data, "--probe_every"), loop_options)))
 
     step = train(
         loop_options,
