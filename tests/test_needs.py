@@ -1,13 +1,14 @@
 """The arithmetic of many devices, against counting by hand and against rings that are played through."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from models import create_model
-from training.needs import BYTES, Machine, count, dominated, step, traffic
+from training.needs import BYTES, Machine, count, dominated, main, step, traffic
 
 
 def ring(parts: list[list[torch.Tensor]], first: int, reduce: bool) -> int:
@@ -68,3 +69,21 @@ def test_more_devices_hold_less_and_at_some_number_the_network_decides(tiny_dit:
         now, before = (step(counted, machine, each) for each in (devices, devices // 2))
         key = "sharded_s" if sharded else "whole_s"
         assert now[key] > now["compute_s"] and (devices == 2 or before[key] <= before["compute_s"])
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture) -> None:
+    main([])
+    page = Path("training/configs/README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in page
+    main(["--batch_size", "2048"])
+    assert "from 64 devices on; sharded, from 32." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [("--network_gb_s inf", "must be finite"), ("--devices 8,x", "must be whole numbers from 1 on")]
+)
+def test_figures_that_cannot_be_are_told(flags: str, told: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(flags.split())
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err

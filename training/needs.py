@@ -21,6 +21,7 @@ from training.options import add_options, option, read_options
 
 BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "averages": 4}  # a parameter, in float32
 SAVED = ("weights", "AdamW", "averages")  # in a checkpoint
+EXPORTED = ("weights", "averages")  # beside it, as model/ and ema/
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,13 @@ def dominated(counted: Counted, machine: Machine, sharded: bool) -> int:
 def table(network: Network, counted: Counted, machine: Machine) -> str:
     """All of it, in Markdown."""
     checkpoint = sum(BYTES[part] for part in SAVED) * counted.parameters
+    exported = sum(BYTES[part] for part in EXPORTED) * counted.parameters
+    read_s, write_s = (size / 1e9 / machine.disk_gb_s for size in (checkpoint, checkpoint + exported))
     lines = [
         f"{network.backbone}-{network.size}: {counted.parameters / 1e6:,.1f} M parameters, {counted.operations / 1e9:,.0f} GFLOP and at "
         f"most {counted.activations / 2**20:,.0f} MiB of activations an image, forward and backward; a checkpoint has "
-        f"{checkpoint / 1e9:.1f} GB, {checkpoint / 1e9 / machine.disk_gb_s:.1f} s at {machine.disk_gb_s:g} GB/s.",
+        f"{checkpoint / 1e9:.1f} GB and the exported model {exported / 1e9:.1f} GB: {write_s:.1f} s to "
+        f"write and {read_s:.1f} s to read back for its hashes, at {machine.disk_gb_s:g} GB/s.",
         "",
         "| devices | images each | memory whole, GiB | sharded, GiB | computing, ms | traffic whole, ms | sharded, ms |",
         "|---:|---:|---:|---:|---:|---:|---:|",

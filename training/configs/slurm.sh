@@ -10,6 +10,7 @@
 #SBATCH --signal=TERM@600
 set -eu
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570  # else torch kills after 30 s what is still saving
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$master:29500" \
     training/train_diffusion.py "$@"
