@@ -5,10 +5,9 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
-from models.files import Parser, one_line_errors
+from models.files import Parser, one_line_errors, temporary_folder
 
 HERE = Path(__file__).parent
 RUNS = Path("runs")  # need not be there: the page shows the shipped checkpoints
@@ -54,8 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody
-        # a folder of its own: at its end a page deletes what it was sent, by content, which may be another page's, too
-        os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="fading-shortcuts-"))
         name, _, password = (parsed.auth or "").partition(":")
         if parsed.auth is not None and not (name and password):
             raise ValueError("--auth must be NAME:PASSWORD, neither of them empty")
@@ -63,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
         if parsed.data is not None and not parsed.data.is_dir():
             raise ValueError(f"--data {parsed.data} is not a folder")
+        if "GRADIO_TEMP_DIR" not in os.environ:
+            # a folder of its own: at its end a page deletes what it was sent, by content, which may be another page's, too
+            os.environ["GRADIO_TEMP_DIR"] = str(temporary_folder())
         from starlette.middleware import Middleware
 
         from app.guard import Guard

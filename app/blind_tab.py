@@ -2,10 +2,8 @@
 
 import asyncio
 import secrets
-import tempfile
 import threading
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +16,7 @@ from app.settings_panel import from_widget, labels_of, relabel
 from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors
 from app.studio import DONE, FAILED
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
-from models.files import written_aside
+from models.files import temporary_folder, written_aside
 
 IMAGES = 6
 CHOICES = {LEFT: "Left is better", RIGHT: "Right is better", TIE: "Equally good", BOTH_BAD: "Both bad"}
@@ -30,7 +28,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
     voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
     asked = gr.State(None)  # (ballot, id of the sampling), which stay on this side
     shown = gr.State(None)  # the ballot whose finished pictures are on the page: votes are about these
-    csv_file = Path(tempfile.mkdtemp(prefix="fading-shortcuts-")) / "votes.csv"
+    csv_file = temporary_folder() / "votes.csv"
     csv_lock = threading.Lock()
     names = list(variants(site.runs))
     gr.Markdown("Two checkpoints draw from the same noise, on sides that are drawn by lot. Vote, and their names are shown.")

@@ -40,7 +40,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         for what, nothing in (("comparison", NOTHING_KEPT), ("history", []), ("view", "sides"))
     )  # settings and the id of what is shown; ids of finished samplings; one of VIEWS
     shown = gr.State(None)  # id of a sampling
-    dropped = gr.State(None)  # the PNG whose recipe is on its way
+    dropped = gr.State(None)  # (id of a sampling, the PNG whose recipe it follows)
 
     panel = SettingsPanel(site, first)
     with gr.Row(equal_height=True):
@@ -86,9 +86,10 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         if kept["shown"] not in others:
             site.studio.leave(kept["shown"])
 
-    async def watch(id: str | None, file: str | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
+    async def watch(id: str | None, dropped: tuple[str, str] | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
         """Everything that follows from a sampling, until it is over or the stage is for another one."""
         sampling, visitor = site.studio.find(id), request.session_hash
+        file = dropped[1] if dropped and dropped[0] == id else None
         if sampling is None:
             yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True), gr.update(interactive=False), None
             return
@@ -179,7 +180,8 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             if "grid" in recipe:
                 gr.Info("These are the settings of a grid; draw it to see it again.")
                 return shown, kept, *panel.fill(asked), None, gr.update(open=True), *varying(recipe)
-            return *queue(asked, kept, request), *panel.fill(asked), file, *[gr.skip()] * 3
+            id, kept = queue(asked, kept, request)
+            return id, kept, *panel.fill(asked), (id, file), *[gr.skip()] * 3
 
     def cards_table(names: list[str | None]) -> str:
         there = [name for name in names if name]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.catalog import card, cards, label_index
+from app.catalog import card, cards, label_index, shared_classes
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 
@@ -73,7 +73,7 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
         sampled = (_all(names, shared, num_images=number),)
         cells = tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names)))
         return Plan(*asked, title, names, columns, sampled, cells)
-    told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in _words(values)]
+    told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in words_of(values)]
     if not 1 <= len(told) <= MAX_COLUMNS:
         raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
     sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
@@ -115,16 +115,17 @@ def _title(shared: Settings, varies: str) -> str:
     return ", ".join(text for name, text in facts.items() if name != varies)
 
 
-def _words(values: str) -> list[str]:
+def words_of(values: str) -> list[str]:
     """Between commas; a name that has one itself stands in double quotes."""
-    if str(values).count('"') % 2:
-        raise ValueError('a name that begins with a " must end with one')
-    split = next(csv.reader([" ".join(str(values).split())], skipinitialspace=True), [])
+    try:
+        split = next(csv.reader([" ".join(str(values).split())], skipinitialspace=True, strict=True), [])
+    except csv.Error:
+        raise ValueError('a name that begins with a " must end with one, and a comma follow it') from None
     return [word.strip() for word in split if word.strip()]
 
 
 def _count(values: str, what: str) -> int:
-    words = _words(values)
+    words = words_of(values)
     if len(words) != 1 or not words[0].isdecimal() or not 1 <= int(words[0]) <= MAX_COLUMNS:
         raise ValueError(f"give the number of {what}, from 1 to {MAX_COLUMNS}")
     return int(words[0])
@@ -139,13 +140,13 @@ def _number(word: str, axis: str) -> int | float:
 
 
 def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
-    known = [name for name in card(names[0], runs).class_names if all(name in card(other, runs).class_names for other in names[1:])]
+    chosen = [card(name, runs) for name in names]
     if values.strip() in ("all", ""):
-        return known[:MAX_COLUMNS] or [None]
-    words = [None if word == NO_LABEL else word for word in _words(values)]
-    for name in names:
+        return list(shared_classes(*chosen)[:MAX_COLUMNS]) or [None]
+    words = [None if word == NO_LABEL else word for word in words_of(values)]
+    for each in chosen:
         for word in words:
-            label_index(card(name, runs), word)  # what a checkpoint does not know is told now
+            label_index(each, word)  # what a checkpoint does not know is told now
     return words
 
 

@@ -204,7 +204,7 @@ class Jobs:
         if options["reference"] != EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         with self._locked():
-            if any(status.active and status.options | {"weights": None} == options | {"weights": None} for status in self._statuses()):
+            if any(status.active and self._is_about(status.options, options) for status in self._statuses()):
                 raise ValueError(f"{judging.title(options)} is on its way already; its result appears when it is done")
             self._require_place(1)
             folder = self.runs / EVALUATIONS / secrets.token_hex(4)
@@ -529,11 +529,18 @@ class Jobs:
                 self._note_weights(status.folder)
             launch(status.folder, self.num_processes)
 
+    def _is_about(self, asked: dict[str, Any], options: dict[str, Any]) -> bool:
+        """Whether an evaluation that was asked for before would tell the same: of the weights that are there now, if it has begun."""
+        judged = asked.get("weights")
+        return {**asked, "weights": None} == {**options, "weights": None} and (
+            judged is None or judged == judging.weights_of(options["checkpoints"], sources(self.runs))
+        )
+
     def _note_weights(self, evaluation: Path) -> None:
         """Which weights an evaluation is about: the run may train on, or another one may get its name."""
         job = read_job(evaluation)
         if job is not None:
-            weights = judging.weights_of(job.options["checkpoints"], sources(self.runs))
+            weights = [found or "unknown" for found in judging.weights_of(job.options.get("checkpoints", ()), sources(self.runs))]
             write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights})))
 
     @contextmanager

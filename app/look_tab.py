@@ -122,6 +122,8 @@ def _probed(site: Site) -> dict[str, dict[str, Any]]:
 
 def _curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
     """Accuracy and rank of every block, and the spectrum of the best one."""
+    if found and not names:
+        return '<p class="empty small">Choose a checkpoint above.</p>'
     if not names:
         how = "<code>eval/probe.py</code> does it, or <b>Probes</b> under <b>Judge</b>"
         return f'<p class="empty small">No checkpoint was probed yet; {how}.</p>'

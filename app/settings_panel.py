@@ -8,7 +8,7 @@ import gradio as gr
 from app.catalog import Card, card, label_index, shared_classes, variants
 from app.render import NO_LABEL, SAMPLERS, SIDES
 from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
-from app.site import AS_SENT, AT_ONCE, LATEST, Site
+from app.site import AS_SENT, AT_ONCE, LATEST, Site, page_errors
 
 FEWEST = 2  # sides that are always there
 
@@ -131,7 +131,8 @@ class SettingsPanel:
 
     def _begin_own(self, on: bool, name: str | None, label: Any, *values: Any) -> tuple[Any, ...]:
         """Show the settings of a side, which begin as those of all, or hide them."""
-        alone = [card(name, self.site.runs)] if name else []
+        with page_errors():
+            alone = [card(name, self.site.runs)] if name else []
         return gr.update(visible=on), label_update(labels_of(alone), from_widget(label), alone), *values
 
     def _add(self, *names: str | None) -> list[Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from app import catalog, recipe, render
 from app.catalog import Source
-from app.grid import AXES, draw, plan, sample_grid, varying
+from app.grid import AXES, draw, plan, sample_grid, varying, words_of
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
@@ -358,12 +358,18 @@ def test_every_cell_of_a_grid_is_the_image_that_its_labels_tell(runs: Path, axis
 @pytest.mark.parametrize(
     "axis, values",
     [("magic", "1"), ("steps", ""), ("steps", "a"), ("steps", "0"), ("seed", "99"), ("seed", "1,2"), ("label", "triangles"),
-     ("label", '"squares, crosses'), ("guidance_scale", ",".join(map(str, range(40))))],
+     ("label", '"squares, crosses'), ("label", '"squares" crosses'), ("guidance_scale", ",".join(map(str, range(40))))],
 )  # fmt: skip
 def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str) -> None:
     with pytest.raises(ValueError) as error:
         plan(asked(), axis, values, runs)
     assert "\n" not in str(error.value)
+
+
+def test_names_between_commas_may_have_quotes_and_commas_themselves() -> None:
+    assert words_of('5" disk, x ,"a, b"') == ['5" disk', "x", "a, b"]
+    with pytest.raises(ValueError, match="must end with one"):
+        words_of('"a, b')
 
 
 def test_a_seed_that_is_drawn_for_all_is_drawn_once() -> None:

@@ -189,7 +189,10 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
 
 
 def test_stop_stops_and_a_refresh_brings_all_back(page: "Page", server: str) -> None:
-    choose(page, "Sampler", SAMPLERS["heun"])  # takes twice as long: a busy machine takes seconds to load the page once more
+    choose(page, "Sampler", SAMPLERS["heun"])  # it and two more take four times as long: a busy machine loads the page anew for seconds
+    for side in "CD":
+        page.get_by_role("button", name="Add a checkpoint").click()
+        expect(page.get_by_label(f"Checkpoint {side}", exact=True)).not_to_have_value("")
     put(page, "num-images", 64)
     put(page, "steps", 250)
     page.get_by_role("button", name="Compare", exact=True).click()
@@ -202,6 +205,9 @@ def test_stop_stops_and_a_refresh_brings_all_back(page: "Page", server: str) -> 
     expect(page.get_by_role("button", name="Compare", exact=True)).to_be_enabled()
 
     choose(page, "Sampler", SAMPLERS[OWN_SAMPLER])
+    for side in "DC":
+        page.get_by_role("button", name=f"Remove {side}").click()
+        expect(page.get_by_label(f"Checkpoint {side}", exact=True)).to_be_hidden()
     put(page, "num-images", 2)
     put(page, "steps", 3)
     put(page, "seed", 40)
@@ -311,9 +317,10 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
 
 def test_one_more_can_be_put_beside_before_the_last_one_is_sampled(page: "Page") -> None:
     history = unfold(page, "history-section")  # the reload has closed it
+    id = history.locator("li").first.get_by_role("button", name="Add").get_attribute("data-id")
+    add = history.locator(f'[data-do="add"][data-id="{id}"]')  # that one, also when the sampling that begins now is the first of them
     put(page, "num-images", 64)
     put(page, "steps", 250)
-    add = history.locator("li").first.get_by_role("button", name="Add")
     add.click()
     expect(page.get_by_label("Checkpoint D", exact=True)).to_be_visible()
     expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)

@@ -550,11 +550,17 @@ def test_numbers_are_about_the_weights_that_were_judged(
     before.kill()
     before.wait()
     jobs.all()  # now the evaluation begins
+    job, running = json.loads((judged.folder / JOB).read_text()), process()
+    began = {"pid": running.pid, "process_began": psutil.Process(running.pid).create_time(), "started_at": time.time()}
+    write_json(judged.folder / JOB, {**job, **began})
     with pytest.raises(ValueError, match="on its way already"):
         jobs.judge(options)
+    index.write_text(index.read_text().replace("2345", "3456"))  # newer weights are another question
+    jobs.stop(jobs.judge(options).name)
+    index.write_text(index.read_text().replace("3456", "2345"))
     write_json(judged.folder / "result.json", {"metric": "FD", "value": 3.5, "num_samples": 64})
-    job = json.loads((judged.folder / JOB).read_text())
-    write_json(judged.folder / JOB, {**job, "pid": 2**22 - 1, "process_began": 0.0, "started_at": 1.0})
+    running.kill()
+    running.wait()
     site = Site(jobs.runs, jobs, Votes(tmp_path / "votes"))
     assert [each["value"] for each in measured(jobs)[PLAIN]] == [3.5]
     assert "earlier" not in leaderboard(site)
