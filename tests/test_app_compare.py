@@ -193,6 +193,7 @@ def test_stop_stops_and_a_refresh_brings_all_back(page: "Page", server: str) -> 
     for side in "CD":
         page.get_by_role("button", name="Add a checkpoint").click()
         expect(page.get_by_label(f"Checkpoint {side}", exact=True)).not_to_have_value("")
+    expect(page.locator("table.cards thead th")).to_have_count(4)  # with it comes a label that all of them have
     put(page, "num-images", 64)
     put(page, "steps", 250)
     page.get_by_role("button", name="Compare", exact=True).click()
