@@ -95,6 +95,12 @@ COMPARISONS: dict[str, Comparison] = {
         {"probe": PROBE},
         500,
     ),
+    "mae-32px-alpha": Comparison(
+        "MAE-XS/8 at 32 px with long skips over alpha_min, one seed on a CPU: whether a milder fading is behind as well",
+        {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha}) for alpha in (1.0, 0.8, 0.6, 0.4)},
+        {"probe": PROBE},
+        500,
+    ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",
         _presets("demo", "plain", "decayed"),
