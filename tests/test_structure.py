@@ -45,3 +45,9 @@ def test_the_equation_stands_in_one_place() -> None:
     for path in MODULES:
         if path.name != "shortcut.py":
             assert "alpha=alpha" not in path.read_text(), f"{path} writes the decayed sum once more; use decayed_add"
+
+
+def test_the_image_is_given_all_that_it_copies() -> None:
+    given = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copies = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    assert copies and {source for line in copies for source in line} == given
