@@ -67,7 +67,7 @@ def test_frechet_of_a_set_to_itself_is_zero(num: int) -> None:
     x = 10 * features(3, num, 200)
     assert 0 <= distance(x, x.copy()) < 1e-6
     low, high = frechet(x, Reference(*mean_and_covariance(x))).interval()
-    assert 0 == low <= high < 1e-6  # no distance is below 0
+    assert 0 <= low <= high < 1e-6  # no distance is below 0; how the last digits round depends on the threads
 
 
 @pytest.mark.parametrize("num", [60, 900])  # singular covariances, and full ones
