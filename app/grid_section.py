@@ -54,7 +54,8 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             return site.studio.ask(lambda: sample_grid(grid, site.runs), request.session_hash, grid).id
 
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
-        sampling = site.studio.find(id)
+        with page_errors():
+            sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:

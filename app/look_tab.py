@@ -53,7 +53,8 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
 
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
-        sampling = site.studio.find(id)
+        with page_errors():
+            sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:

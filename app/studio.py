@@ -99,6 +99,13 @@ class Studio:
         """The sampling of that id, if it is kept still."""
         return self._samplings.get(id) if isinstance(id, str) else None
 
+    def kept(self, id: Any) -> Sampling:
+        """As `find`; ValueError if it is not kept any more."""
+        sampling = self.find(id)
+        if sampling is None:
+            raise ValueError("this sampling is not kept any more; ask for it again")
+        return sampling
+
     def position(self, sampling: Sampling) -> int:
         """How many come before it; 0 for the one that runs, and for those that are over."""
         with self._changed:
