@@ -60,7 +60,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
             cards = [card(name, site.runs) for name in (one, other)]
             names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
             recipe = {**vars(settings), "checkpoints": [{"name": each.name, "sha256": each.source.hash} for each in cards]}
-            ballot = site.votes.new_ballot(tuple(names), recipe, voter)
+            ballot = site.votes.new_ballot((names[0], names[1]), recipe, voter)
             shown = [(one, other)[ballot.left], (one, other)[ballot.right]]
             pair = Comparison(settings, tuple(map(Side, shown)))
             return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
@@ -77,7 +77,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
                 yield await asyncio.to_thread(unnamed, frame), render.progress(frame), gr.skip(), None, *[gr.skip()] * len(buttons)
         done = sampling.state == DONE
         words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
-        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.frame), drawn) if done else (gr.skip(), None)
+        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.result), drawn) if done else (gr.skip(), None)
         yield pictures, render.message(words), gr.update(interactive=True), ballot, *[gr.update(interactive=done)] * len(buttons)
 
     def vote(choice: str, ballot: Ballot | None) -> tuple[Any, ...]:

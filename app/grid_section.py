@@ -61,7 +61,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             if frame is None or not frame.done:
                 yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip(), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(show, sampling.about, sampling.frame) if sampling.state == DONE else gr.skip()
+        shown = await asyncio.to_thread(show, sampling.about, sampling.result) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
     clears([start.click], status)

@@ -60,7 +60,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             if frame is None or not frame.done:
                 yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(_maps, sampling.frame) if sampling.state == DONE else gr.skip()
+        shown = await asyncio.to_thread(_maps, sampling.result) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True)
 
     def labels(names: list[str], label: str) -> Any:
