@@ -60,13 +60,15 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
             cards = [card(name, site.runs) for name in (one, other)]
             names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
             recipe = {**vars(settings), "checkpoints": [{"name": each.name, "sha256": each.source.hash} for each in cards]}
-            ballot = site.votes.new_ballot(tuple(names), recipe, voter)
+            ballot = site.votes.new_ballot((names[0], names[1]), recipe, voter)
             shown = [(one, other)[ballot.left], (one, other)[ballot.right]]
             pair = Comparison(settings, tuple(map(Side, shown)))
             return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
 
-    async def watch(asked: tuple[Ballot, str]) -> AsyncIterator[tuple[Any, ...]]:
-        sampling = site.studio.find(asked[1])
+    async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[tuple[Any, ...]]:
+        with page_errors():
+            drawn, id = asked or (None, None)
+            sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False), None, *[gr.update(interactive=False)] * len(buttons)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
@@ -75,7 +77,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
                 yield await asyncio.to_thread(unnamed, frame), render.progress(frame), gr.skip(), None, *[gr.skip()] * len(buttons)
         done = sampling.state == DONE
         words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
-        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.frame), asked[0]) if done else (gr.skip(), None)
+        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.result), drawn) if done else (gr.skip(), None)
         yield pictures, render.message(words), gr.update(interactive=True), ballot, *[gr.update(interactive=done)] * len(buttons)
 
     def vote(choice: str, ballot: Ballot | None) -> tuple[Any, ...]:

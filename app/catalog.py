@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from app.libraries import load_libraries
 from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, read_json, sha256
@@ -357,6 +357,14 @@ def default_pair(known: dict[str, Card]) -> tuple[str, str] | None:
 def shared_classes(*chosen: Card) -> list[str]:
     """Class names that all of them know, in the order of the first."""
     return [name for name in chosen[0].class_names if all(name in card.class_names for card in chosen)] if chosen else []
+
+
+@overload
+def label_index(card: Card, label: None) -> None: ...
+
+
+@overload
+def label_index(card: Card, label: str | int) -> int: ...
 
 
 def label_index(card: Card, label: str | int | None) -> int | None:

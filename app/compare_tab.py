@@ -105,7 +105,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
                 if painting.get(visitor) is not sampling:
                     break
                 yield news
-            yield [gr.skip()] * 6  # Gradio sends what was yielded last once more at the end
+            yield (gr.skip(),) * 6  # Gradio sends what was yielded last once more at the end
         finally:
             if painting.get(visitor) is sampling:
                 del painting[visitor]
@@ -120,7 +120,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         if sampling.state != DONE:
             words = sampling.message if sampling.state == FAILED else "Stopped."
             return gr.skip(), render.message(words), gr.skip(), *idle, None
-        frame = sampling.frame
+        frame = sampling.result
         told = render.status(frame) + (repeated(Path(file), frame) if file else "")
         return render.stage(frame), told, frame.recipe, *idle, None
 
@@ -131,7 +131,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         if sampling is not None and sampling.state == DONE:
             ids = [sampling.id, *(each for each in ids if each != sampling.id)][:MAX_HISTORY]
         known = filter(None, map(site.studio.find, ids))
-        return ids, render.history([(each.id, each.frame) for each in known if each.state == DONE])
+        return ids, render.history([(each.id, each.result) for each in known if each.state == DONE])
 
     def follow(event: Any) -> None:
         """Watch the sampling that an event begins or brings back."""

@@ -1,7 +1,7 @@
 """A grid: checkpoints x the values of one setting, as one labelled picture."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from app.catalog import card, cards, label_index, shared_classes
-from app.sampler import Frame, sample
+from app.sampler import Frame, Frames, sample
 from app.settings import Comparison, Settings, Side
 
 SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
@@ -70,14 +70,14 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
     if axis == SEED:
         number = _count(values, "seeds")
         columns = tuple(f"seed {shared.seed + i}" for i in range(number))
-        sampled = (_all(names, shared, num_images=number),)
+        sampled: tuple[Comparison, ...] = (_all(names, shared, num_images=number),)
         cells = tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names)))
         return Plan(*asked, title, names, columns, sampled, cells)
     told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in words_of(values)]
     if not 1 <= len(told) <= MAX_COLUMNS:
         raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
     sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
-    columns = tuple({STEPS: f"{value} steps", GUIDANCE: f"guidance {value}", LABEL: value or NO_LABEL}[axis] for value in told)
+    columns = tuple({STEPS: f"{value} steps", GUIDANCE: f"guidance {value}", LABEL: str(value or NO_LABEL)}[axis] for value in told)
     cells = tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names)))
     return Plan(*asked, title, names, columns, sampled, cells)
 
@@ -150,7 +150,7 @@ def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
     return words
 
 
-def sample_grid(grid: Plan, runs: Path) -> Iterator[Frame]:
+def sample_grid(grid: Plan, runs: Path) -> Frames:
     """The frames of its comparisons, one after another; step, images and recipe are those of the whole grid."""
     done: list[Frame] = []
     for comparison in grid.comparisons:

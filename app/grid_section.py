@@ -54,13 +54,14 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             return site.studio.ask(lambda: sample_grid(grid, site.runs), request.session_hash, grid).id
 
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
-        sampling = site.studio.find(id)
+        with page_errors():
+            sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:
                 yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip(), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(show, sampling.about, sampling.frame) if sampling.state == DONE else gr.skip()
+        shown = await asyncio.to_thread(show, sampling.about, sampling.result) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
     clears([start.click], status)

@@ -1,6 +1,6 @@
 """Looking inside networks: features of a generated image while it is denoised, and what masked autoencoders make of an image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.catalog import autoencoders, find
 from app.libraries import load_libraries
-from app.sampler import Frame, PipelineCache, loaded, sample
+from app.sampler import Frame, Frames, PipelineCache, loaded, sample
 from app.settings import Comparison
 from models.files import INDEX
 
@@ -20,7 +20,7 @@ MAX_PIXELS = 50_000_000  # of an uploaded picture
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Iterator[Frame]:
+def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Frames:
     """Sample one image of each side, and look at the features of some blocks at some moments of the way.
 
     The features of a block become colours by their three principal components over all moments together, so a colour means the same

@@ -48,7 +48,7 @@ def task(options: dict[str, Any]) -> str:
     load_libraries()
     from models.registry import names
 
-    preset = ALL_PRESETS.get(options.get("preset"))
+    preset = ALL_PRESETS.get(options.get("preset", ""))
     backbone = options.get("backbone") or (preset.flags.get("backbone") if preset else None)
     return "mae" if backbone in names("mae") else "diffusion"
 

@@ -31,7 +31,10 @@ def launcher(num_processes: int) -> list[str]:
 
 def launch(run: Path, num_processes: int = 1) -> None:
     """Start a queued job's process; a training has so many."""
-    job = replace(read_job(run), started_at=time.time())
+    queued = read_job(run)
+    if queued is None:  # its folder was removed meanwhile
+        return
+    job = replace(queued, started_at=time.time())
     process = trained_outside().get(run)  # a page that was killed right after the start did not write it down
     if process is None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -266,9 +266,9 @@ class Jobs:
             if not status.active:
                 raise ValueError(f"{name} does not run; it is {status.state}")
             process = process_of(run, job) if job else None
-            if process is None and status.state != QUEUED:
+            if job is None or (process is None and status.state != QUEUED):
                 raise ValueError(f"{name} was started outside the page; stop it there, with Ctrl-C")
-            if status.state == STOPPING:
+            if job.stop_asked_at is not None:
                 if time.time() - job.stop_asked_at >= KILL_AFTER_S:
                     kill(process)
             else:
@@ -514,7 +514,7 @@ class Jobs:
         state, message = state_of(run, job, lives, outside or trained_outside)
         log = log_of(run, job.log_begins) if state == FAILED and job else ()
         kind = job.kind if job else TRAINING
-        return Status(run.name, kind, run, state, message, 0, options_of(run, job), job and job.started_at, log)
+        return Status(run.name, kind, run, state, message, 0, options_of(run, job), job.started_at if job else None, log)
 
     def _places(self, statuses: list[Status]) -> int:
         """Free ones; what was started without the page takes none."""

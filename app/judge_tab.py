@@ -28,7 +28,7 @@ ABOUT = (
 def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
     """The widgets of the tab, and what they do; without jobs the leaderboard alone. Returns what looks for new numbers."""
     if site.jobs is not None:
-        _form(site, tab)
+        _form(site, site.jobs, tab)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
     timer, seen = gr.Timer(REFRESH_S, active=False), gr.State("")
 
@@ -41,7 +41,7 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
     return timer
 
 
-def _form(site: Site, tab: gr.Tab) -> None:
+def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
     gr.Markdown(ABOUT)
     with gr.Row():
         most = judging.MAX_CHECKPOINTS
@@ -59,7 +59,7 @@ def _form(site: Site, tab: gr.Tab) -> None:
     def ask(names: list[str], measure: str, reference: str, number: int) -> str:
         with page_errors():
             options = {"measure": measure, "checkpoints": names, "reference": (reference or "").strip(), "num_samples": number}
-            status = site.jobs.judge(options)
+            status = jobs.judge(options)
         place = f"{status.position} in the queue" if status.position else status.state
         return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
 
@@ -76,7 +76,7 @@ def measured(jobs: Jobs | None, names: Container[str] | None = None) -> dict[str
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     finished = jobs.evaluations() if jobs else []
-    now = sources(jobs.runs) if finished else {}
+    now = sources(jobs.runs) if jobs and finished else {}
     if names is not None:
         finished = [status for status in finished if any(name in names for name in status.options["checkpoints"])]
     for status in finished:
@@ -103,8 +103,8 @@ def leaderboard(site: Site) -> str:
     tables: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
     for name, result in rows:
         tables.setdefault(tuple(str(result.get(key)) for key in SAME_PROTOCOL), []).append((name, result))
-    said = "".join(f'<p class="result">{text(line)}</p>' for line in dict.fromkeys(differences))
-    return "".join(map(_table, tables.values())) + (f"<h3>Paired comparisons</h3>{said}" if said else "")
+    paired = "".join(f'<p class="result">{text(line)}</p>' for line in dict.fromkeys(differences))
+    return "".join(map(_table, tables.values())) + (f"<h3>Paired comparisons</h3>{paired}" if paired else "")
 
 
 def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -115,7 +115,7 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for name, result in ranked:
         low, high = result.get("low"), result.get("high")
         interval = f" [{low:.4g}, {high:.4g}]" if isinstance(low, int | float) and isinstance(high, int | float) else ""
-        weights = {True: "EMA, ", False: "raw weights, "}.get(result.get("ema"), "")
+        weights = ("EMA, " if result["ema"] else "raw weights, ") if isinstance(result.get("ema"), bool) else ""
         facts = f"{weights}{render.count(result.get('images_seen'))} images seen, alpha_min {result.get('alpha_min') or 1:g}"
         lines.append(f"<tr><td>{text(name)}</td><td><b>{result['value']:.4g}</b>{interval}</td><td>{text(facts)}</td></tr>")
     shared = {key: value for key, value in ranked[0][1].items() if key not in ("ema", "images_seen")}

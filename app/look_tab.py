@@ -53,13 +53,14 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
 
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
-        sampling = site.studio.find(id)
+        with page_errors():
+            sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False)
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:
                 yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(_maps, sampling.frame) if sampling.state == DONE else gr.skip()
+        shown = await asyncio.to_thread(_maps, sampling.result) if sampling.state == DONE else gr.skip()
         yield shown, render.message(words), gr.update(interactive=True)
 
     def labels(names: list[str], label: str) -> Any:

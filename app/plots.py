@@ -66,8 +66,8 @@ def plot(lines: Sequence[Line], title: str, x_title: str, logarithmic: bool = Fa
     for line, points in drawn:
         style = f"curve c{line.colour}" + " faint" * line.faint
         if len(points) == 1:
-            x, y = place(*points[0]).split(",")
-            parts.append(f'<circle class="{style}" cx="{x}" cy="{y}" r="3"/>')
+            right, down = place(*points[0]).split(",")
+            parts.append(f'<circle class="{style}" cx="{right}" cy="{down}" r="3"/>')
         else:
             parts.append(f'<polyline class="{style}" points="{" ".join(place(*point) for point in points)}"/>')
     told = [(line, points) for line, points in drawn if line.name]

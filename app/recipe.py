@@ -92,7 +92,7 @@ def same_pixels(path: Path, frame: Frame) -> bool:
     Raises:
         ValueError: it names none.
     """
-    place = from_png(path).get("image")
+    place = from_png(path).get("image", {})
     try:
         image = frame.images[place["side"]][place["index"]]
     except (TypeError, KeyError, IndexError):

@@ -164,7 +164,7 @@ def tallies(pairs: Sequence[Tally]) -> str:
     rows = []
     for pair in pairs:
         rate = "–"
-        if pair.win_rate is not None:
+        if pair.win_rate is not None and pair.interval is not None:
             low, high = pair.interval
             rate = f"<b>{pair.win_rate:.0%}</b> [{low:.0%}, {high:.0%}]"
         counts = (pair.first_wins, pair.second_wins, pair.ties, pair.both_bad)

@@ -5,7 +5,7 @@ import pickle
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,9 @@ class Frame:
     def num_bytes(self) -> int:
         """Of the images."""
         return sum(images.nbytes for images in self.images)
+
+
+Frames = Generator[Frame, None, None]  # closing it ends the sampling
 
 
 class PipelineCache:
@@ -113,7 +116,7 @@ def _put_weights(model: Any, source: Source) -> None:
 loaded = PipelineCache()
 
 
-def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Iterator[Frame]:
+def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Frames:
     """Sample the sides of a comparison; image i of each comes from noise seeded seed + i.
 
     All take a step at once, each on its part of the cores. Closing the iterator ends the sampling within a step.

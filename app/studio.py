@@ -9,12 +9,12 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.sampler import Frame
+from app.sampler import Frame, Frames
 
 WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
 LOOK_S = 0.1  # how often watchers look
@@ -40,7 +40,7 @@ class Sampling:
 
     id: str
     visitor: str
-    work: Callable[[], Iterator[Frame]] = field(repr=False)
+    work: Callable[[], Frames] = field(repr=False)
     about: Any = None
     state: str = WAITING
     frame: Frame | None = field(default=None, repr=False)
@@ -52,6 +52,12 @@ class Sampling:
     @property
     def over(self) -> bool:
         return self.state in (DONE, STOPPED, FAILED)
+
+    @property
+    def result(self) -> Frame:
+        """The last frame, of one that is done."""
+        assert self.frame is not None
+        return self.frame
 
     @property
     def unwanted(self) -> bool:
@@ -68,7 +74,7 @@ class Studio:
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
 
-    def ask(self, work: Callable[[], Iterator[Frame]], visitor: str, about: Any = None, lasting: bool = False) -> Sampling:
+    def ask(self, work: Callable[[], Frames], visitor: str, about: Any = None, lasting: bool = False) -> Sampling:
         """Queue a sampling.
 
         Args:
@@ -98,6 +104,13 @@ class Studio:
     def find(self, id: Any) -> Sampling | None:
         """The sampling of that id, if it is kept still."""
         return self._samplings.get(id) if isinstance(id, str) else None
+
+    def kept(self, id: Any) -> Sampling:
+        """As `find`; ValueError if it is not kept any more."""
+        sampling = self.find(id)
+        if sampling is None:
+            raise ValueError("this sampling is not kept any more; ask for it again")
+        return sampling
 
     def position(self, sampling: Sampling) -> int:
         """How many come before it; 0 for the one that runs, and for those that are over."""
@@ -147,7 +160,7 @@ class Studio:
             pass
         if sampling.state != DONE:
             raise ValueError(sampling.message or "the sampling was stopped")
-        return sampling.frame
+        return sampling.result
 
     def _run(self) -> None:
         while True:

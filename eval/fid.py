@@ -107,7 +107,9 @@ def judge_checkpoint(
         images = all_images(images, sampling)
         if output.save_npz and is_main():
             save_npz(output.save_npz, images)
-    extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)} if trained_on else {}
+    extra = {}
+    if trained_on and output.memorisation:
+        extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)}
     grey = ["the checkpoint draws grey images; all three channels are the same"] if channels == 1 else []
     changed = []
     if trained_on and trained_on[0].fingerprint != pipeline.config.training.get("data_fingerprint"):
@@ -117,22 +119,25 @@ def judge_checkpoint(
     return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey, *changed], output)
 
 
-def judge_images(inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions, output: OutputOptions) -> dict[str, Any]:
+def judge_images(
+    name: str, inputs: InputOptions, sampling: SamplingOptions, metric: MetricOptions, output: OutputOptions
+) -> dict[str, Any]:
     """Look at images that are there already; the fields of a checkpoint stay None."""
-    images = open_source(inputs.input1, inputs.resolution, None, inputs.reference_split, inputs.skip_broken)
-    if images.images is None:
-        raise ValueError(f"{inputs.input1} holds statistics alone; give it as --input2, and images as --input1")
+    images = open_source(name, inputs.resolution, None, inputs.reference_split, inputs.skip_broken)
+    if images.images is None or images.size is None:
+        raise ValueError(f"{name} holds statistics alone; give it as --input2, and images as --input1")
     edge = images.size[0] if images.size[0] == images.size[1] else None
     source = open_reference(inputs, inputs.resolution or edge)
-    require_one_size(inputs.input1, images.size, source)
+    require_one_size(name, images.size, source)
     judge = Judge(source, metric, sampling.batch_size)
     found = judge(images.images, images.name)
-    return as_result(judge, [found], {**UNKNOWN, "input1": inputs.input1, "resolution": edge}, images.notes, output)
+    return as_result(judge, [found], {**UNKNOWN, "input1": name, "resolution": edge}, images.notes, output)
 
 
 def open_reference(inputs: InputOptions, resolution: int | None) -> Source:
     """The real side."""
     name = inputs.reference or inputs.input2
+    assert name  # `check` asked for one of them
     if (Path(name) / INDEX).is_file():
         raise ValueError(f"{name} is a checkpoint; generate its images first (--save_images), and judge against those")
     as_data = inputs.reference is not None and resolution is not None
@@ -157,9 +162,11 @@ def training_data(pipeline: Pipeline, resolution: int) -> tuple[ImageData, Image
 
 def copying(judge: Judge, features: np.ndarray, images: np.ndarray, data: tuple[ImageData, ImageData | None], path: str) -> dict[str, Any]:
     """How much is copied; the nearest training images are drawn to `path`."""
-    train, held_out = (
-        None if each is None else reference_features(each, judge.extractor, judge.weights, judge.batch_size) for each in data
-    )
+
+    def features_of(each: ImageData) -> np.ndarray:
+        return reference_features(each, judge.extractor, judge.weights, judge.batch_size)
+
+    train, held_out = features_of(data[0]), None if data[1] is None else features_of(data[1])
     indices, distances = nearest(features, train, k=min(2, len(train)))
     if is_main():
         save_neighbours(path, images, data[0].images, indices, distances)
@@ -172,7 +179,7 @@ def as_result(judge: Judge, found: list[Measured], protocol: dict[str, Any], not
     if output.export_reference and is_main():
         arrays = {"mu": judge.reference.mu, "sigma": judge.reference.sigma}
         if judge.options.kid or judge.options.prc:
-            arrays["features"] = judge.reference.features
+            arrays["features"] = judge.reference.require_features()
         about = {key: value for key, value in result.items() if key.startswith(("reference", "feature_extractor"))}
         export_reference(output.export_reference, arrays, about)
     return result
@@ -209,11 +216,12 @@ def guidance_words(result: dict[str, Any]) -> str:
     return words if result["guidance_interval"] == "0 to 1" else f"{words} at times {result['guidance_interval']}"
 
 
-def check(inputs: InputOptions, output: OutputOptions) -> str | None:
-    """Raise ValueError for flags that do not go together; returns the checkpoint, if it is one that is judged."""
-    if bool(inputs.checkpoint) == bool(inputs.input1) or bool(inputs.reference) == bool(inputs.input2):
+def check(inputs: InputOptions, output: OutputOptions) -> tuple[str, bool]:
+    """Raise ValueError for flags that do not go together; returns what is judged, and whether it is a checkpoint."""
+    judged = inputs.checkpoint or inputs.input1
+    if not judged or (inputs.checkpoint and inputs.input1) or bool(inputs.reference) == bool(inputs.input2):
         raise ValueError("give either --checkpoint or --input1, and either --reference or --input2")
-    checkpoint = inputs.checkpoint or (inputs.input1 if (Path(inputs.input1) / INDEX).is_file() else None)
+    checkpoint = bool(inputs.checkpoint) or (Path(judged) / INDEX).is_file()
     if checkpoint and inputs.resolution:
         raise ValueError("--resolution is for folders and data sets; a checkpoint is judged at its own")
     if not checkpoint and (output.save_images or output.save_npz or output.memorisation or output.repeats > 1):
@@ -230,23 +238,21 @@ def check(inputs: InputOptions, output: OutputOptions) -> str | None:
             raise ValueError(f"--{flag} {target}: give a name that ends with .npz, by which it is known when it is read")
     if output.save_images and Path(output.save_images).exists() and any(Path(output.save_images).iterdir()):
         raise ValueError(f"--save_images {output.save_images} is not empty; give a new folder")
-    return checkpoint
+    return judged, checkpoint
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parsed = parser().parse_args(arguments)
     with one_line_errors():
-        groups = (InputOptions, SamplingOptions, MetricOptions, OutputOptions)
-        inputs, sampling, metric, output = (read_options(parsed, group) for group in groups)
+        inputs, sampling = read_options(parsed, InputOptions), read_options(parsed, SamplingOptions)
+        metric, output = read_options(parsed, MetricOptions), read_options(parsed, OutputOptions)
         spread_over_cpu_processes()
         processes()
-        checkpoint = check(inputs, output)
+        judged, is_checkpoint = check(inputs, output)
         began = time.monotonic()
-        if checkpoint:
-            result = judge_checkpoint(checkpoint, inputs, sampling, metric, output)
-        else:
-            result = judge_images(inputs, sampling, metric, output)
+        judge = judge_checkpoint if is_checkpoint else judge_images
+        result = judge(judged, inputs, sampling, metric, output)
         result["wall_s"] = round(time.monotonic() - began, 2)
         if not is_main():
             return

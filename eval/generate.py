@@ -143,7 +143,8 @@ def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | 
                 guidance_interval=(options.guidance_from, options.guidance_to),
                 guide=guide,
                 output_type="np",
-            ).images
+                return_dict=False,
+            )[0]
             bar.update(stop - start)
     return images
 

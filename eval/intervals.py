@@ -25,9 +25,7 @@ class Estimate:
 
     Attributes:
         value: of all N samples.
-        influence: (N,) of mean 0, what every sample does to the value: it varies as their mean does; or
-        halves: (HALVES,) the number of random halves of the samples, which varies around its mean as the value does around its own
-            (the delete-half jackknife, Shao and Wu 1989). The same halves for all estimates of one N, so that differences are paired.
+        spread: (N,) of mean 0, what every sample does to the value (its influence), which varies as their mean does.
         extra_se: spread from elsewhere, such as the random subsets of a KID.
         fit: (P,) residuals whose norm is the standard error of a fit over subsets; the same subsets for all estimates of one N.
         how: in words.
@@ -35,8 +33,7 @@ class Estimate:
     """
 
     value: float
-    influence: np.ndarray | None = field(default=None, repr=False)
-    halves: np.ndarray | None = field(default=None, repr=False)
+    spread: np.ndarray = field(repr=False)
     extra_se: float = 0.0
     fit: np.ndarray | None = field(default=None, repr=False)
     how: str = ""
@@ -44,9 +41,11 @@ class Estimate:
 
     @property
     def standard_error(self) -> float:
-        of_samples = self.influence.std(ddof=1) / len(self.influence) ** 0.5 if self.influence is not None else self.halves.std(ddof=1)
-        of_fit = 0.0 if self.fit is None else np.linalg.norm(self.fit)
-        return float(np.linalg.norm([of_samples, self.extra_se, of_fit]))
+        of_fit = 0.0 if self.fit is None else float(np.linalg.norm(self.fit))
+        return float(np.linalg.norm([self._of_samples(), self.extra_se, of_fit]))
+
+    def _of_samples(self) -> float:
+        return self.spread.std(ddof=1) / len(self.spread) ** 0.5
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Both ends."""
@@ -59,12 +58,24 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class OfHalves(Estimate):
+    """A number that has no derivative: its spread is (HALVES,) the number of random halves of the samples.
+
+    It varies around its mean as the value does around its own (the delete-half jackknife, Shao and Wu 1989). The same halves for all
+    estimates of one N, so that differences are paired.
+    """
+
+    def _of_samples(self) -> float:
+        return self.spread.std(ddof=1)
+
+
+@dataclass(frozen=True)
 class Share(Estimate):
     """A share of the samples, such as a precision: Wilson's interval, which does not shrink to nothing at 0 and 1."""
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Both ends, within [0, 1]."""
-        z, num = NormalDist().inv_cdf((1 + level) / 2), len(self.influence)
+        z, num = NormalDist().inv_cdf((1 + level) / 2), len(self.spread)
         middle = (self.value + z**2 / (2 * num)) / (1 + z**2 / num)
         reach = z / (1 + z**2 / num) * math.sqrt(self.value * (1 - self.value) / num + z**2 / (4 * num**2))
         return max(0.0, middle - reach), min(1.0, middle + reach)
@@ -80,7 +91,7 @@ class ShareDifference(Estimate):
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Both ends, within [-1, 1]."""
-        changes, num = np.rint(self.influence + self.value), len(self.influence) + 2  # -1, 0 or 1
+        changes, num = np.rint(self.spread + self.value), len(self.spread) + 2  # -1, 0 or 1
         gained, lost = ((int((changes == sign).sum()) + 1) / num for sign in (1, -1))
         reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((gained + lost - (gained - lost) ** 2) / num)
         return max(-1.0, gained - lost - reach), min(1.0, gained - lost + reach)
@@ -103,15 +114,15 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     Raises:
         ValueError: not as many samples, or not the same kind of number.
     """
-    parts = (one.influence, other.influence) if one.influence is not None else (one.halves, other.halves)
-    if any(part is None for part in parts) or len(parts[0]) != len(parts[1]):
+    if isinstance(one, OfHalves) != isinstance(other, OfHalves) or len(one.spread) != len(other.spread):
         raise ValueError("only numbers of one kind, over as many samples, can be paired")
-    spread = {"influence" if one.influence is not None else "halves": parts[0] - parts[1]}
     fit = None if one.fit is None or other.fit is None else one.fit - other.fit
-    shares = isinstance(one, Share) and isinstance(other, Share)
-    kind, how = (ShareDifference, "paired, Bonett and Price's") if shares else (Estimate, f"paired, {one.how}")
+    kind: type[Estimate] = OfHalves if isinstance(one, OfHalves) else Estimate
+    how = f"paired, {one.how}"
+    if isinstance(one, Share) and isinstance(other, Share):
+        kind, how = ShareDifference, "paired, Bonett and Price's"
     extra_se = float(np.hypot(one.extra_se, other.extra_se))
-    return kind(one.value - other.value, **spread, extra_se=extra_se, fit=fit, how=how)
+    return kind(one.value - other.value, one.spread - other.spread, extra_se, fit, how)
 
 
 def verdict(low: float, high: float, lower_is_better: bool) -> str:

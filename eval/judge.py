@@ -146,17 +146,22 @@ class Judge:
         if self.options.fd_infinity and len(features) >= INFINITY_SAMPLES * features.shape[1]:
             estimates[f"{names['frechet']}_infinity"] = extrapolated(features, reference, at_n)
         if self.options.kid:
-            estimates[names["kernel"]], details[names["kernel"]] = kernel_distance(features, reference.features)
+            estimates[names["kernel"]], details[names["kernel"]] = kernel_distance(features, reference.require_features())
         if self.options.isc:
+            assert scores is not None  # the extractor was made to give them
             estimates["IS"] = inception_score(scores)
         if self.options.prc:
-            estimates["precision"], estimates["recall"] = precision_recall(features, reference.features)
+            estimates["precision"], estimates["recall"] = precision_recall(features, reference.require_features())
         return Measured(estimates, details, features)
 
     def protocol(self, measured: Measured) -> dict[str, Any]:
         """What the numbers are of, apart from how the images came about."""
         source = self.source
-        about = {"reference": source.name, "reference_num": self.reference_num, "reference_fingerprint": source.fingerprint}
+        about: dict[str, Any] = {
+            "reference": source.name,
+            "reference_num": self.reference_num,
+            "reference_fingerprint": source.fingerprint,
+        }
         if source.data is not None:
             about["reference_split"] = source.data.split
         if source.size is not None:

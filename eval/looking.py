@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, Place, block_features, block_shapes, load_encoder, timm_encoder
 from eval.extractors import LITE0, create_extractor, weights_hash
@@ -69,14 +70,20 @@ class LookOptions:
 
 @dataclass(frozen=True)
 class Looked:
-    """What was looked at, and through which network; features from files have no network and no images."""
+    """Features, and how they came about."""
 
     labelled: Labelled
     protocol: dict[str, Any]
     notes: list[str]
-    encoder: Encoder | None = None
-    train: ImageData | None = None
-    test: ImageData | None = None
+
+
+@dataclass(frozen=True)
+class LookedThrough(Looked):
+    """Features of images, and the network through which they were looked at; features from files have neither."""
+
+    encoder: Encoder
+    train: ImageData
+    test: ImageData
 
 
 def numbers(text: str, kind: type, flag: str) -> tuple[Any, ...]:
@@ -94,8 +101,11 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
         ValueError: no labels, labels that do not suffice, no second split, or what `load_images` raises.
     """
 
+    name = options.dataset
+    assert name  # eval/probe.py asked for it
+
     def load(split: str) -> ImageData:
-        data = load_images(options.dataset, resolution, split, options.image_column, options.label_column)
+        data = load_images(name, resolution, split, options.image_column, options.label_column)
         if data.labels is None:
             raise ValueError(f"{data.name} has no labels, and probes need them; give --label_column, or a subfolder for each class")
         return data
@@ -131,7 +141,7 @@ def fewer(data: ImageData, most: int | None, seed: int) -> ImageData:
 def part_of(data: ImageData, indices: np.ndarray) -> ImageData:
     """Some of the images; their fingerprint tells which."""
     fingerprint = hashlib.sha256(data.fingerprint.encode() + indices.tobytes()).hexdigest()[:16]
-    return replace(data, images=data.images[indices], labels=data.labels[indices], fingerprint=fingerprint)
+    return replace(data, images=data.images[indices], labels=data.labels_of(indices), fingerprint=fingerprint)
 
 
 def check_neighbours(ks: Sequence[int], num: int) -> None:
@@ -140,7 +150,7 @@ def check_neighbours(ks: Sequence[int], num: int) -> None:
         raise ValueError(f"--k is {','.join(map(str, ks))} and there are {num} training images; choose numbers from 1 to {num}")
 
 
-def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int]) -> Looked:
+def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int]) -> LookedThrough:
     """The features of both splits through a network."""
     times = numbers(options.times, float, "--times")
     if not all(0 <= time <= 1 for time in times):
@@ -148,6 +158,7 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
     if network.checkpoint:
         encoder = load_encoder(network.checkpoint, network.ema, times)
     else:
+        assert network.timm  # eval/probe.py asked for one of the two
         encoder = timm_encoder(network.timm, network.timm_weights, network.resolution)
     train, test, drawn = load_splits(data, encoder.resolution, options.seed)
     check_neighbours(ks, len(train))
@@ -156,10 +167,10 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
     blocks = {"all": range(num_blocks), "last": (num_blocks - 1,)}.get(options.blocks) or numbers(options.blocks, int, "--blocks")
     poolings = None if options.pooling == "all" else (options.pooling,)
     began = time.monotonic()
-    sides = [
+    train_x, test_x = (
         block_features(encoder, side, blocks, poolings, seed, options.batch_size, options.mixed_precision)
         for side, seed in ((train, options.seed), (test, options.seed + TEST_SEEDS))
-    ]
+    )
     features_s = time.monotonic() - began
     protocol = {
         **encoder.about,
@@ -182,14 +193,15 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
         "features_s": round(features_s, 2),
         "images_per_s": round((len(train) + len(test)) * len(encoder.times) / features_s, 1),
     }
-    labelled = Labelled(*sides, torch.from_numpy(train.labels), torch.from_numpy(test.labels), train.class_names)
-    return Looked(labelled, protocol, _notes(encoder, train, test), encoder, train, test)
+    labelled = Labelled(train_x, test_x, torch.from_numpy(train.labels), torch.from_numpy(test.labels), train.class_names)
+    return LookedThrough(labelled, protocol, _notes(encoder, train, test), encoder, train, test)
 
 
 def _timesteps(encoder: Encoder) -> list[int] | None:
     """What a DDPM was given for the times."""
-    is_ddpm = isinstance(encoder, DiffusionEncoder) and not encoder.pipeline.is_flow
-    return [encoder.timestep(time) for time in encoder.times] if is_ddpm else None
+    if not isinstance(encoder, DiffusionEncoder) or encoder.pipeline.is_flow:
+        return None
+    return [encoder.timestep(time) for time in encoder.times]
 
 
 def _notes(encoder: Encoder, train: ImageData, test: ImageData) -> list[str]:
@@ -218,7 +230,9 @@ def read_features(path: str) -> Looked:
     files = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
     if not files or not files[0].is_file():
         raise ValueError(f"--features {path} is no .npz and no folder with some; save train_x, train_y, test_x and test_y with numpy.savez")
-    train, test, labels = {}, {}, None
+    train: dict[Place, Tensor] = {}
+    test: dict[Place, Tensor] = {}
+    labels: list[Tensor] = []
     for file in files:
         try:
             with np.load(file, allow_pickle=False) as arrays:
@@ -245,10 +259,10 @@ def read_features(path: str) -> Looked:
         "test_num": len(labels[1]),
         "num_classes": len(labels[0].unique()),
     }
-    return Looked(Labelled(train, test, *labels, names), protocol, [])
+    return Looked(Labelled(train, test, labels[0], labels[1], names), protocol, [])
 
 
-def reference_of(name: str, weights: str | None, data: DataOptions, looked: Looked, options: LookOptions) -> np.ndarray:
+def reference_of(name: str, weights: str | None, data: DataOptions, looked: LookedThrough, options: LookOptions) -> np.ndarray:
     """Features (M, E) of the test images that similarities are measured on, through a reference network."""
     chosen = spread_over(len(looked.test), SIMILARITY_IMAGES)
     if name == LITE0:

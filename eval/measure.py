@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,8 +85,8 @@ def measure(
                     "linear": _judged(softmax_probe(x, train_y, z, held_out), test_y, "weight_decay"),
                     "ridge": _judged(ridge_probe(x, train_y, z, held_out), test_y, "ridge"),
                     **_shape(x[spread_over(len(x), RANK_IMAGES)]),
-                    "silhouette": _or_none(lambda z=z: silhouette(z, test_y)),
-                    **({} if aligned is None else {"cknna": _or_none(lambda z=z: graph_alignment(_neighbours(z), aligned))}),
+                    "silhouette": _or_none(silhouette, z, test_y),
+                    **({} if aligned is None else {"cknna": _or_none(_alignment, z, aligned)}),
                 }
             )
         except ValueError as error:
@@ -102,7 +103,7 @@ def similarities(labelled: Labelled, time: float | None, pooling: str) -> dict[s
     """Linear CKA of all blocks at one time and pooling, on test images; None where features are all the same."""
     places = [place for place in labelled.test if (place.time, place.pooling) == (time, pooling)]
     chosen = spread_over(len(labelled.test_y), SIMILARITY_IMAGES)
-    matrix = _or_none(lambda: cka_matrix([labelled.test[place][chosen] for place in places]))
+    matrix = _or_none(cka_matrix, [labelled.test[place][chosen] for place in places])
     if matrix is None:
         return None
     return {"time": time, "pooling": pooling, "blocks": [place.block for place in places], "images": len(chosen), "matrix": matrix.tolist()}
@@ -189,7 +190,7 @@ def _judged(probe: Probe, labels: Tensor, name: str) -> dict[str, Any]:
 
 def _shape(x: Tensor) -> dict[str, Any]:
     """Rank, spectrum and norm of features (N, D), not centred."""
-    values = _or_none(lambda: singular_values(x))
+    values = _or_none(singular_values, x)
     entropy = None if values is None else spectral_entropy(values)
     return {
         "rank_entropy": entropy,
@@ -199,13 +200,14 @@ def _shape(x: Tensor) -> dict[str, Any]:
     }
 
 
-def _neighbours(z: Tensor) -> Any:
-    return neighbour_graph(z[spread_over(len(z), SIMILARITY_IMAGES)], CKNNA_K)
+def _alignment(z: Tensor, other: csr_array) -> float:
+    """CKNNA of test features (M, D) with the neighbours in another network's."""
+    return graph_alignment(neighbour_graph(z[spread_over(len(z), SIMILARITY_IMAGES)], CKNNA_K), other)
 
 
-def _or_none(number: Callable[[], Any]) -> Any:
+def _or_none(number: Callable[..., Any], *of: Any) -> Any:
     """None where a number has no meaning: features that are all zero or all the same, as of an untrained class token."""
     try:
-        return number()
+        return number(*of)
     except ValueError:
         return None

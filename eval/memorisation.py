@@ -25,15 +25,15 @@ def nearest(queries: np.ndarray, train: np.ndarray, k: int = 1, skip_self: bool 
         skip_self: the queries are the training features: leave each out of its own neighbours.
     """
     indices, distances = [], []
-    queries, train = (torch.from_numpy(np.asarray(side, np.float32)) for side in (queries, train))
-    rows = max(1, MAX_NUMBERS // max(len(train), k * train.shape[1]))
-    for i, part in enumerate(queries.split(rows)):
-        found = torch.cdist(part, train)  # (B, M)
+    x, y = (torch.from_numpy(np.asarray(side, np.float32)) for side in (queries, train))
+    rows = max(1, MAX_NUMBERS // max(len(y), k * y.shape[1]))
+    for i, part in enumerate(x.split(rows)):
+        found = torch.cdist(part, y)  # (B, M)
         if skip_self:
             own = torch.arange(len(part))
             found[own, own + i * rows] = torch.inf
         near = found.topk(k, largest=False).indices  # (B, k)
-        exact = (part[:, None].double() - train[near].double()).norm(dim=2)  # cdist's matrix product leaves equal images apart
+        exact = (part[:, None].double() - y[near].double()).norm(dim=2)  # cdist's matrix product leaves equal images apart
         order = exact.argsort(1)
         indices.append(near.gather(1, order))
         distances.append(exact.gather(1, order))

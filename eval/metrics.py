@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from eval.frechet import frechet_infinity, frechet_influence, mean_and_covariance
-from eval.intervals import Estimate, halves_of, share
+from eval.intervals import Estimate, OfHalves, halves_of, share
 from models.compat import import_torchvision
 from models.files import require_memory
 
@@ -34,6 +34,11 @@ class Reference:
     sigma: np.ndarray
     features: np.ndarray | None = None
 
+    def require_features(self) -> np.ndarray:
+        """Those of its images, which `Judge` has asked for where a number needs them."""
+        assert self.features is not None
+        return self.features
+
 
 def frechet(features: np.ndarray, reference: Reference) -> Estimate:
     """Fréchet distance at this number of images: the interval is of its mean over other samplings of as many."""
@@ -44,7 +49,7 @@ def frechet(features: np.ndarray, reference: Reference) -> Estimate:
 def extrapolated(features: np.ndarray, reference: Reference, at_n: Estimate) -> Estimate:
     """Fréchet distance of infinitely many images; varies as that of these, `at_n`, does, and with the fit."""
     value, fit = frechet_infinity(features, reference.mu, reference.sigma)
-    return Estimate(value, at_n.influence, fit=fit, how=f"{_INFLUENCE}, and the fit over 1 / N")
+    return Estimate(value, at_n.spread, fit=fit, how=f"{_INFLUENCE}, and the fit over 1 / N")
 
 
 def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[Estimate, dict[str, float]]:
@@ -132,7 +137,7 @@ def precision_recall(features: np.ndarray, real: np.ndarray) -> tuple[Estimate, 
 
     halves = np.array([recall_of(half) for half in halves_of(num)])
     how = "random halves of the images, reference fixed"
-    return precision, Estimate(recall_of(np.arange(num)), halves=halves, how=how, limits=(0, 1))
+    return precision, OfHalves(recall_of(np.arange(num)), halves, how=how, limits=(0, 1))
 
 
 def _radii(distances: torch.Tensor) -> torch.Tensor:

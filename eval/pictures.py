@@ -128,7 +128,8 @@ def draw_tsne(path: Path, x: Tensor, labels: np.ndarray, class_names: Sequence[s
     present = np.unique(labels)
     for i, label in enumerate(present):
         name = class_names[label] if label < len(class_names) else str(label)
-        axes.scatter(*points[labels == label].T, s=8, linewidths=0, color=_colour(i, len(present)), label=name)
+        across, up = points[labels == label].T
+        axes.scatter(across, up, s=8, linewidths=0, color=_colour(i, len(present)), label=name)
     axes.set(xticks=[], yticks=[])
     _finish(axes, title, "", "")
     if len(present) <= 20:

@@ -29,6 +29,7 @@ from eval.linear import STEPS, attentive_probe, held_out_parts
 from eval.looking import (
     DataOptions,
     Looked,
+    LookedThrough,
     LookOptions,
     NetworkOptions,
     check_neighbours,
@@ -106,13 +107,17 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
     shares = numbers(probes.few_shot, float, "--few_shot") if probes.few_shot else ()
     if not all(0 < each < 1 for each in shares):
         raise ValueError(f"--few_shot is {probes.few_shot}; shares of the training labels lie between 0 and 1, such as 0.01,0.1")
+    looked: Looked
     if network.features:
         looked = read_features(network.features)
         check_neighbours(ks, len(looked.labelled.train_y))
     else:
         looked = look(network, data, options, ks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = probes.reference_network and reference_of(probes.reference_network, probes.reference_weights, data, looked, options)
+    through = looked if isinstance(looked, LookedThrough) else None  # `check` refuses what features from files cannot give
+    reference = None
+    if through and probes.reference_network:
+        reference = reference_of(probes.reference_network, probes.reference_weights, data, through, options)
     probing = time.monotonic()
     rows = measure(looked.labelled, ks, probes.temperature, options.seed, device, reference)
     best = best_row(rows)
@@ -123,10 +128,10 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
     extra: dict[str, Any] = {"cka": similarities(looked.labelled, place.time, place.pooling)}
     if shares:
         extra["few_shot"] = few_shot(looked.labelled, place, shares, options.seed, device)
-    if probes.attentive:
-        extra["attentive"] = attend(looked, place, options)
-    if probes.finetune:
-        extra["finetune"] = tune(looked, place, probes, options)
+    if through and probes.attentive:
+        extra["attentive"] = attend(through, place, options)
+    if through and probes.finetune:
+        extra["finetune"] = tune(through, place, probes.finetune, probes.finetune_learning_rate, options)
     probes_s = time.monotonic() - probing
     result = {
         "metric": "linear probe accuracy",
@@ -160,28 +165,34 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
     return result, looked
 
 
-def attend(looked: Looked, place: Place, options: LookOptions) -> dict[str, Any]:
+def attend(looked: LookedThrough, place: Place, options: LookOptions) -> dict[str, Any]:
     """The attentive probe on the tokens of one block."""
-    labelled = looked.labelled
+    labelled, block = looked.labelled, block_number(place)
     sides = [
-        block_tokens(looked.encoder, side, place.time, place.block, seed, options.batch_size, options.mixed_precision)
+        block_tokens(looked.encoder, side, place.time, block, seed, options.batch_size, options.mixed_precision)
         for side, seed in ((looked.train, options.seed), (looked.test, options.seed + TEST_SEEDS))
     ]
     (held_out,) = held_out_parts(labelled.train_y, parts=1, seed=options.seed)
     probe = attentive_probe(sides[0], labelled.train_y, sides[1], held_out, device=looked.encoder.device, seed=options.seed)
-    about = {"time": place.time, "block": place.block, "learning_rate": probe.chosen, "held_out_accuracy": probe.held_out_accuracy}
+    about = {"time": place.time, "block": block, "learning_rate": probe.chosen, "held_out_accuracy": probe.held_out_accuracy}
     return {**accuracy(probe.predictions, labelled.test_y), **about}
 
 
-def tune(looked: Looked, place: Place, probes: ProbeOptions, options: LookOptions) -> dict[str, Any]:
+def tune(looked: LookedThrough, place: Place, epochs: int, rate: float, options: LookOptions) -> dict[str, Any]:
     """Fine-tuning: of a diffusion model up to its best block, which is in the middle; of others to the end."""
     encoder = looked.encoder
-    block = place.block if isinstance(encoder, DiffusionEncoder) else len(block_shapes(encoder, looked.test)) - 1
-    rate, epochs = probes.finetune_learning_rate, probes.finetune
-    settings = dict(learning_rate=rate, batch_size=options.batch_size, mixed_precision=options.mixed_precision, seed=options.seed)
-    predictions = finetune(encoder, looked.train, looked.test, place.time, block, epochs, **settings)
+    block = block_number(place) if isinstance(encoder, DiffusionEncoder) else len(block_shapes(encoder, looked.test)) - 1
+    predictions = finetune(
+        encoder, looked.train, looked.test, place.time, block, epochs, rate, options.batch_size, options.mixed_precision, options.seed
+    )
     about = {"time": place.time, "block": block, "epochs": epochs, "learning_rate": rate, "batch_size": options.batch_size}
     return {**accuracy(predictions, looked.labelled.test_y), **about}
+
+
+def block_number(place: Place) -> int:
+    """Of a network's block; only features from files have names instead."""
+    assert isinstance(place.block, int)
+    return place.block
 
 
 # ------------------------------------------------------------------------------------------------------------------ pictures
@@ -206,7 +217,7 @@ def draw(folder: Path, looked: Looked, result: dict[str, Any], options: LookOpti
     if len(chosen) > 3:
         x, y = labelled.test[best][chosen], labelled.test_y[chosen].numpy()
         pictures.draw_tsne(path("tsne"), x, y, labelled.class_names, f"t-SNE of test images ({best})")
-    if looked.encoder is not None:
+    if isinstance(looked, LookedThrough):
         few = part_of(looked.test, spread_over(len(looked.test), MAP_IMAGES))
         maps = patch_maps(looked.encoder, few, best.time, options)
         if maps:
@@ -214,7 +225,8 @@ def draw(folder: Path, looked: Looked, result: dict[str, Any], options: LookOpti
         if isinstance(looked.encoder, MAEEncoder):
             # where pixels are normalised, the network says nothing of these two
             own = ",\nbrightness and contrast of each patch from the picture" if looked.encoder.network.config.norm_pixels else ""
-            pictures.draw_reconstructions(path("reconstructions"), few.images, *reconstruct(looked.encoder, few), f"reconstructions{own}")
+            seen, painted = reconstruct(looked.encoder, few)
+            pictures.draw_reconstructions(path("reconstructions"), few.images, seen, painted, f"reconstructions{own}")
 
 
 @torch.no_grad()
@@ -305,7 +317,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parsed = parser().parse_args(arguments)
     with one_line_errors():
-        network, data, options, probes, output = (read_options(parsed, group) for group in GROUPS)
+        network, data = read_options(parsed, NetworkOptions), read_options(parsed, DataOptions)
+        options, probes = read_options(parsed, LookOptions), read_options(parsed, ProbeOptions)
+        output = read_options(parsed, OutputOptions)
         if network.checkpoint and not output.output:
             output = replace(output, output=str(Path(network.checkpoint) / "eval"))
         check(network, data, probes, output)

@@ -1,6 +1,5 @@
 """What can be judged, or judged against, besides a checkpoint: a folder of images, an .npz, a data set."""
 
-import io
 import json
 import math
 import struct
@@ -104,7 +103,7 @@ def _left_out(names: Iterable[str | Path]) -> tuple[str, ...]:
 
 def require_one_size(name: str, size: tuple[int, int] | None, reference: Source) -> None:
     """Raise ValueError where images (width, height) and a reference's have different sizes: their sharpness would be judged."""
-    if None not in (size, reference.size) and size != reference.size:
+    if size is not None and reference.size is not None and size != reference.size:
         sizes = "{} x {} pixels, and {} of {} x {}".format(*size, reference.name, *reference.size)
         raise ValueError(f"{name} has images of {sizes}; name the real ones by --reference, which resizes folders and data sets")
 
@@ -117,7 +116,7 @@ def _is_parquet(folder: Path) -> bool:
 def export_reference(path: str, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Write statistics of a reference, readable by ADM's evaluator and pytorch-fid (`mu`, `sigma`), and what they are of."""
     with written_aside(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays, about=np.array(json.dumps(about)))
+        np.savez(file, allow_pickle=False, **arrays, about=np.array(json.dumps(about)))
 
 
 def _npz(path: str) -> Source:
@@ -170,7 +169,7 @@ def _read_arrays(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
                     raise ValueError(f"{name} of {path} is cut short: {shape} {dtype} do not fit into {held[name].file_size:,} bytes")
                 require_memory(num_bytes, f"{name} of {path}")
             with archive.open(held[name]) as file:
-                found[name] = np.lib.format.read_array(io.BufferedReader(file), allow_pickle=False)
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
     return found
 
 

@@ -89,10 +89,12 @@ def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, floa
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
     """Markdown: a row for each arm, with its difference from the first."""
     values = {
-        name: {arm: {seed: read(result) for seed, result in of_seeds.items()} for arm, of_seeds in arms.items()}
+        name: {
+            arm: {seed: value for seed, result in of_seeds.items() if (value := read(result)) is not None} for arm, of_seeds in arms.items()
+        }
         for name, (read, _) in NUMBERS.items()
     }
-    shown = [name for name, of_arms in values.items() if all(value is not None for each in of_arms.values() for value in each.values())]
+    shown = [name for name, of_arms in values.items() if all(len(of_arms[arm]) == len(of_seeds) for arm, of_seeds in arms.items())]
     base = next(iter(arms))
     lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
     for arm, of_seeds in arms.items():
@@ -155,7 +157,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
         parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
-    parts.append(f"device {(result.get('probe') or result.get('fd'))['device']}")
+    parts.append(f"device {result['probe' if 'probe' in result else 'fd']['device']}")
     return "; ".join(parts) + "."
 
 

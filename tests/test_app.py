@@ -473,6 +473,9 @@ def test_samplings_wait_in_line_and_stop_within_a_step() -> None:
     works[2].go.set()
     assert asyncio.run(studio.finished(third)).done and third.state == DONE and works[1].taken == 0
     assert studio.find(third.id) is third and studio.find("other") is None and studio.find(None) is None
+    assert studio.kept(third.id) is third
+    with pytest.raises(ValueError, match="not kept any more"):  # what tabs that watch it tell
+        studio.kept("other")
 
 
 def test_one_that_fails_or_is_left_alone_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,13 @@ def test_a_training_whose_page_died_at_its_start_is_not_started_twice(jobs: Jobs
     assert json.loads((run / JOB).read_text())["pid"] == orphan.pid and not (run / LOG).exists()
 
 
+def test_a_queued_run_whose_folder_was_removed_is_not_started(jobs: Jobs) -> None:
+    run = write_job(jobs, "mine")
+    shutil.rmtree(run)
+    job_process.launch(run)
+    assert not run.exists()
+
+
 PAGE = """
 import os, subprocess, sys, time
 from pathlib import Path
