@@ -4,8 +4,10 @@
 FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
-# Pillow joins the code points of an emoji with it
-RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libfribidi0 && rm -rf /var/lib/apt/lists/*
+# Pillow joins the code points of an emoji with fribidi; on a GPU --compile pays, and needs a compiler
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends libfribidi0 $([ -n "$TORCH_INDEX" ] || echo g++) \
+ && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt requirements.lock ./
 # torch from its own index where that can be reached, else from the configured one
 RUN pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \
@@ -17,7 +19,8 @@ COPY models models
 COPY training training
 COPY eval eval
 COPY app app
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/app/runs/.cache HF_HOME=/app/runs/.cache/huggingface
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/app/runs/.cache HF_HOME=/app/runs/.cache/huggingface \
+    MPLCONFIGDIR=/app/runs/.cache/matplotlib
 RUN python -m models.compat \
  && useradd --create-home --uid 1000 painter && mkdir runs && chown painter runs
 USER painter

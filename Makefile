@@ -27,6 +27,7 @@ demo: $(VENV)/ready  ## train, sample, judge and compare a small pair; then open
 
 docker:
 	docker build --tag fading-shortcuts .
+	@docker image ls fading-shortcuts
 	@echo "run it: docker run --publish 7860:7860 --volume fading-shortcuts:/app/runs fading-shortcuts"
 
 lock: $(VENV)/ready-dev  ## remake requirements.lock after a change of requirements.txt; with UPGRADE=--upgrade all that it needs anew
