@@ -136,6 +136,7 @@ def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: 
     train(tmp_path / "one", "--max_train_steps", 8, "--gradient_accumulation_steps", 2)
     train(tmp_path / "two", "--max_train_steps", 4, "--gradient_accumulation_steps", 2)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--config_file", "training/configs/ddp.yaml"]
     flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "two", *TINY, "--max_train_steps", 8]
     flags += ["--resume_from_checkpoint", "latest"]
     done = subprocess.run([*launch, SCRIPT, *map(str, flags)], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
