@@ -6,7 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -129,9 +129,9 @@ for who, share in kills:
 """
 
 
-def kill_and_resume(images: Path, folder: Path, kills: object, script: str = FORKS) -> list[dict]:
+def kill_and_resume(images: Path, folder: Path, kills: object, script: str = FORKS, more: Sequence[str] = ()) -> list[dict]:
     """Train, killed before every file operation of `kills` (shares of all of them, or "all"), and resume; returns what was done."""
-    flags = ["--train_data_dir", str(images), *FLAGS]
+    flags = ["--train_data_dir", str(images), *FLAGS, *more]
     command = [sys.executable, "-c", script, json.dumps(flags), str(folder), json.dumps(kills)]
     done = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -166,6 +166,17 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(image_folder
         assert each["resumed"] == 0, each
         assert_equal_runs(tmp_path / f"killed-{each['kill']}", tmp_path / "whole")
     print(f"{len(done)} kills")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FADING_SHORTCUTS_ALL_CRASHES"), reason="compiles for more than a minute")
+def test_a_compiled_one_goes_on_bit_for_bit(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # compiled once
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # by the training itself, so that no helper outlives its kill
+    (done,) = kill_and_resume(image_folder, tmp_path, [0.7], more=["--compile"])
+    assert (done["step"], done["resumed"]) == (4, 0), done
+    assert any((tmp_path / "inductor").rglob("*.so")), "nothing was compiled"
+    assert_equal_runs(tmp_path / f"killed-{done['kill']}", tmp_path / "whole")
 
 
 @pytest.mark.slow
