@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -330,6 +331,13 @@ def check(options: LoopOptions) -> Path:
     run = Path(options.output_dir)
     if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
         raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
+    for folder in (run, run / "checkpoints"):  # not after hours, when the first checkpoint is due
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise ValueError(f"{there} cannot be written ({error.strerror}); choose another --output_dir") from None
     return run
 
 
