@@ -147,6 +147,15 @@ def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: 
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
 
 
+def test_processes_that_would_each_train_alone_are_told(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as under torchrun; accelerate looks at it where it is to compute on CPUs, or has a GPU
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--max_train_steps", 2)
+    assert "set ACCELERATE_USE_CPU=True" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--cpu"]], ids=["python", "accelerate launch"])

@@ -144,6 +144,8 @@ def train(
         step_scheduler_with_optimizer=False,
         deepspeed_plugin=zero,
     )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
     device = accelerator.device
     micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
     images_a_step = micro_batches * batch_size
