@@ -22,8 +22,9 @@ HEARD_S = 3.0  # within that a launcher notices that a process has ended, and en
 # what torch's backends say where a process waits for another one: gloo names its transport, NCCL speaks of a remote process
 LOST_PROCESS = r"gloo/transport|remote process exit|Connection (reset|closed) by peer"
 INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded
-# of a training's checkpoint, as accelerate names them: what the loop registers first; the weights, and those of a sharded training
-AVERAGES_SAVED, WEIGHTS_SAVED = "custom_checkpoint_0.pkl", ("model.safetensors", "pytorch_model_fsdp.bin")
+# of a training's checkpoint, as accelerate names them: what the loop registers first; the weights, those by FSDP2 and those by DeepSpeed
+AVERAGES_SAVED = "custom_checkpoint_0.pkl"
+WEIGHTS_SAVED = ("model.safetensors", "pytorch_model_fsdp.bin", "pytorch_model/mp_rank_00_model_states.pt")
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,9 @@ for who, share in kills:
 """
 
 
-def kill_and_resume(images: Path, folder: Path, kills: object, script: str = FORKS) -> list[dict]:
+def kill_and_resume(images: Path, folder: Path, kills: object, script: str = FORKS, more: Sequence[str] = ()) -> list[dict]:
     """Train, killed before every file operation of `kills` (shares of all of them, or "all"), and resume; returns what was done."""
-    flags = ["--train_data_dir", str(images), *FLAGS]
+    flags = ["--train_data_dir", str(images), *FLAGS, *more]
     command = [sys.executable, "-c", script, json.dumps(flags), str(folder), json.dumps(kills)]
     done = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -166,6 +167,17 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(image_folder
         assert each["resumed"] == 0, each
         assert_equal_runs(tmp_path / f"killed-{each['kill']}", tmp_path / "whole")
     print(f"{len(done)} kills")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FADING_SHORTCUTS_ALL_CRASHES"), reason="compiles for more than a minute")
+def test_a_compiled_one_goes_on_bit_for_bit(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # compiled once
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # by the training itself, so that no helper outlives its kill
+    (done,) = kill_and_resume(image_folder, tmp_path, [0.7], more=["--compile"])
+    assert (done["step"], done["resumed"]) == (4, 0), done
+    assert any((tmp_path / "inductor").rglob("*.so")), "nothing was compiled"
+    assert_equal_runs(tmp_path / f"killed-{done['kill']}", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -213,3 +225,37 @@ def test_a_full_disk_is_told_and_nothing_whole_is_lost(
     AcceleratorState._reset_state(True)
     main([*flags, "--resume_from_checkpoint", "latest"])
     assert [line["step"] for line in told(run)] == list(range(1, STEPS + 1))
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'  # as root too, whom no permissions bind
+
+
+def read_only(folder: Path, *command: object) -> subprocess.CompletedProcess:
+    """Run a command that finds the folder on a disk that is mounted to be read alone."""
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, folder, *command]
+    return subprocess.run([str(word) for word in alone], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare"), reason="nothing here mounts a folder to be read alone")
+def test_a_read_only_folder_is_told_before_anything_is_spent(image_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--train_data_dir", str(image_folder), *FLAGS, "--sample_steps", "0", "--output_dir", str(run)]
+    if read_only(tmp_path, "true").returncode:
+        pytest.skip("this machine lets nobody mount folders")
+    AcceleratorState._reset_state(True)
+    main([*flags, "--max_train_steps", "2"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for folder in (run, run / "checkpoints"):
+        done = read_only(folder, sys.executable, "training/train_diffusion.py", *flags, "--resume_from_checkpoint", "latest")
+        assert done.returncode == 2 and not done.stdout, done.stderr
+        assert done.stderr == f"error: {folder} cannot be written (Read-only file system); choose another --output_dir\n"
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_where_the_run_should_be_is_told(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--train_data_dir", str(image_folder), *FLAGS, "--output_dir", str(run)])
+        assert capsys.readouterr().err == f"error: {tmp_path / 'file'} cannot be written (Not a directory); choose another --output_dir\n"

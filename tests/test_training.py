@@ -136,6 +136,7 @@ def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: 
     train(tmp_path / "one", "--max_train_steps", 8, "--gradient_accumulation_steps", 2)
     train(tmp_path / "two", "--max_train_steps", 4, "--gradient_accumulation_steps", 2)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--config_file", "training/configs/ddp.yaml"]
     flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "two", *TINY, "--max_train_steps", 8]
     flags += ["--resume_from_checkpoint", "latest"]
     done = subprocess.run([*launch, SCRIPT, *map(str, flags)], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
@@ -144,6 +145,15 @@ def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: 
     one, two = without_speed(tmp_path / "one"), without_speed(tmp_path / "two")
     assert len(one) == len(two) == 4
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+
+
+def test_processes_that_would_each_train_alone_are_told(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as under torchrun; accelerate looks at it where it is to compute on CPUs, or has a GPU
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--max_train_steps", 2)
+    assert "set ACCELERATE_USE_CPU=True" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

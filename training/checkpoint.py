@@ -126,13 +126,16 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def weights_in(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights as they were trained; sharded trainings leave them in a file of torch's.
+    """The model's weights as they were trained; FSDP2 and DeepSpeed leave them in files of torch's.
 
     Raises:
         OSError, SafetensorError, RuntimeError, UnpicklingError: damaged files.
     """
-    whole, sharded = (checkpoint / name for name in WEIGHTS_SAVED)
-    return load_file(whole) if whole.is_file() else torch.load(sharded, map_location="cpu", weights_only=True)
+    whole, *others = (checkpoint / name for name in WEIGHTS_SAVED)
+    if whole.is_file():
+        return load_file(whole)
+    saved = torch.load(next(filter(Path.is_file, others), others[0]), map_location="cpu", weights_only=True)
+    return saved.get("module", saved)
 
 
 def averages_in(checkpoint: Path) -> dict[str, list[Tensor]]:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from training.ema import EMA
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
-from training.sharding import Whole, local, prepare
+from training.sharding import FSDP2, Whole, ZeRO, asks_for_deepspeed, load_state, local, prepare
 from training.stream import Streams
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
@@ -133,15 +134,19 @@ def train(
     """
     began = time.monotonic()
     run = check(options)
+    batch_size, resolved = options.train_batch_size, precision(options.mixed_precision)
+    zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
     accelerator = Accelerator(
-        mixed_precision=precision(options.mixed_precision),
+        mixed_precision="no" if zero else resolved,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
         project_dir=run,
         step_scheduler_with_optimizer=False,
+        deepspeed_plugin=zero,
     )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
     device = accelerator.device
-    batch_size = options.train_batch_size
     micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
     images_a_step = micro_batches * batch_size
     options = options.settled(images_a_step)
@@ -158,14 +163,14 @@ def train(
     if options.compile:
         model.compile(dynamic=False)
     whole = Whole(accelerator, model)
-    bare, (model, optimizer) = model, prepare(accelerator, model, optimizer)
+    bare, (model, optimizer) = model, prepare(accelerator, model, optimizer, resolved)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     order = data.order(options.seed, batch_size, micro_batches)
     stateful = [order] if isinstance(order, Streams) else []
     accelerator.register_for_checkpointing(ema, losses, *stateful)
 
-    computed = {"precision": accelerator.mixed_precision, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
-    computed["sharded"] = whole.sharded
+    computed = {"precision": resolved, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
+    computed |= {"sharded": whole.sharded, "deepspeed_processes": accelerator.num_processes if zero else 0}
     config = {**config, **dataclasses.asdict(options), **computed}
     step = _resume_or_start(accelerator, run, options, config)
     metrics = MetricsFile(run, accelerator, step)
@@ -219,7 +224,7 @@ def train(
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite):
                         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
-                        if options.skip_nonfinite and not norm.isfinite():
+                        if options.skip_nonfinite and not math.isfinite(norm):
                             optimizer.zero_grad()  # then AdamW has nothing to do
                             skipped += 1
                         else:
@@ -323,9 +328,18 @@ def check(options: LoopOptions) -> Path:
         raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
     if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler; install one (Debian: apt-get install g++), or leave it away")
+    if asks_for_deepspeed() and options.mixed_precision == "fp16":
+        raise ValueError(f"DeepSpeed's own fp16 hides the exact weights from the averages; give --mixed_precision bf16, or {FSDP2}")
     run = Path(options.output_dir)
     if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
         raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
+    for folder in (run, run / "checkpoints"):  # not after hours, when the first checkpoint is due
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise ValueError(f"{there} cannot be written ({error.strerror}); choose another --output_dir") from None
     return run
 
 
@@ -344,6 +358,10 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if before.get("sharded", False) != config["sharded"]:
         how = "with" if before["sharded"] else "without"
         raise ValueError(f"{run} was trained {how} --config_file training/configs/fsdp2.yaml; go on {how} it, or start another run")
+    parts = before.get("deepspeed_processes", 0)  # its checkpoints have a part of the moments for each
+    if parts != config["deepspeed_processes"]:
+        how = f"by DeepSpeed with --num_processes {parts}" if parts else "without DeepSpeed"
+        raise ValueError(f"{run} was trained {how}; go on like that, or start another run")
     changed = [key for key in config if key not in free and key in before and before[key] != config[key]]
     if changed:
         what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
@@ -351,7 +369,7 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if before.get("gradient_accumulation_steps") != config["gradient_accumulation_steps"]:
         processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         accelerator.print(f"going on with {processes}: the same images and noise as before; sums have another order, so last digits differ")
-    accelerator.load_state(str(checkpoint))
+    load_state(accelerator, checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)

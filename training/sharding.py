@@ -1,32 +1,36 @@
-"""Parameters spread over devices (FSDP2, by accelerate), and the way back to whole ones.
+"""Accelerate's engines that spread a training over devices: FSDP2, and the way back to whole parameters; DeepSpeed's ZeRO-1 and 2.
 
 Everything here is a plain pass-through where a process holds whole parameters. What gathers is called by every process.
 """
 
 import copy
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import os
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, convert_outputs_to_fp32
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DistributedType, convert_outputs_to_fp32, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.precision import autocast
+
 if TYPE_CHECKING:
     from training.ema import EMA
+
+FSDP2 = "use accelerate's FSDP2: --config_file training/configs/fsdp2.yaml"
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of the parameters alone.
 
     Raises:
-        ValueError: accelerate was asked for the first FSDP, or for DeepSpeed.
+        ValueError: accelerate was asked for the first FSDP.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed averages no weights; use accelerate's FSDP2: --config_file training/configs/fsdp2.yaml")
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
@@ -34,19 +38,72 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return True
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`. Sharded forward passes run under autocast, as those of one device do.
+def asks_for_deepspeed() -> bool:
+    """Whether accelerate was asked for DeepSpeed, in a way that trains exact weights which every process holds whole.
 
-    FSDP2's own way would round what goes into the blocks, the times too: a DDPM's 999 becomes 1000 in bf16.
+    ZeRO-1 and 2 on float32 weights do, with bf16 by autocast; then averages and exports see what is trained.
+
+    Raises:
+        ValueError: it was asked for in another way, or is not installed.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return False
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("1", "2"):
+        raise ValueError(f"DeepSpeed's ZeRO-{stage} is not supported, ZeRO-1 and 2 are; to share the weights out too, {FSDP2}")
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise ValueError(f"a deepspeed_config_file is not supported; use training/configs/deepspeed.yaml, or {FSDP2}")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"DeepSpeed is not installed; pip install deepspeed, or {FSDP2}")
+    return True
+
+
+class ZeRO(DeepSpeedPlugin):
+    """What DeepSpeed gets to know of the command's flags; it clips and accumulates itself."""
+
+    def __init__(self, batch_size: int, accumulation: int, max_norm: float) -> None:
+        super().__init__(gradient_accumulation_steps=accumulation, gradient_clipping=max_norm)
+        self.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+
+    def set_deepspeed_weakref(self) -> None:
+        """Tells transformers, which nothing here needs."""
+
+
+def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
+    """`accelerator.load_state`, which unpickles no foreign code."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trust_plain_data_alone()
+    accelerator.load_state(str(checkpoint))
+
+
+def trust_plain_data_alone() -> None:
+    """DeepSpeed asks torch to unpickle whatever is in its files; from now on that is tensors, numbers and three classes of its own."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`. Under every engine forward passes run under autocast, as those of one device do.
+
+    FSDP2's own way would round what goes into the blocks, the times too: a DDPM's 999 becomes 1000 in bf16. DeepSpeed's own way keeps
+    the exact weights inside its optimizer, where averages and exports do not see them.
 
     Raises:
         ValueError: a learnable alpha is to be sharded.
     """
-    if is_sharded(accelerator):
+    sharded = is_sharded(accelerator)
+    if sharded:
         check_shareable(model)
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # casts nothing
-        if accelerator.mixed_precision != "no":
-            model.forward = _autocast(accelerator, model.forward)
+    if precision != "no" and (sharded or accelerator.distributed_type == DistributedType.DEEPSPEED):
+        under_autocast = autocast(accelerator.device, precision)(type(model).forward)
+        model.forward = MethodType(convert_outputs_to_fp32(under_autocast), model)
     return accelerator.prepare(model, optimizer)
 
 
@@ -54,15 +111,6 @@ def check_shareable(model: nn.Module) -> None:
     """Raise ValueError for parameters that cannot be shared out."""
     if any(not parameter.shape for parameter in model.parameters()):
         raise ValueError("a learnable alpha is a single number, which FSDP cannot share out; leave --learnable_alpha away, or FSDP")
-
-
-def _autocast(accelerator: Accelerator, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def cast(*arguments: Any, **options: Any) -> Any:
-        with accelerator.autocast():
-            return forward(*arguments, **options)
-
-    return convert_outputs_to_fp32(cast)
 
 
 class Whole:
