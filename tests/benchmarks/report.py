@@ -21,7 +21,8 @@ TRIED = (
     "Bytes to floats in one pass, in six ways: none faster than the four passes, which wait for the same fresh memory.",
     "Attention in bf16 on CPUs: torch's backward pass takes 2.5 times as long as in fp32, so attention runs in fp32 (13 % of a step).",
     "torch's softmax over a few classes, in the linear probe: six times as long as max, exp and sum by hand, which stand there now.",
-    "Guidance in the middle of the time alone, for sampling in few steps: the distance rises, as it is the early steps that it moves.",
+    "Sampling without guidance in the early steps: FD of 96 emoji (unipc, 8 steps) 135.3 where it begins at 0.2, 129.8 guided throughout; "
+    "without it in the late ones (from 0.8 on) 129.4, so these are left out.",
     "numpy's `** 3` in the kernel distance (14 times as long as two products) and torch's `kthvalue` on a CPU (8 times as long as `topk`).",
     "Similarities sorted in groups where few neighbours vote (20 of 10,000): no gain over torch's `topk`, which is used there.",
 )
