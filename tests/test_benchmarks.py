@@ -42,13 +42,13 @@ def test_the_cheapest_setting_that_is_as_good_is_taken() -> None:
         ratio = {4: 1.3, 6: 1.1, 8: 1.019, 10: 1.0}.get(options.num_inference_steps, 1.2)
         return Tried(options, 0, 100 * ratio, ratio, ratio - 0.01, ratio + 0.01)
 
-    settings = [options for options in LADDER if options.sampler == "dpm++" and options.guidance_from == 0]
+    settings = [options for options in LADDER if options.sampler == "dpm++" and options.guidance_to == 1]
     cost = lambda options: options.num_inference_steps  # noqa: E731
     tried = search(reversed(settings), judge, cost)
     assert asked == [4, 5, 6, 8]
-    assert taken(tried).options.num_inference_steps == 8 and taken(tried).as_good
+    assert taken(tried).options.num_inference_steps == 8 and taken(tried).quality == "quality equal as far as these few images tell"
     tried = search(settings[:3], judge, cost)
-    assert taken(tried).options.num_inference_steps == 6 and not taken(tried).as_good
+    assert taken(tried).options.num_inference_steps == 6 and taken(tried).quality == "QUALITY NOT EQUAL"
 
 
 @pytest.mark.slow

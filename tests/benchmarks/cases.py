@@ -435,10 +435,9 @@ def sampling(inputs: Inputs) -> Case:
         if cuda:
             torch.cuda.synchronize()
 
-    quality = "equal quality" if best.as_good else "QUALITY NOT EQUAL"
     opponent = f"Euler, {SAMPLER_STEPS} guided steps, fp32, eager"
     return Case(
-        f"{SAMPLED} images of 32 px, {quality}: {best.words}, {precision('auto')} / {opponent}",
+        f"{SAMPLED} images of 32 px, {best.quality}: {best.words}, {precision('auto')} / {opponent}",
         ours,
         theirs,
         goal=100 if cuda else 50,

@@ -67,6 +67,13 @@ class Tried:
         return self.ratio <= TOLERANCE
 
     @property
+    def quality(self) -> str:
+        """What may be said of it: few images leave an interval that reaches beyond."""
+        if not self.as_good:
+            return "QUALITY NOT EQUAL"
+        return "equal quality" if self.high <= TOLERANCE else "quality equal as far as these few images tell"
+
+    @property
     def words(self) -> str:
         options = self.options
         return f"{options.sampler}, {options.num_inference_steps} steps, guided from {options.guidance_from:g} to {options.guidance_to:g}"
