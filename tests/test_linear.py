@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor, nn
 
 from eval import linear
-from eval.knn import knn_predictions
+from eval.knn import knn_predictions, largest
 from eval.linear import attentive_probe, fit_softmax, held_out_parts, ridge_outputs, ridge_probe, softmax_probe, standardise
 from eval.measure import draw_share, spread_over
 from eval.rank import effective_rank, singular_values, spectral_entropy
@@ -45,6 +45,16 @@ def test_every_k_of_one_search_equals_sklearn(monkeypatch: pytest.MonkeyPatch) -
         theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07))
         assert predictions.tolist() == theirs.fit(x.double(), y).predict(z.double()).tolist()
         assert torch.equal(predictions, chunked[k])
+
+
+@pytest.mark.parametrize("levels", [2**20, 5])  # hardly any ties; hardly anything else
+@pytest.mark.parametrize("k", [1, 40, 61, 200])  # of 1,003: torch's own, in groups twice, torch's own
+def test_the_largest_are_those_of_topk(k: int, levels: int) -> None:
+    x = torch.randint(levels, (7, 1003), generator=torch.Generator().manual_seed(0)).float()
+    values, places = largest(x, k)
+    assert torch.equal(values, x.topk(k, dim=1).values)
+    assert torch.equal(x.gather(1, places), values)
+    assert all(len(set(row)) == k for row in places.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------ softmax regression

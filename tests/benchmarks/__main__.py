@@ -21,7 +21,9 @@ def main() -> None:
     flags = Parser(prog="python -m tests.benchmarks", description=__doc__)
     flags.add_argument("cases", nargs="*", metavar="NAME", help=f"{', '.join(CASES)} (default: all that need no --peer)")
     flags.add_argument("--pairs", type=int, help="timed runs of each side (default: 40, of the slow ones fewer)")
-    flags.add_argument("--images", type=int, default=2000, help="of each side of the case fid (default: %(default)s)")
+    flags.add_argument("--images", type=int, default=256, help="of each side of the case fid (default: %(default)s)")
+    samples = "of each side of the case sampling, by which its quality is judged; the published sampler takes seconds for each"
+    flags.add_argument("--samples", type=int, default=64, help=f"{samples} (default: %(default)s)")
     peers = "willisma/SiT or facebookresearch/DiT (loop), facebookresearch/mae (mae-loop), or baofff/U-ViT (uvit-loop)"
     flags.add_argument("--peer", type=Path, help=f"a checkout of {peers}")
     flags.add_argument("--json", type=Path, help=f"write the results to this file, where those of other cases stay, and {PAGE} beside it")
@@ -29,15 +31,16 @@ def main() -> None:
     with one_line_errors():
         if unknown := set(parsed.cases) - set(CASES):
             raise ValueError(f"there is no benchmark {unknown.pop()!r}; choose from {', '.join(CASES)}")
-        if parsed.images < 2 or (parsed.pairs is not None and parsed.pairs < 1):
-            raise ValueError("--images must be at least 2, and --pairs at least 1")
+        if min(parsed.images, parsed.samples) < 2 or (parsed.pairs is not None and parsed.pairs < 1):
+            raise ValueError("--images and --samples must be at least 2, and --pairs at least 1")
         if parsed.peer and not parsed.peer.is_dir():
             raise ValueError(f"--peer {parsed.peer} is not a folder; give a checkout")
         results = read_json(parsed.json) if parsed.json and parsed.json.is_file() else {}
         for name in parsed.cases or [name for name in CASES if name != "uvit-loop"]:
             with ExitStack() as kept:
-                case = CASES[name](Inputs(parsed.images, parsed.peer and parsed.peer.resolve(), kept.enter_context))
+                case = CASES[name](Inputs(parsed.images, parsed.samples, parsed.peer and parsed.peer.resolve(), kept.enter_context))
                 found = {"about": case.about, "goal": case.goal, **measure(case, parsed.pairs or case.pairs), "machine": machine()}
+                found |= {"notes": case.notes, "valid": case.valid, **case.figures}
                 if case.of_torch and not torch.cuda.is_available():
                     found |= {"ours_peak_bytes": peak_of(case.ours), "theirs_peak_bytes": peak_of(case.theirs)}
                 if case.parameters:
@@ -47,7 +50,7 @@ def main() -> None:
             more = f", of processor time {found['processor_ratio_median']:.3f}"
             if "ours_peak_bytes" in found:
                 more += f", of peak memory {found['ours_peak_bytes'] / found['theirs_peak_bytes']:.3f}"
-            print(f"{name:10} {found['about']}: {found['ratio_median']:.3f}{interval}{more}", flush=True)
+            print("\n  ".join([f"{name:14} {found['about']}: {found['ratio_median']:.3f}{interval}{more}", *found["notes"]]), flush=True)
             results[name] = found
             if parsed.json:
                 write_json(parsed.json, results)

@@ -1,12 +1,13 @@
 """What is compared: our work and an opponent's."""
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,12 +22,25 @@ from torch import nn
 from eval.encoders import MAEEncoder, block_features
 from eval.frechet import frechet_distance
 from eval.knn import knn_predictions
+from eval.linear import WEIGHT_DECAYS, held_out_parts, softmax_probe
 from models import create_model
 from models.precision import autocast, precision
 from models.registry import BACKBONES
 from tests.benchmarks.measure import Case, Work
 from tests.benchmarks.peers import network_of
-from tests.benchmarks.published import CLASSES, endless, image_loader, published_mae_step, published_step, write_folder
+from tests.benchmarks.published import (
+    CLASSES,
+    PROBE_EPOCHS,
+    SAMPLER_STEPS,
+    endless,
+    image_loader,
+    published_mae_step,
+    published_probe_epoch,
+    published_step,
+    write_folder,
+)
+from tests.benchmarks.sampling import BATCH as SAMPLED
+from tests.benchmarks.sampling import LADDER, SAMPLER_PARTS, Sampling, quality_notes, search, taken
 from tests.inception import write_inception
 from training.augment import crop_and_resize, random_boxes, with_crops
 from training.data import ImageData, Order, TrainingData, in_unit_range
@@ -44,11 +58,13 @@ class Inputs:
 
     Attributes:
         images: of each side of `fid`.
+        samples: of each side of `sampling`, by which its quality is judged.
         peer: checkout of the published code, in place of what is written down here.
         keep: enters a context that lasts as long as the case, and returns what it gives.
     """
 
     images: int
+    samples: int
     peer: Path | None
     keep: Callable[[AbstractContextManager], Any]
 
@@ -204,6 +220,78 @@ def _feed(words: str, goal: float, inputs: Inputs, min_scale: float, *augment: C
     return Case(about, ours, theirs, goal=goal, pairs=7, warm_ups=1, of_torch=False)
 
 
+def growth(inputs: Inputs) -> Case:
+    """A step of our whole loop over 100,000 packed images against one over 10,000; and what a training from a stream of them holds."""
+    few, many = 10_000, 100_000
+    folder = Path(inputs.keep(tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-")))
+    peaks = {count: streaming_peak(write_shards(folder / str(count), count), folder / f"run-{count}") for count in (few, many)}
+    found = " and ".join(f"{peak / 2**20:,.0f} MiB of {count:,} images" for count, peak in peaks.items())
+    notes = (
+        f"memory of a training that streams (peak resident set of its process): {found}, {peaks[many] / peaks[few]:.3f} times as much",
+    )
+
+    def step(count: int) -> Work:
+        torch.manual_seed(0)
+        return whole_step(xs("dit", alpha_min=0.5, long_skips=False), packed(count, folder), FlowMatching(CLASSES), 1.0, 0.9999)
+
+    about = f"DiT-XS, 32 px: whole step over {many:,} images / over {few:,}"
+    figures = {"streaming_peak_bytes": peaks}
+    return Case(about, step(many), step(few), goal=1 / 1.05, warm_ups=3, of_torch=False, notes=notes, figures=figures)
+
+
+def growth_feed(inputs: Inputs) -> Case:
+    """The feeding of these steps alone: 20 batches of 256 images."""
+    few, many = 10_000, 100_000
+    folder = Path(inputs.keep(tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-")))
+
+    def feeding(count: int) -> Work:
+        batch = batches_of(packed(count, folder), 256)
+        return lambda: [batch() for _ in range(20)]
+
+    about = f"20 x 256 images of 32 px, flips: of {many:,} packed images / of {few:,}"
+    return Case(about, feeding(many), feeding(few), goal=1 / 1.05, warm_ups=20, of_torch=False)
+
+
+def packed(count: int, folder: Path) -> ImageData:
+    """Images of 32 px in a memory-mapped file, as a cache holds them."""
+    data, path = noise_images(count, 32), folder / f"{count}.npy"
+    np.save(path, data.images)
+    return replace(data, images=np.load(path, mmap_mode="r"))
+
+
+def write_shards(folder: Path, count: int, in_each: int = 1000) -> Path:
+    """Parquet files of `in_each` images of 32 px; all are one file under many names, which no reader can tell. Returns the folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder.mkdir()
+    data, rows = noise_images(in_each, 32), []
+    for image in data.images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "png")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(data.class_names))})
+    first, shards = folder / "train-00000.parquet", count // in_each
+    datasets.Dataset.from_dict({"image": rows, "label": data.labels}, features=columns).to_parquet(first)
+    for shard in range(1, shards):
+        (folder / f"train-{shard:05}.parquet").hardlink_to(first)
+    return folder
+
+
+def streaming_peak(folder: Path, run: Path, steps: int = 16) -> int:
+    """Bytes that a training which streams these files holds at its peak: the resident set of its process."""
+    sizes = ["--resolution", 32, "--size", "XS", "--patch_size", 8, "--train_batch_size", 256, "--max_train_steps", steps]
+    quiet = ["--sample_steps", 0, "--report_to", "none", "--output_dir", run]
+    command = [sys.executable, "training/train_diffusion.py", "--train_data_dir", folder, "--streaming", *sizes, *quiet]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    training = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(training.pid, 0)
+    training.returncode = os.waitstatus_to_exitcode(status)
+    if training.returncode:
+        raise subprocess.CalledProcessError(training.returncode, command)
+    return usage.ru_maxrss * 1024  # Linux counts KiB
+
+
 def size_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -298,15 +386,69 @@ def crops(_: Inputs) -> Case:
     return Case("crops / torchvision's", lambda: in_unit_range(crop_and_resize(images, boxes), None), theirs, pairs=10, of_torch=False)
 
 
-def neighbours(_: Inputs) -> Case:
-    """The votes of 20 neighbours among 10,000 images with 384 features, for 2,000 others, against scikit-learn's brute force."""
+def neighbours(k: int, _: Inputs) -> Case:
+    """The votes of k neighbours among 10,000 images with 384 features, for 2,000 others, against scikit-learn's brute force."""
     from sklearn.neighbors import KNeighborsClassifier
 
     x, z, y = torch.randn(10_000, 384), torch.randn(2000, 384), torch.randint(10, (10_000,))
-    brute = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07))
+    brute = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07))
     brute.fit(x.numpy(), y.numpy())
-    ours = partial(knn_predictions, x, y, z, (20,))
-    return Case("neighbours / scikit-learn's", ours, lambda: brute.predict(z.numpy()), goal=3, pairs=10, of_torch=False)
+    ours = partial(knn_predictions, x, y, z, (k,))
+    return Case(f"votes of {k} neighbours / scikit-learn's", ours, lambda: brute.predict(z.numpy()), goal=3, pairs=10, of_torch=False)
+
+
+def linear_probe(inputs: Inputs) -> Case:
+    """A linear probe of an MAE: features once, then every penalty and held-out part; against 90 epochs through the encoder.
+
+    The published way is timed for one of its epochs, and of one learning rate, as if the best were known.
+    """
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+    torch.manual_seed(0)
+    data, network = noise_images(1024, 32), xs("mae")
+    encoder, last, labels = MAEEncoder(network, {"backbone": "mae"}, 32), len(network.blocks) - 1, torch.from_numpy(data.labels)
+
+    def ours() -> None:
+        (x,) = block_features(encoder, data, (last,), ("class",), mixed_precision="auto").values()
+        softmax_probe(x, labels, x, held_out_parts(labels))
+
+    crop = RandomResizedCrop(32, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
+    loader = image_loader(inputs.keep(folder_of(data)), 256, crop)
+    theirs = published_probe_epoch(lambda images: network.features(images)[-1][:, 0], network.config.dim, loader)
+    about = f"linear probe of an MAE-XS, 1,024 images, {len(WEIGHT_DECAYS)} penalties / {PROBE_EPOCHS} x an epoch of one learning rate"
+    return Case(about, ours, theirs, goal=50, pairs=6, warm_ups=1, of_torch=False, theirs_times=PROBE_EPOCHS)
+
+
+def sampling(inputs: Inputs) -> Case:
+    """Sampling at equal quality against 250 steps of Euler, all guided: DiT-XS, 32 px, the shipped weights."""
+    sides = Sampling(inputs.samples)
+    tried = search(LADDER, sides.judge, sides.passes)
+    best, cuda = taken(tried), torch.cuda.is_available()
+    if cuda:
+        sides.ours.model.compile(dynamic=False, mode="reduce-overhead")
+
+    def ours() -> None:
+        sides.ours_of(best.options, SAMPLED)
+
+    def theirs() -> None:
+        sides.theirs_of(0, SAMPLED, SAMPLER_STEPS // SAMPLER_PARTS)
+        if cuda:
+            torch.cuda.synchronize()
+
+    opponent = f"Euler, {SAMPLER_STEPS} guided steps, fp32, eager"
+    return Case(
+        f"{SAMPLED} images of 32 px, {best.quality}: {best.words}, {precision('auto')} / {opponent}",
+        ours,
+        theirs,
+        goal=100 if cuda else 50,
+        pairs=6,
+        warm_ups=1,
+        of_torch=False,
+        theirs_times=SAMPLER_PARTS,
+        notes=quality_notes(tried, sides.their_distance, inputs.samples),
+        figures={"samples": inputs.samples, "their_distance": sides.their_distance.as_json(), "tried": [each.as_json() for each in tried]},
+        valid=best.as_good,
+    )
 
 
 def places(_: Inputs) -> Case:
@@ -327,5 +469,6 @@ def call(*command: object) -> None:
 CASES: dict[str, Callable[[Inputs], Case]] = {
     **{f"alpha{end}": partial(alpha, end[1:] or "dit") for end in ("", "-uvit", "-unet", "-mae")}, "control": control,
     "loop": loop, "mae-loop": mae_loop, "uvit-loop": uvit_loop, "diffusers": diffusers, "feed": feed, "feed-crops": feed_crops,
-    "frechet": frechet, "fid": fid, "crops": crops, "neighbours": neighbours, "places": places,
+    "growth": growth, "growth-feed": growth_feed, "sampling": sampling, "frechet": frechet, "fid": fid, "crops": crops,
+    "neighbours": partial(neighbours, 20), "neighbours-200": partial(neighbours, 200), "linear-probe": linear_probe, "places": places,
 }  # fmt: skip

@@ -4,8 +4,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,10 @@ class Case:
         pairs: timed runs of each, unless asked otherwise.
         warm_ups: runs of each that are not timed.
         of_torch: the work is torch's in this process, so that its memory can be told.
+        theirs_times: how often their run makes the work of ours; above 1 where it is one of so many equal parts.
+        notes: what belongs to the ratio, in words for the page.
+        figures: the same in numbers, for the JSON.
+        valid: the sides do what they are compared for; else no goal is reached.
     """
 
     about: str
@@ -39,6 +43,10 @@ class Case:
     pairs: int = 40
     warm_ups: int = 2
     of_torch: bool = True
+    theirs_times: int = 1
+    notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    valid: bool = True
 
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
@@ -54,8 +62,9 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
         for which in (0, 1) if i % 2 else (1, 0):
             began, busy = time.perf_counter(), processor_s()
             (case.ours, case.theirs)[which]()
-            seconds[which].append(time.perf_counter() - began)
-            worked[which].append(processor_s() - busy)
+            times = (1, case.theirs_times)[which]
+            seconds[which].append(times * (time.perf_counter() - began))
+            worked[which].append(times * (processor_s() - busy))
     ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
     # a 95 % interval of the median from order statistics (binomial, normal approximation); of fewer than six there is none
     reach = 0.98 * len(ratios) ** 0.5

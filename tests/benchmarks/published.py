@@ -20,6 +20,8 @@ from models.compat import import_torchvision
 from models.layers import TimestepEmbedding, patchify, sincos_positions, unpatchify
 
 CLASSES = 9
+SAMPLER_STEPS = 250
+PROBE_EPOCHS = 90
 
 
 class PublishedBlock(nn.Module):
@@ -117,6 +119,24 @@ def published_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -
     return step
 
 
+@torch.no_grad()
+def published_sampler(
+    model: nn.Module, noise: Tensor, labels: Tensor, guidance: float, num_classes: int, steps: int = SAMPLER_STEPS
+) -> Tensor:
+    """Euler's `SAMPLER_STEPS` steps from noise to data, guided in each: both passes in one doubled batch, as in DiT's `forward_with_cfg`.
+
+    Args:
+        steps: leave after so many.
+    """
+    x, both = torch.cat([noise, noise]), torch.cat([labels, torch.full_like(labels, num_classes)])
+    for i in range(steps):
+        half = x[: len(noise)]
+        strong, weak = model(torch.cat([half, half]), torch.full((len(x),), i / SAMPLER_STEPS, device=x.device), both).chunk(2)
+        half = weak + guidance * (strong - weak)
+        x = x + torch.cat([half, half]) / SAMPLER_STEPS
+    return x[: len(noise)]
+
+
 class PublishedMAE(nn.Module):
     """The masked autoencoder of blocks of timm; its loss is that of `models.MAE` without long skips."""
 
@@ -157,6 +177,27 @@ class PublishedMAE(nn.Module):
         prediction = self.head(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
         target = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
         return ((prediction - target).square().mean(-1) * mask).sum() / mask.sum(), prediction, mask
+
+
+def published_probe_epoch(encode: Callable[[Tensor], Tensor], dim: int, loader: DataLoader) -> Callable[[], None]:
+    """An epoch of MAE's linear probe: images through the frozen encoder, a batch norm without weights, a linear layer, SGD.
+
+    Args:
+        encode: images -> class tokens (N, dim).
+    """
+    head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), nn.Linear(dim, CLASSES))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)  # theirs is LARS, for batches of 16,384
+
+    def epoch() -> None:
+        for images, labels in loader:
+            with torch.no_grad():
+                x = encode(images)
+            loss = nn.functional.cross_entropy(head(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch
 
 
 def published_mae_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:

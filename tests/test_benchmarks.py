@@ -1,0 +1,104 @@
+"""The parts of the benchmarks that decide what is compared."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from eval.generate import SamplingOptions
+from models.pipeline import Pipeline
+from tests.benchmarks.cases import write_shards
+from tests.benchmarks.measure import Case, measure
+from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
+from tests.benchmarks.report import page
+from tests.benchmarks.sampling import LADDER, Sampling, Tried, search, taken
+from training.stream import open_stream
+
+
+@pytest.fixture
+def pipeline(tiny_dit: Callable) -> Pipeline:
+    pipeline = Pipeline(tiny_dit(num_classes=2), FlowMatchEulerDiscreteScheduler(), class_names=("cold", "warm"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_published_sampler_is_that_of_the_pipeline(pipeline: Pipeline) -> None:
+    labels, noise = [0, 1, 1], pipeline.noise(3, seed=5)
+    expected = [step.x for step in pipeline.steps(3, labels, 5, SAMPLER_STEPS, guidance_scale=2.5)]
+    found = published_sampler(pipeline.model, noise, torch.tensor(labels), 2.5, num_classes=2)
+    assert torch.allclose(found, expected[-1], rtol=1e-4, atol=1e-4)
+    some = published_sampler(pipeline.model, noise, torch.tensor(labels), 2.5, num_classes=2, steps=25)
+    assert torch.allclose(some, expected[24], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(some, found, rtol=1e-2, atol=1e-2)
+
+
+def test_the_cheapest_setting_that_is_as_good_is_taken() -> None:
+    asked = []
+
+    def judge(options: SamplingOptions) -> Tried:
+        asked.append(options.num_inference_steps)
+        ratio = {4: 1.3, 6: 1.1, 8: 1.019, 10: 1.0}.get(options.num_inference_steps, 1.2)
+        return Tried(options, 0, 100 * ratio, ratio, ratio - 0.01, ratio + 0.01)
+
+    settings = [options for options in LADDER if options.sampler == "dpm++" and options.guidance_to == 1]
+    cost = lambda options: options.num_inference_steps  # noqa: E731
+    tried = search(reversed(settings), judge, cost)
+    assert asked == [4, 5, 6, 8]
+    assert taken(tried).options.num_inference_steps == 8 and taken(tried).quality == "quality equal as far as these few images tell"
+    tried = search(settings[:3], judge, cost)
+    assert taken(tried).options.num_inference_steps == 6 and taken(tried).quality == "QUALITY NOT EQUAL"
+
+
+@pytest.mark.slow
+def test_sides_of_sampling_have_one_quality_where_they_are_one_sampler(
+    pipeline: Pipeline, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.benchmarks.sampling.BATCH", 4)
+    pipeline.save_pretrained(tmp_path)
+    sides = Sampling(6, tmp_path, str(image_folder), "train")
+    full = SamplingOptions(sampler="euler", num_inference_steps=SAMPLER_STEPS, guidance_scale=1.5)
+    same = sides.judge(full)
+    assert same.passes == 2 * SAMPLER_STEPS
+    assert same.ratio == pytest.approx(1, abs=0.02) and same.low <= same.ratio <= same.high
+    monkeypatch.delattr(Sampling, "theirs_of")  # what was drawn once is not drawn again
+    half = Sampling(6, tmp_path, str(image_folder), "train")
+    assert half.judge(SamplingOptions(sampler="unipc", num_inference_steps=4, guidance_scale=1.5, guidance_to=0.5)).passes in (6, 7)
+    assert half.their_distance.value == sides.their_distance.value
+
+
+def test_a_part_of_their_work_counts_as_often_as_the_whole_needs_it() -> None:
+    work = lambda: sum(range(2_000_000))  # noqa: E731
+    found = measure(Case("", work, work, theirs_times=1000), pairs=3)
+    assert found["ratio_median"] < 0.1
+    assert found["processor_ratio_median"] < 0.1
+
+
+def test_shards_hold_as_many_images_as_they_say(tmp_path: Path) -> None:
+    stream = open_stream(str(write_shards(tmp_path / "shards", 30, in_each=10)), 32, "train", "image", None, shuffle_buffer=5)
+    assert sum(1 for _ in stream.table) == 30
+    assert stream.num_classes == 9
+
+
+def test_the_page_tells_what_was_reached() -> None:
+    found = {
+        "about": "ours / theirs", "processor_ratio_median": 0.5, "pairs": 40, "notes": ["some words"],
+        "machine": {"device": "2 CPU threads", "torch_threads": 2, "precision": "no", "versions": {"torch": "2"}, "date": "today"},
+    }  # fmt: skip
+    cases = {
+        "reached": {"goal": 2, "ratio_median": 0.4, "ratio_interval_95": [0.3, 0.6]},
+        "perhaps": {"goal": 2, "ratio_median": 0.55, "ratio_interval_95": [0.45, 0.6]},
+        "missed": {"goal": 2, "ratio_median": 0.8, "ratio_interval_95": None},
+        "of other quality": {"goal": 2, "ratio_median": 0.1, "ratio_interval_95": None, "valid": False},
+        "without": {"goal": None, "ratio_median": 1.0, "ratio_interval_95": None, "ours_peak_bytes": 90, "theirs_peak_bytes": 100},
+        "step": {"ratio_median": 1, "ours_s_median": 0.4, "limits": {"products_s": 0.15, "traffic_s": 0.05}},
+    }
+    lines = page({name: found | case for name, case in cases.items()}).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("|")}
+    goals = ("reached", "perhaps", "missed", "of other quality", "without")
+    assert [rows[name][6] for name in goals] == ["yes", "undecided", "no", "no", ""]
+    assert rows["reached"][2] == "2.5 [1.67, 3.33]" and rows["without"][4] == "0.900"
+    assert rows["step"][-1] == "2.00 |"
+    assert lines.count("- some words") == len(cases)
+    assert len([line for line in lines if "2 CPU threads" in line]) == 1, "one machine, one line"
