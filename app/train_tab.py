@@ -48,7 +48,7 @@ def train_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
             backbone = gr.Dropdown([PRESETS_OWN], value="", label="Backbone", min_width=110, elem_id="backbone")
             size = gr.Dropdown([PRESETS_OWN], value="", label="Size", min_width=90, elem_id="size")
             skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
-            begin = gr.Dropdown([NOTHING], value="", label="Begin with the weights of", min_width=200, elem_id="init-from")
+            begin = gr.Dropdown([NOTHING], value="", label="Begin with weights of", min_width=200, elem_id="init-from")
         with gr.Row():
             # texts: an empty field is the preset's value, which stands in it in grey
             numbers = {

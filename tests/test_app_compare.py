@@ -118,6 +118,23 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
     page.close()
 
 
+def test_the_open_tab_stands_in_the_address(browser: Browser, server: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{server}#train")
+    tabs = {name: page.get_by_role("tab", name=name, exact=True) for name in ("Compare", "Look inside", "Train")}
+    opened = "aria-selected", "true"
+    expect(tabs["Train"]).to_have_attribute(*opened)
+    expect(page.locator("#jobs")).to_contain_text("No run yet", timeout=PATIENCE_MS)
+    tabs["Look inside"].click()
+    page.reload()  # as Gradio does it when the page was started anew
+    expect(tabs["Look inside"]).to_have_attribute(*opened)
+    page.go_back()
+    expect(tabs["Train"]).to_have_attribute(*opened)
+    tabs["Compare"].click()
+    expect(page).to_have_url(server)
+    page.close()
+
+
 def test_two_checkpoints_are_sampled_and_looked_at_in_four_ways(page: "Page") -> None:
     compare(page, "squares")
     expect(page.locator("#status")).to_contain_text("seed 0")

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
@@ -575,11 +575,14 @@ def test_numbers_are_about_the_weights_that_were_judged(
 def test_weights_are_read_while_others_may_go_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(jobs.runs)
     monkeypatch.setattr(jobs_module, "launch", lambda *_: None)
-    read = []
+    read, held = [], []
 
     def reads(file: Path) -> str:
-        with FileLock(jobs.runs / jobs_module.LOCK, timeout=0):  # nobody holds it
-            read.append(file.name)
+        read.append(file)
+        try:
+            FileLock(jobs.runs / jobs_module.LOCK, timeout=0).acquire().lock.release()
+        except Timeout:
+            held.append(file)
         return sha256(file)
 
     monkeypatch.setattr(catalog, "sha256", reads)
@@ -589,7 +592,7 @@ def test_weights_are_read_while_others_may_go_on(jobs: Jobs, monkeypatch: pytest
     index.write_text(index.read_text().replace("1234", "7654"))
     jobs.at_most, asked = 1, len(read)
     jobs.all()  # now it begins
-    assert 0 < asked < len(read)
+    assert 0 < asked < len(read) and held == []
     assert json.loads((judged.folder / JOB).read_text())["options"]["weights"] == [catalog.find(PLAIN, jobs.runs).hash]
 
 
