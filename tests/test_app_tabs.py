@@ -161,7 +161,8 @@ def test_features_of_latents_stand_beside_pictures_of_one_size(tmp_path: Path) -
     sizes = dict(image_size=8, in_channels=4, patch_size=2, depth=2, dim=16, num_heads=2)
     model, objective = create_model("dit", alpha_min=0.6, **sizes), FlowMatching()
     Pipeline(model, objective.scheduler, (), path=objective.path, vae=make_vae()).save_pretrained(tmp_path / "latents")
-    *_, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
+    *before, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
+    assert [len(each.images[-1]) for each in before] == [1, 2, 3], "maps are there while the image is denoised"
     assert [images.shape for images in frame.images] == [(4, 16, 16, 3), (4, 4, 4, 3), (4, 4, 4, 3)]
 
 
@@ -185,6 +186,7 @@ def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> N
 def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path) -> None:
     visit(page, "Look inside")
     press(page, "Look")
+    expect(page.locator("#maps table").first).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#look-status")).to_contain_text("Done", timeout=PATIENCE_MS)
     expect(page.locator("#maps table")).to_have_count(2)
     assert page.locator("#maps img").count() == 2 * 6 * (1 + 8), "moments x (image and blocks)"
