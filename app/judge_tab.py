@@ -52,8 +52,8 @@ def _form(site: Site, tab: gr.Tab) -> None:
         )
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
-        words = "Against (openmoji or a folder)"
-        reference = gr.Textbox(judging.EMBEDDED, label=words, max_length=500, min_width=220, elem_id="reference")
+        words = "openmoji, or a folder of images"
+        reference = gr.Textbox(judging.EMBEDDED, label="Against", placeholder=words, max_length=500, min_width=220, elem_id="reference")
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")
