@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -17,6 +18,7 @@ NUMBERS = (
     *("value", "low", "high", "num_samples", "reference_num", "train_num", "test_num", "images_seen"),
     *("steps", "seed", "guidance_scale", "alpha_min", "alpha_eff"),
 )  # of a result file
+Version = tuple[tuple[str, int, int], ...]  # path, time of change in ns and size of each file
 MAX_RESULT_BYTES = 8 * 2**20  # a larger file in eval/ is none of ours
 
 
@@ -54,19 +56,31 @@ class Source:
         return [file for file in found if file.is_file()]
 
     @property
-    def version(self) -> tuple[tuple[str, int, int], ...]:
+    def version(self) -> Version:
         """Changes when the files do."""
-        return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file in self.files for stat in [file.stat()])
+        return _version(self.files)
 
     @property
     def hash(self) -> str:
         """Of the contents of all files: 16 hexadecimal digits."""
-        return _hash(self.version)
+        return hash_of_version(self.version)
 
 
 @lru_cache(maxsize=4096)
-def _hash(version: tuple[tuple[str, int, int], ...]) -> str:
-    return hashlib.sha256("".join(sha256(Path(file)) for file, _, _ in version).encode()).hexdigest()[:16]
+def hash_of_version(version: Version) -> str:
+    """See `Source.hash`; the files are read once, and again after a change.
+
+    Raises:
+        OSError: they have changed since they had that version.
+    """
+    found = hashlib.sha256("".join(sha256(Path(file)) for file, _, _ in version).encode()).hexdigest()[:16]
+    if version != _version([Path(file) for file, _, _ in version]):
+        raise OSError(f"{version[0][0]} and what belongs to it has just changed")
+    return found
+
+
+def _version(files: Sequence[Path]) -> Version:
+    return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
 
 
 @dataclass(frozen=True)

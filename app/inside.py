@@ -1,7 +1,9 @@
 """Looking inside networks: features of a generated image while it is denoised, and what masked autoencoders make of an image."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from PIL import Image
 
 from app.catalog import autoencoders, find
 from app.libraries import load_libraries
-from app.sampler import Frame, Frames, PipelineCache, loaded, sample
+from app.sampler import Frames, PipelineCache, loaded, sample
 from app.settings import Comparison
 from models.files import INDEX
 
@@ -27,9 +29,9 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
     from the noise to the image; it means nothing across blocks or checkpoints.
 
     Yields:
-        The frames of the sampling. The last one's images are, side by side after the other, the previews (M, H, W, C) and for each
-        block the patches as colours (M, h, w, 3), all uint8; its recipe tells "moments" (evaluations done) and "blocks" (of each
-        side, their numbers).
+        A frame after each step. Its images are, side by side after the other, the previews (M, H, W, C) and for each block the patches
+        as colours (M, h, w, 3), all uint8, of the moments so far; its recipe tells "moments" (evaluations done) and "blocks" (of each
+        side, their numbers). Colours shift until the last moment is there.
 
     Raises:
         ValueError: as `sample`.
@@ -44,6 +46,8 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
     moments: list[int] = []
     previews: list[list[np.ndarray]] = [[] for _ in pipelines]
     kept: list[list[list[np.ndarray]]] = [[] for _ in pipelines]
+    images: tuple[np.ndarray, ...] = ()
+    blocks: list[list[int]] = []
     frames = sample(comparison, runs, cache)
     try:
         with closing(frames):
@@ -54,21 +58,19 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
                     for i, pipeline in enumerate(pipelines):
                         previews[i].append(frame.images[i][0])
                         kept[i].append(_features(pipeline.model, asked[id(pipeline.model)][-1], hooks))
+                    blocks = [_spread(len(of_side[0]), MAX_BLOCKS) for of_side in kept]
+                    images = tuple(itertools.chain(*map(_rows, previews, kept, blocks)))
                 for calls in asked.values():
                     calls.clear()
-                if frame.done:
-                    break
-                yield frame
+                yield replace(frame, images=images, recipe={**frame.recipe, "moments": tuple(moments), "blocks": blocks})
     finally:
         for hook in hooks:
             hook.remove()
-    images, blocks = [], []
-    for of_side, pictures in zip(kept, previews, strict=True):
-        chosen = _spread(len(of_side[0]), MAX_BLOCKS)
-        blocks.append(chosen)
-        images += [_of_one_size(pictures), *(colours(np.stack([moment[block] for moment in of_side])) for block in chosen)]
-    recipe = {**frame.recipe, "moments": moments, "blocks": blocks}
-    yield Frame(tuple(images), frame.step, frame.num_steps, frame.wall_s, recipe, True)
+
+
+def _rows(pictures: list[np.ndarray], features: list[list[np.ndarray]], blocks: list[int]) -> list[np.ndarray]:
+    """Of one side: its previews, then the features of each block as colours."""
+    return [_of_one_size(pictures), *(colours(np.stack([moment[block] for moment in features])) for block in blocks)]
 
 
 def _features(model: Any, arguments: tuple, hooks: Sequence[Any]) -> list[np.ndarray]:
@@ -86,7 +88,7 @@ def colours(tokens: np.ndarray) -> np.ndarray:
     moments, number, width = tokens.shape
     flat = tokens.reshape(-1, width).astype(np.float64)
     flat -= flat.mean(axis=0)
-    axes = np.linalg.svd(flat.T @ flat)[0][:, : min(3, width)]
+    axes = np.linalg.eigh(flat.T @ flat)[1][:, : -min(3, width) - 1 : -1]
     axes *= np.where(axes.sum(axis=0) < 0, -1, 1)  # the sign of a component is arbitrary
     found = flat @ axes
     low, high = np.percentile(found, [1, 99], axis=0)

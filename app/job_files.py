@@ -13,7 +13,7 @@ from app import judging
 from app.job_flags import OWN_OPTIONS
 from models.files import INDEX, read_json
 
-JOB, LOG, CONFIG = "job.json", "log.txt", "config.json"
+JOB, LOG, CONFIG, PART = "job.json", "log.txt", "config.json", "progress.json"
 QUEUED, RUNNING, STOPPING = ACTIVE = ("queued", "running", "stopping")
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 TRAINING, EVALUATION = "training", "evaluation"
@@ -138,6 +138,14 @@ def wanted_steps(run: Path, job: Job | None) -> int | None:
     """The job's, as a run that goes on may go further than it was to at first; else as the config has it from the preset."""
     told = (job.options.get("max_train_steps") if job else None) or json_of(run / CONFIG).get("max_train_steps")
     return told if isinstance(told, int) else None  # files may say anything
+
+
+def part_of(run: Path) -> dict[str, Any] | None:
+    """What a process is at, as `models.progress` tells it: "part", "done", "of" and "seconds_left"; None between two parts."""
+    told = json_of(run / PART)
+    numbers = [told.get(key) for key in ("done", "of", "seconds_left")]
+    fits = isinstance(told.get("part"), str) and numbers[0] is not None and all(isinstance(each, int | float | None) for each in numbers)
+    return told if fits else None
 
 
 def log_of(run: Path, begins: int, most: int | None = LOG_LINES) -> tuple[str, ...]:

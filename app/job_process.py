@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 
 from app import job_flags, judging
-from app.job_files import EVALUATION, JOB, LOG, Job, read_job
-from models.files import write_json
+from app.job_files import EVALUATION, JOB, LOG, PART, Job, read_job
+from models.files import remove, write_json
+from models.progress import PROGRESS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME_START_S = 2.0  # two readings of a process's start differ by less
@@ -45,10 +46,11 @@ def launch(run: Path, num_processes: int = 1) -> None:
                     words = judging.command(job.options, run)
                 else:
                     words = [*launcher(num_processes), *job_flags.command(job.options, run, job.resume)]
+                remove(run / PART)  # of a process that was killed
                 child = subprocess.Popen(
                     [sys.executable, *words],
                     cwd=ROOT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, PROGRESS_FILE: str(run / PART)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

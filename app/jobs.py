@@ -43,6 +43,7 @@ from app.job_files import (
     metrics_of,
     options_of,
     pace_of,
+    part_of,
     queued_at,
     read_job,
     saved_step,
@@ -110,6 +111,7 @@ class Progress:
         of: steps in all; None where minutes are counted.
         images_per_s: lately.
         seconds_left: of a running one, as far as that can be told.
+        part: what it is at beside its steps, as `models.progress` tells it: an evaluation has only such parts.
         curve: lines of metrics.jsonl ("step", "loss", "images_per_s", "block_norms", ...), evenly thinned to `MAX_POINTS`.
         sample: newest grid of samples.
         log: last lines.
@@ -119,6 +121,7 @@ class Progress:
     of: int | None
     images_per_s: float | None
     seconds_left: float | None
+    part: dict[str, Any] | None
     curve: list[dict[str, Any]]
     sample: Path | None
     log: tuple[str, ...]
@@ -183,12 +186,11 @@ class Jobs:
     def _queue(self, trainings: list[tuple[str, dict[str, Any]]]) -> list[Status]:
         """All of them, or none if one is refused."""
         checked = {name: self.check(name, options) for name, options in trainings}
-        with self._locked():
+        with self._locked_then_started():
             self._require_place(len(checked))
             folders = [self._free(name) for name in checked]
             for folder, options in zip(folders, checked.values(), strict=True):
                 write_json(folder / JOB, asdict(Job(options, time.time())))
-            self._start_queued()
         return [self.status(name) for name in checked]
 
     def judge(self, options: dict[str, Any]) -> Status:
@@ -203,13 +205,13 @@ class Jobs:
         options = judging.checked(options, self.runs)
         if options["reference"] != EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
-        with self._locked():
-            if any(status.active and self._is_about(status.options, options) for status in self._statuses()):
+        weights = judging.weights_of(options["checkpoints"], sources(self.runs))  # read before the others have to wait
+        with self._locked_then_started():
+            if any(status.active and _is_about(status.options, options, weights) for status in self._statuses()):
                 raise ValueError(f"{judging.title(options)} is on its way already; its result appears when it is done")
             self._require_place(1)
             folder = self.runs / EVALUATIONS / secrets.token_hex(4)
             write_json(folder / JOB, asdict(Job(options, time.time(), kind=EVALUATION)))
-            self._start_queued()
         return self.status(folder.name)
 
     def evaluations(self) -> list[Status]:
@@ -221,8 +223,8 @@ class Jobs:
         """Every run: first those that run, then the queue in its order, then the others, the newest first."""
         statuses = self._statuses()
         if self._places(statuses) > 0 and any(status.state == QUEUED for status in statuses):
-            with self._locked():
-                self._start_queued()
+            with self._locked_then_started():
+                pass
             statuses = self._statuses()
         order = {RUNNING: 0, STOPPING: 0, QUEUED: 1}
         return sorted(statuses, key=lambda status: (order.get(status.state, 2), status.position, -(status.started_at or 0), status.name))
@@ -305,7 +307,7 @@ class Jobs:
         changes = plain(changes or {})
         if other := set(changes) - set(MAY_CHANGE):
             raise ValueError(f"{', '.join(sorted(other))} cannot change when a run goes on; only {' and '.join(MAY_CHANGE)} can")
-        with self._locked():
+        with self._locked_then_started():
             run = self._find(name)
             self._require_idle(run)
             self._require_training(run)
@@ -322,7 +324,6 @@ class Jobs:
                 )
             begins = (run / LOG).stat().st_size if (run / LOG).is_file() else 0  # what was said before is not about this time
             write_json(run / JOB, asdict(Job(options, time.time(), bool(checkpoints(run)), log_begins=begins)))
-            self._start_queued()
         return self.status(name)
 
     def delete(self, name: str) -> None:
@@ -401,7 +402,8 @@ class Jobs:
             left.append((of - step) * config["images_a_step"] / rate)
         if status.state == RUNNING and status.started_at and (minutes := {**config, **status.options}.get("max_train_minutes")):
             left.append(max(0.0, 60 * minutes - (time.time() - status.started_at)))
-        so_far = Progress(step, of, rate, min(left, default=None), curve=[], sample=None, log=())
+        part = part_of(run) if status.state in (RUNNING, STOPPING) else None
+        so_far = Progress(step, of, rate, min(left, default=None), part, curve=[], sample=None, log=())
         if brief:
             return so_far
         samples = {int(path.stem[5:]): path for path in (run / "samples").glob("step-*.png") if path.stem[5:].isdigit()}
@@ -520,28 +522,28 @@ class Jobs:
         """Free ones; what was started without the page takes none."""
         return self.at_most - sum(status.state in (RUNNING, STOPPING) and status.started_at is not None for status in statuses)
 
-    def _start_queued(self) -> None:
-        """Start what waits, as far as there are places. Only with the lock."""
-        statuses = self._statuses()
+    def _start_queued(self) -> dict[Path, list[judging.Version | None]]:
+        """Start what waits, as far as there are places. Only with the lock. Returns the evaluations among it: what they are about."""
+        statuses, about = self._statuses(), {}
         queue = sorted((status for status in statuses if status.state == QUEUED), key=lambda status: status.position)
         for status in queue[: max(0, self._places(statuses))]:
             if status.kind == EVALUATION:
-                self._note_weights(status.folder)
+                names = status.options.get("checkpoints", ())
+                about[status.folder] = judging.versions_of(names, sources(self.runs))
+                _note_weights(status.folder, [judging.UNKNOWN] * len(names))
             launch(status.folder, self.num_processes)
+        return about
 
-    def _is_about(self, asked: dict[str, Any], options: dict[str, Any]) -> bool:
-        """Whether an evaluation that was asked for before would tell the same: of the weights that are there now, if it has begun."""
-        judged = asked.get("weights")
-        return {**asked, "weights": None} == {**options, "weights": None} and (
-            judged is None or judged == judging.weights_of(options["checkpoints"], sources(self.runs))
-        )
-
-    def _note_weights(self, evaluation: Path) -> None:
-        """Which weights an evaluation is about: the run may train on, or another one may get its name."""
-        job = read_job(evaluation)
-        if job is not None:
-            weights = [found or "unknown" for found in judging.weights_of(job.options.get("checkpoints", ()), sources(self.runs))]
-            write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights})))
+    @contextmanager
+    def _locked_then_started(self) -> Iterator[None]:
+        """As `_locked`; then what waits is started. Which weights evaluations are about is read afterwards: it takes a while."""
+        with self._locked():
+            yield
+            about = self._start_queued()
+        for evaluation, versions in about.items():
+            weights = [judging.hash_of(version) for version in versions]
+            with self._locked():
+                _note_weights(evaluation, weights)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -552,6 +554,19 @@ class Jobs:
                 yield
         except OSError as error:
             raise ValueError(f"the runs in {self.runs} cannot be changed ({error}); see that the folder is writable") from error
+
+
+def _is_about(asked: dict[str, Any], options: dict[str, Any], weights: list[str]) -> bool:
+    """Whether an evaluation that was asked for before would tell the same: of the weights that are there now, if it has begun."""
+    if {**asked, "weights": None} != {**options, "weights": None}:
+        return False
+    return all(was in (now, judging.UNKNOWN) for was, now in zip(asked.get("weights") or weights, weights, strict=True))
+
+
+def _note_weights(evaluation: Path, weights: list[str]) -> None:
+    """Which weights an evaluation is about: the run may train on, or another one may get its name. Only with the lock."""
+    if (job := read_job(evaluation)) is not None:
+        write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights})))
 
 
 def _number(value: Any) -> float:

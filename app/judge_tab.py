@@ -11,15 +11,16 @@ from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs
 from app.plots import text
 from app.site import AS_SENT, QUIET, Site, clears, page_errors
+from app.train_view import on_their_way
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
     *("sampler", "steps", "guidance_scale", "labels", "precision"),
 )
 HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "IS")
-REFRESH_S = 5.0
+REFRESH_S = 3.0
 ABOUT = (
-    "Evaluations queue with the trainings, and are watched and stopped under **Train**. "
+    "Evaluations queue with the trainings, and are stopped under **Train**. "
     "Several checkpoints are compared pairwise, on the same noise. "
     "The first one against a set of images takes minutes longer: that set's features are taken once, and kept."
 )
@@ -29,15 +30,16 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
     """The widgets of the tab, and what they do; without jobs the leaderboard alone. Returns what looks for new numbers."""
     if site.jobs is not None:
         _form(site, site.jobs, tab)
+    running = gr.HTML("", elem_id="evaluations", apply_default_css=False)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
-    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State("")
+    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State(("", ""))
 
-    def fresh(seen: str) -> tuple[Any, Any]:
-        found = leaderboard(site)
-        return (gr.skip(), gr.skip()) if found == seen else (found, found)
+    def fresh(seen: Sequence[str]) -> tuple[Any, ...]:
+        """What has changed since."""
+        found = on_their_way(site.jobs) if site.jobs else "", leaderboard(site)
+        return found, *(gr.skip() if known == now else now for known, now in zip(seen, found, strict=True))
 
-    tab.select(fresh, seen, [seen, board], **QUIET)
-    timer.tick(fresh, seen, [seen, board], **QUIET)
+    gr.on([tab.select, timer.tick], fresh, seen, [seen, running, board], **QUIET)
     return timer
 
 
@@ -50,8 +52,8 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         )
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
-        words = "Against (openmoji or a folder)"
-        reference = gr.Textbox(judging.EMBEDDED, label=words, max_length=500, min_width=220, elem_id="reference")
+        words = "openmoji, or a folder of images"
+        reference = gr.Textbox(judging.EMBEDDED, label="Against", placeholder=words, max_length=500, min_width=220, elem_id="reference")
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")

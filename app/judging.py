@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.catalog import Source, find, folders, numbers_of
+from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of
 from models.files import read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
 MAX_CHECKPOINTS = 4
 MOST_SAMPLES = 50_000
 EMBEDDED = "openmoji"
+UNKNOWN = "unknown"  # instead of the hash of weights
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,28 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
     return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
 
 
-def weights_of(names: Sequence[str], now: dict[str, Source]) -> list[str | None]:
-    """Hashes of the weights that checkpoints have; None where there are none, or a training is about to write them."""
-    found: list[str | None] = []
+def versions_of(names: Sequence[str], now: dict[str, Source]) -> list[Version | None]:
+    """The versions that checkpoints have now; None where there are none, or a training is about to write them."""
+    found: list[Version | None] = []
     for name in names:
         try:
-            found.append(now[name].hash)
+            found.append(now[name].version)
         except (KeyError, OSError):
             found.append(None)
     return found
+
+
+def hash_of(version: Version | None) -> str:
+    """Of the weights of a version, which are read to know it; `UNKNOWN` where they are not there any more."""
+    try:
+        return hash_of_version(version) if version else UNKNOWN
+    except OSError:
+        return UNKNOWN
+
+
+def weights_of(names: Sequence[str], now: dict[str, Source]) -> list[str]:
+    """Hashes of the weights that checkpoints have now."""
+    return [hash_of(version) for version in versions_of(names, now)]
 
 
 def _folder(name: Any, measure: Measure, runs: Path) -> str:
@@ -155,8 +169,8 @@ def results_of(folder: Path, options: dict[str, Any], now: dict[str, Source]) ->
     """
     numbers, differences = read_results(folder)
     names = options["checkpoints"]
-    judged = options.get("weights") or [None] * len(names)
-    same = [was in (None, has) for was, has in zip(judged, weights_of(names, now), strict=False)]
+    has = weights_of(names, now)
+    same = [was == is_now != UNKNOWN for was, is_now in zip(options.get("weights") or has, has, strict=False)]
     return list(map(Judged, names, same, numbers)), differences if all(same) else []
 
 

@@ -56,12 +56,16 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         with page_errors():
             sampling = site.studio.kept(id)
         yield gr.skip(), render.waiting(0), gr.update(interactive=False)
+        moments: tuple[int, ...] = ()
         async for _, frame, position in site.studio.watch(sampling):
-            if frame is None or not frame.done:
-                yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip()
+            if frame is None:
+                yield gr.skip(), render.waiting(position), gr.skip()
+                continue
+            new = frame.recipe["moments"] != moments
+            moments = frame.recipe["moments"]
+            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(_maps, sampling.result) if sampling.state == DONE else gr.skip()
-        yield shown, render.message(words), gr.update(interactive=True)
+        yield gr.skip(), render.message(words), gr.update(interactive=True)
 
     def labels(names: list[str], label: str) -> Any:
         with page_errors():

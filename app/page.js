@@ -1,4 +1,4 @@
-// What happens in the browser alone: the views of a comparison, and full screen.
+// What happens in the browser alone: the open tab, the views of a comparison, and full screen.
 (() => {
   const FLICKER_MS = 600
   const root = () => document.getElementById('comparison')
@@ -112,6 +112,22 @@
     element.append(button('←', 'Previous image', () => turn(-1)), place, button('→', 'Next image', () => turn(1)), button('Close', 'Close full screen', () => viewer.close()))
     return element
   }
+
+  // --- the open tab stands in the address: links lead to it, and it stays open when the page is loaded anew, as after its restart
+  const tabs = () => [...document.querySelectorAll('.tab-container:not([aria-hidden="true"]) [role="tab"]')]
+  const address = tab => tab === tabs()[0] ? '' : '#' + tab.textContent.trim().toLowerCase().replaceAll(' ', '-')
+  const openTab = () => {
+    const tab = tabs().find(tab => address(tab) === location.hash)
+    if (tab?.getAttribute('aria-selected') === 'false') tab.click()
+    return tab
+  }
+  addEventListener('popstate', openTab)  // back and forth, and a link to another tab
+  const built = new MutationObserver(() => { if (tabs().length) { built.disconnect(); openTab() } })
+  built.observe(document, { childList: true, subtree: true })
+  document.addEventListener('click', event => {
+    const tab = tabs().find(tab => tab === event.target.closest?.('[role="tab"]'))
+    if (tab && address(tab) !== location.hash) history.pushState(null, '', address(tab) || location.pathname + location.search)
+  })
 
   document.addEventListener('click', event => {
     const tile = event.target.closest?.('.tile'), pick = event.target.closest?.('[data-second]')

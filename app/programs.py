@@ -177,11 +177,13 @@ def _trainings(jobs: Jobs) -> None:
 
         Returns:
             "name", "kind", "state" (queued, running, stopping, finished, failed, interrupted), "message", "position" in the queue,
-            "options", "started_at" (seconds since 1970), "log" of a failed one; "step", "of" and "seconds_left".
+            "options", "started_at" (seconds since 1970), "log" of a failed one; "step", "of" and "seconds_left"; "part": what it is
+            at besides, as an evaluation always is ("part" in words, "done", "of", "seconds_left"), or null.
         """
         with page_errors():
             progress = jobs.progress(name, brief=True)
-            return {**told(jobs.status(name)), "step": progress.step, "of": progress.of, "seconds_left": progress.seconds_left}
+            told_of = {key: getattr(progress, key) for key in ("step", "of", "seconds_left", "part")}
+            return {**told(jobs.status(name)), **told_of}
 
     def trainings() -> list[dict]:
         """All runs and evaluations: first those that run, then the queue in its order, then the others.

@@ -1,5 +1,8 @@
 """Train: start a run or a pair, watch it, stop, go on, put away."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,11 @@ NUMBERS = {
     "learning_rate": "Learning rate",
     "seed": "Seed",
 }
+FIELDS = {
+    **{flag: label.removesuffix(" (px)").removeprefix("or ").capitalize() for flag, label in NUMBERS.items() if flag != "alpha_min"},
+    **{"alpha_min": "alpha_min", "preset": "Preset", "dataset_name": "Images", "train_data_dir": "Images", "backbone": "Backbone"},
+    **{"size": "Size", "long_skips": "Long skips", "init_from": "Begin with weights of"},
+}
 
 
 def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
@@ -47,7 +55,7 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
             backbone = gr.Dropdown([PRESETS_OWN], value="", label="Backbone", min_width=110, elem_id="backbone")
             size = gr.Dropdown([PRESETS_OWN], value="", label="Size", min_width=90, elem_id="size")
             skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
-            begin = gr.Dropdown([NOTHING], value="", label="Begin with the weights of", min_width=200, elem_id="init-from")
+            begin = gr.Dropdown([NOTHING], value="", label="Begin with weights of", min_width=200, elem_id="init-from")
         with gr.Row():
             # texts: an empty field is the preset's value, which stands in it in grey
             numbers = {
@@ -84,6 +92,8 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
 
     def options_of(preset: str, data: str, backbone: str, size: str, skips: str, begin: str, *values: Any) -> dict[str, Any]:
         """Flags of the training script."""
+        if not preset and not (data or "").strip():
+            raise ValueError("Images is empty; give openmoji, a folder, or a name of the hub, or choose a preset")
         options = {
             "preset": preset,
             **_source(jobs, (data or "").strip()),
@@ -108,14 +118,14 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
         )
 
     def on_start(name: str, preset: str, pair: bool, *values: Any) -> tuple[Any, ...]:
-        with page_errors():
+        with form_errors():
             options = options_of(preset, *values)
             started = jobs.start_pair(name, options) if pair else [jobs.start(name, options)]
             words = ", ".join(f"{each.name} {place_of(each)}" for each in started)
             return render.message(f"Started: {words}."), *look(started[0].name, started[-1].name if pair else None)
 
     def on_check(name: str, preset: str, pair: bool, *values: Any) -> str:
-        with page_errors():
+        with form_errors():
             options = options_of(preset, *values)
             checked = jobs.check(name or "estimate", options)
             minutes = jobs.estimate(options)
@@ -206,6 +216,17 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     page.load(look, [run, beside], looked, **AS_SENT)
     tab.select(offer, None, [backbone, size, begin], **QUIET)
     return timer
+
+
+@contextlib.contextmanager
+def form_errors() -> Iterator[None]:
+    """`page_errors` about flags speak of the form's fields instead."""
+    with page_errors():
+        try:
+            yield
+        except ValueError as error:
+            words = re.sub(r"--(\w+)|\b(patch_size)\b", lambda found: FIELDS.get(found[1] or found[2], found[0]), str(error))
+            raise ValueError(words) from error
 
 
 def _source(jobs: Jobs, data: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from app import judging, render
 from app.job_files import EVALUATION, QUEUED, RUNNING, TRAINING
@@ -47,18 +48,45 @@ def overview_of(jobs: Jobs, statuses: Sequence[Status]) -> str:
         return NO_RUN
     rows = []
     for status in statuses:
-        done = ""
+        progress, done = jobs.progress(status.name, status, brief=True), ""
         if status.kind == TRAINING:
-            progress = jobs.progress(status.name, status, brief=True)
             done = f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")
             if status.state == RUNNING and progress.seconds_left is not None:
                 done += f", {time_words(progress.seconds_left)} left"
+        if progress.part:
+            done += f"{done and '; '}{part_words(progress.part)}"
         state = f"{status.position} in the queue" if status.state == QUEUED else status.state
         rows.append(
             f'<tr><td>{text(title_of(status))}</td><td><span class="state {status.state}">{state}</span></td>'
-            f"<td>{done}</td><td>{text(status.message)}</td></tr>"
+            f"<td>{text(done)}</td><td>{text(status.message)}</td></tr>"
         )
-    return render.facts_table(("Run", "State", "Steps", ""), rows)
+    return render.facts_table(("Run", "State", "How far", ""), rows)
+
+
+def part_words(part: dict[str, Any]) -> str:
+    """What a process is at, and how far."""
+    of = f" of {part['of']:,}" if part["of"] else ""
+    left = f", {time_words(part['seconds_left'])} left of this part" if part["seconds_left"] is not None else ""
+    return f"{part['part']}: {part['done']:,}{of}{left}"
+
+
+def part_of(progress: Progress) -> str:
+    """The same with a bar; nothing between two parts."""
+    if progress.part is None:
+        return ""
+    bar = f'<progress max="{progress.part["of"] or 1}" value="{progress.part["done"]}" aria-label="This part"></progress>'
+    return f'<div class="status">{bar if progress.part["of"] else ""}<span>{text(part_words(progress.part))}</span></div>'
+
+
+def on_their_way(jobs: Jobs) -> str:
+    """Evaluations that run or wait, and how far they are."""
+    told = []
+    for status in jobs.all():
+        if status.kind == EVALUATION and status.active:
+            where = f"{status.position} in the queue" if status.state == QUEUED else status.state
+            title = f'<b>{text(title_of(status))}</b> <span class="state {status.state}">{where}</span>'
+            told.append(f'<p class="result">{title}</p>{part_of(jobs.progress(status.name, status, brief=True))}')
+    return f"<h3>On their way</h3>{''.join(told)}" if told else ""
 
 
 def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
@@ -74,7 +102,7 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
         lines = [f"{text(name)}: {render.result_words(each)}" for name, numbers in zip(names, found, strict=False) for each in numbers]
         lines += map(text, differences)
         told = "".join(f'<p class="result">{line}</p>' for line in lines)
-        return f'<h3>{text(title_of(status))}</h3><p class="status">{text(status.message)}</p>{told}{words}'
+        return f'<h3>{text(title_of(status))}</h3><p class="status">{text(status.message)}</p>{part_of(progress)}{told}{words}'
     bar = f'<progress max="{progress.of}" value="{progress.step}" aria-label="Training"></progress>' if progress.of else ""
     facts = [f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")]
     facts += [f"{progress.images_per_s:.0f} images/s"] if progress.images_per_s else []
@@ -83,7 +111,8 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     runs = [(status.name, progress), *([(other, jobs.progress(other))] if other else [])]
     curves = f'<div class="plots">{_curves(runs)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)
-    return f'<h3>{text(status.name)}</h3><div class="status">{bar}<span>{" · ".join(facts)}</span></div>{curves}{samples}{words}'
+    stands = f'<div class="status">{bar}<span>{" · ".join(facts)}</span></div>{part_of(progress)}'
+    return f"<h3>{text(status.name)}</h3>{stands}{curves}{samples}{words}"
 
 
 def _curves(runs: Sequence[tuple[str, Progress]]) -> str:

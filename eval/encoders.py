@@ -15,12 +15,12 @@ from models.compat import import_torchvision
 import_torchvision()
 
 import timm  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from models.files import require_memory  # noqa: E402
 from models.paths import from_sigma, interpolate  # noqa: E402
 from models.pipeline import Pipeline  # noqa: E402
 from models.precision import autocast, precision  # noqa: E402
+from models.progress import progress_bar  # noqa: E402
 from models.registry import backbone_name, load_backbone, read_index  # noqa: E402
 from models.shortcut import effective_alpha  # noqa: E402
 from training.data import ImageData  # noqa: E402
@@ -316,7 +316,7 @@ def _look(
     read = encoder.reader(data)
     what = f"looking at {data.name} ({data.split})"
     with (
-        tqdm(total=len(data), desc=what, unit=" images", leave=False, disable=None) as bar,
+        progress_bar(total=len(data), desc=what, unit=" images") as bar,
         autocast(encoder.device, precision(mixed_precision)),
     ):
         for start in range(0, len(data), batch_size):

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from eval.extractors import FeatureExtractorBase
 from eval.spread import everywhere, gathered, is_main, own_batches
 from models.files import require_memory, sha256, written_aside
+from models.progress import progress_bar
 from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
 
 
@@ -114,7 +114,7 @@ def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size:
     layers: tuple[np.ndarray, ...] = ()
     batches = own_batches(len(images), batch_size)
     loader = DataLoader(images, batch_sampler=[list(range(*batch)) for batch in batches])
-    with tqdm(total=len(images), desc=f"features of {about}", unit=" images", leave=False, disable=None) as bar:
+    with progress_bar(total=len(images), desc=f"features of {about}", unit=" images") as bar:
         for (start, stop), batch in zip(batches, loader, strict=True):
             found = extractor(batch.to(device))  # a (B, D) for each layer
             if not layers:

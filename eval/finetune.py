@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, block_shapes
 from models.precision import autocast, precision
+from models.progress import progress_bar
 from training.augment import with_crops
 from training.data import ImageData, Order
 
@@ -78,7 +78,7 @@ def finetune(
     draws = torch.Generator(device).manual_seed(seed)
     cropped, order = with_crops(train, CROP_MIN_SCALE), Order(len(train), seed)
     encoder.network.train()
-    for step in tqdm(range(steps), "fine-tuning", unit=" steps", leave=False, disable=None):
+    for step in progress_bar(range(steps), "fine-tuning", unit=" steps"):
         rows = order.indices(step * batch_size, batch_size)
         images = cropped.batch(rows, device, draws, flip=True)["images"]
         loss = F.cross_entropy(outputs(images, seed + step * batch_size), y[rows].to(device), label_smoothing=LABEL_SMOOTHING)

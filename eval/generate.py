@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from eval.spread import gathered, own_batches
 from models.files import require_memory, written_aside
 from models.pipeline import MAX_SEED, SAMPLER_NAMES, Pipeline
 from models.precision import autocast, precision
+from models.progress import progress_bar
 from models.registry import load_backbone
 from training.data import TrainingData
 from training.options import option
@@ -131,7 +131,7 @@ def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | 
     pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
     guide = load_guide(pipeline, options.guide) if options.guide else None
     context = autocast(pipeline.device, options.precision)
-    with tqdm(total=options.num_samples, desc="generating", unit=" images", leave=False, disable=None) as bar, context:
+    with progress_bar(total=options.num_samples, desc="generating", unit=" images") as bar, context:
         for start, stop in own_batches(options.num_samples, options.batch_size):
             images[start:stop] = pipeline(
                 stop - start,

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eval.knn import check_features
+from models.progress import progress_bar
 
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # the best one lay between 1e-3 and 3e-1 wherever we looked
 STEPS = 20  # of the descent below
@@ -313,7 +313,7 @@ def _fit_attentive(
     optimizer = torch.optim.AdamW([{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, rates, strict=True)])
     steps = epochs * -(-len(rows) // ATTENTIVE_BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    with tqdm(total=steps, desc="attentive probe", unit=" steps", leave=False, disable=None) as bar:
+    with progress_bar(total=steps, desc="attentive probe", unit=" steps") as bar:
         for _ in range(epochs):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(ATTENTIVE_BATCH):
                 x, labels = train_x[batch].to(device), y[batch].to(device)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.encoders import Place
 from eval.intervals import share
@@ -17,6 +16,7 @@ from eval.knn import knn_predictions
 from eval.linear import Probe, held_out_parts, ridge_probe, softmax_probe
 from eval.rank import singular_values, spectral_entropy
 from eval.similarity import cka_matrix, graph_alignment, neighbour_graph, silhouette
+from models.progress import progress_bar
 
 RANK_IMAGES, SIMILARITY_IMAGES = 10_000, 2_000  # for rank, spectrum and norm; for CKA and CKNNA
 CKNNA_K = 10
@@ -73,7 +73,7 @@ def measure(
     held_out = [part.to(device) for part in held_out_parts(labelled.train_y, seed=seed)]
     aligned = None if reference is None else neighbour_graph(torch.from_numpy(reference).to(device), CKNNA_K)
     rows = []
-    for place in tqdm(labelled.train, desc="probing", unit=" places", leave=False, disable=None):
+    for place in progress_bar(labelled.train, desc="probing", unit=" places"):
         try:
             x, z = (side[place].to(device) for side in (labelled.train, labelled.test))
             votes = knn_predictions(x, train_y, z, ks, temperature)

@@ -129,6 +129,7 @@ class Parser(argparse.ArgumentParser):
     def words(message: str) -> str:
         """What argparse says, in words for people."""
         kinds = {"int": "a whole number", "float": "a number"}
+        message = re.sub(r"^argument (\S+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 cannot be \2; choose from \3", message)
         return re.sub(
             r"^argument (\S+): invalid (int|float) value: (.*)$",
             lambda found: f"{found[1]} cannot be {found[3]}; give {kinds[found[2]]}",

@@ -191,7 +191,7 @@ class MAE(DecayedModel):
         places = F.pad(visible + 1, (1, 0))  # (N, 1 + V), the class token is at 0
 
         features = self._encode(patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, patches.shape[2])), places)
-        prediction = self._decode(features, places)  # (N, T, p * p * C)
+        prediction = self._decode(features, places).clone()  # (N, T, p * p * C), no view: FSDP2 hooks what it is given back
 
         pixels = self._channels_last(patches).float()
         mean, deviation = self._statistics(pixels)

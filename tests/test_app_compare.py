@@ -112,9 +112,31 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
     open_page(page, server)
     expect(page.locator("#stage img")).to_have_count(16)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.get_by_label("Difference", exact=True).check()
+    expect(page.locator(".second .measured")).to_contain_text("of 255")
+    assert page.locator(".side").evaluate_all("all => all.every(side => side.scrollWidth <= side.clientWidth)"), "captions wrap"
+    tops = page.locator(".side.first .tile").evaluate_all("all => all.map(tile => tile.getBoundingClientRect().top)")
+    assert tops[0] == tops[1] < tops[2], "two images in a row"
     expect(page.locator("table.cards")).to_contain_text("openmoji-decayed")
     assert page.locator("table.cards svg").count() == 2, "the alphas of both"
     expect(page.locator("table.cards")).to_contain_text("samples against")
+    page.close()
+
+
+def test_the_open_tab_stands_in_the_address(browser: Browser, server: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{server}#train")
+    tabs = {name: page.get_by_role("tab", name=name, exact=True) for name in ("Compare", "Look inside", "Train")}
+    opened = "aria-selected", "true"
+    expect(tabs["Train"]).to_have_attribute(*opened)
+    expect(page.locator("#jobs")).to_contain_text("No run yet", timeout=PATIENCE_MS)
+    tabs["Look inside"].click()
+    page.reload()  # as Gradio does it when the page was started anew
+    expect(tabs["Look inside"]).to_have_attribute(*opened)
+    page.go_back()
+    expect(tabs["Train"]).to_have_attribute(*opened)
+    tabs["Compare"].click()
+    expect(page).to_have_url(server)
     page.close()
 
 
@@ -158,6 +180,8 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
     for side in "CD":
         page.get_by_role("button", name="Add a checkpoint").click()
         expect(page.get_by_label(f"Checkpoint {side}", exact=True)).not_to_have_value("")
+    shown = [page.get_by_label(f"Checkpoint {side}", exact=True).input_value() for side in "ABCD"]
+    assert len(set(shown)) == 4, "what is added isn't shown yet"
     choose(page, "Checkpoint C", PLAIN)
     choose(page, "Checkpoint D", PLAIN)
     expect(page.locator("table.cards thead th")).to_have_count(4)

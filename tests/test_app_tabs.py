@@ -161,7 +161,8 @@ def test_features_of_latents_stand_beside_pictures_of_one_size(tmp_path: Path) -
     sizes = dict(image_size=8, in_channels=4, patch_size=2, depth=2, dim=16, num_heads=2)
     model, objective = create_model("dit", alpha_min=0.6, **sizes), FlowMatching()
     Pipeline(model, objective.scheduler, (), path=objective.path, vae=make_vae()).save_pretrained(tmp_path / "latents")
-    *_, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
+    *before, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
+    assert [len(each.images[-1]) for each in before] == [1, 2, 3], "maps are there while the image is denoised"
     assert [images.shape for images in frame.images] == [(4, 16, 16, 3), (4, 4, 4, 3), (4, 4, 4, 3)]
 
 
@@ -185,6 +186,7 @@ def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> N
 def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path) -> None:
     visit(page, "Look inside")
     press(page, "Look")
+    expect(page.locator("#maps table").first).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#look-status")).to_contain_text("Done", timeout=PATIENCE_MS)
     expect(page.locator("#maps table")).to_have_count(2)
     assert page.locator("#maps img").count() == 2 * 6 * (1 + 8), "moments x (image and blocks)"
@@ -209,6 +211,14 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
     expect(page.get_by_test_id("toast-body")).to_contain_text("the name of a run must be")
     page.get_by_test_id("toast-close").click()
     write(page, "run-name", "pair")
+    press(page, "Check, and estimate the time")
+    expect(page.locator("#advice")).to_contain_text("This can be started", timeout=PATIENCE_MS)
+    write(page, "flag-seed", "1.5")
+    press(page, "Check, and estimate the time")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Seed cannot be '1.5'; give a whole number")
+    expect(page.locator("#advice")).not_to_contain_text("This can be started")
+    page.get_by_test_id("toast-close").click()
+    write(page, "flag-seed", "")
     page.get_by_label("A pair").check()
     press(page, "Check, and estimate the time")
     expect(page.locator("#advice")).to_contain_text("advises alpha_min from 0.36 to 0.53", timeout=PATIENCE_MS)

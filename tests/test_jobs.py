@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock, Timeout
 
-from app import job_flags, job_process
+from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
 from app.catalog import all_results
 from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
@@ -25,10 +26,11 @@ from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured
 from app.render import result_words
 from app.site import Site
-from app.train_view import overview_of
+from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
 from models import Pipeline
-from models.files import write_json
+from models.files import sha256, write_json
+from models.progress import PROGRESS_FILE, progress_bar
 from tests.conftest import ROOT, script_environment
 from tests.tiny_pair import PLAIN, write_pair
 from training import monitor
@@ -463,7 +465,7 @@ def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, 
         ({**FLAGS, "mask_ratio": 0.5}, "no option 'mask_ratio'"),
         ({**FLAGS, "output_dir": "/tmp/x"}, "the page gives it"),
         ({**FLAGS, "resume_from_checkpoint": "latest"}, "the page gives it"),
-        ({**FLAGS, "size": "Q"}, "--size"),
+        ({**FLAGS, "size": "Q"}, "--size cannot be 'Q'; choose from"),
         ({**FLAGS, "patch_size": 5}, "patch"),
         ({**FLAGS, "alpha_min": 0}, "alpha_min"),
         ({**FLAGS, "alpha_min": float("nan")}, "alpha_min"),
@@ -575,6 +577,58 @@ def test_numbers_are_about_the_weights_that_were_judged(
     assert measured(jobs)[PLAIN] == [] and "(earlier weights)" in leaderboard(site)
     shutil.rmtree(index.parent)
     assert measured(jobs)[PLAIN] == [] and "(not here any more)" in leaderboard(site)
+
+
+def test_weights_are_read_while_others_may_go_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(jobs.runs)
+    monkeypatch.setattr(jobs_module, "launch", lambda *_: None)
+    read, held = [], []
+
+    def reads(file: Path) -> str:
+        read.append(file)
+        try:
+            FileLock(jobs.runs / jobs_module.LOCK, timeout=0).acquire().lock.release()
+        except Timeout:
+            held.append(file)
+        return sha256(file)
+
+    monkeypatch.setattr(catalog, "sha256", reads)
+    index = jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json"
+    jobs.at_most = 0
+    judged = jobs.judge({"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64})
+    index.write_text(index.read_text().replace("1234", "7654"))
+    jobs.at_most, asked = 1, len(read)
+    jobs.all()  # now it begins
+    assert 0 < asked < len(read) and held == []
+    assert json.loads((judged.folder / JOB).read_text())["options"]["weights"] == [catalog.find(PLAIN, jobs.runs).hash]
+
+
+def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(jobs.runs)
+    source = catalog.find(PLAIN, jobs.runs)
+    version = source.version
+    os.utime(source.files[-1], ns=(1, 1))
+    assert judging.hash_of(version) == judging.UNKNOWN != judging.hash_of(source.version)
+
+
+def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import time; from models.progress import progress_bar; bar = progress_bar(total=8, desc='generating')"
+    program += "; bar.update(2); time.sleep(1); bar.update(2); time.sleep(600)"
+    monkeypatch.setattr(judging, "command", lambda *_: ["-c", program])
+    name = jobs.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}).name
+    wait_for(lambda: (jobs.progress(name).part or {}).get("done") == 4)
+    assert jobs.progress(name).part["seconds_left"] > 0
+    status = jobs.status(name)
+    for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs)):
+        assert "generating: 4 of 8, " in shown and "left of this part" in shown
+    jobs.stop(name)
+    wait_for(lambda: not jobs.status(name).active)
+    assert jobs.progress(name).part is None and on_their_way(jobs) == ""
+
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress.json"))
+    for _ in progress_bar(range(3), desc="probing"):
+        assert json.loads((tmp_path / "progress.json").read_text())["part"] == "probing"
+    assert not (tmp_path / "progress.json").exists(), "between two parts nothing is told"
 
 
 def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from models.files import read_json, require_disk, write_json, written_aside
+from models.progress import progress_bar
 
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
@@ -363,7 +363,7 @@ def _decode(path: Path, name: str, rows: Iterable[dict[str, Any]], count: int, r
     require_disk(path.parent, count * resolution**2 * 3, f"{count} images of {resolution} px")
     with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
         _write_header(file, count, resolution)
-        numbered = iter(tqdm(enumerate(rows), f"packing {name}", count, unit=" images", leave=False, disable=None))
+        numbered = iter(progress_bar(enumerate(rows), f"packing {name}", count, unit=" images"))
         while chunk := list(islice(numbered, 256)):  # map() would read every row at once
             file.writelines(pool.map(decode, chunk))
         file.seek(0)

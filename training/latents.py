@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
 from models.files import remove, require_disk, written_aside
+from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
 from training.data import ImageData, TrainingData, cache_dir
 
@@ -98,7 +98,7 @@ def _write_moments(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple
     with (
         written_aside(path) as aside,
         aside.open("wb") as file,  # a mapped file would kill the process when the disk is full
-        tqdm(total=len(data), desc=what, unit=" images", leave=False, disable=None) as bar,
+        progress_bar(total=len(data), desc=what, unit=" images") as bar,
     ):
         np.lib.format.write_array_header_2_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for start in range(0, len(data), batch_size):

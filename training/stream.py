@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
+from models.progress import progress_bar
 from training.data import EMBEDDED, ImageData, Order, TrainingData, decode_image, in_unit_range, open_dataset, undecoded
 
 
@@ -145,7 +145,7 @@ def _class_names(name: str, table: Any, column: str) -> tuple[str, ...]:
     feature = table.features[column]
     if hasattr(feature, "names"):
         return tuple(feature.names)
-    rows = tqdm(table.select_columns([column]), f"reading the labels of {name}", unit=" images", leave=False, disable=None)
+    rows = progress_bar(table.select_columns([column]), f"reading the labels of {name}", unit=" images")
     values = {row[column] for row in rows}
     if not all(isinstance(value, str | int) for value in values):
         raise ValueError(f"the column {column!r} of {name} holds no labels but {feature}; labels are whole numbers or words")
