@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -152,12 +153,21 @@ def folder_of(data: ImageData) -> Iterator[Path]:
         yield Path(name)
 
 
-def loop(inputs: Inputs) -> Case:
+def compiled(case: Case, model: nn.Module) -> Case:
+    """The same with our network compiled; how long that took stands apart."""
+    model.compile(dynamic=False)
+    began = time.perf_counter()
+    case.ours()
+    notes = (f"the first step, which compiles, took {time.perf_counter() - began:.0f} s",)
+    return replace(case, about=f"{case.about}, ours compiled", notes=notes)
+
+
+def loop(compile: bool, inputs: Inputs) -> Case:
     """A step of our whole loop against the published one: DiT-XS without long skips, 32 px, 576 images, on a CPU."""
-    return _loop("dit", "DiT-XS", inputs, long_skips=False)
+    return _loop("dit", "DiT-XS", inputs, compile, long_skips=False)
 
 
-def mae_loop(inputs: Inputs) -> Case:
+def mae_loop(compile: bool, inputs: Inputs) -> Case:
     """The same of a masked autoencoder, with random-resized crops."""
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -168,17 +178,18 @@ def mae_loop(inputs: Inputs) -> Case:
     network = network_of(inputs.peer, "mae")
     theirs = published_mae_step(network, endless(inputs.keep(folder_of(data)), BATCH, crop))
     about = f"MAE-XS, 32 px, patch 4: whole step / {inputs.theirs}"
-    return Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+    case = Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+    return compiled(case, model) if compile else case
 
 
 def uvit_loop(inputs: Inputs) -> Case:
     """The same of a U-ViT, against a checkout of it."""
     if inputs.peer is None:
         raise ValueError("uvit-loop needs a checkout of baofff/U-ViT; give it with --peer")
-    return _loop("uvit", "U-ViT-XS", inputs)
+    return _loop("uvit", "U-ViT-XS", inputs, compile=False)
 
 
-def _loop(backbone: str, title: str, inputs: Inputs, **options: Any) -> Case:
+def _loop(backbone: str, title: str, inputs: Inputs, compile: bool, **options: Any) -> Case:
     """Whole steps of a diffusion model at an alpha_min of 0.5."""
     from torchvision.transforms import CenterCrop
 
@@ -188,7 +199,8 @@ def _loop(backbone: str, title: str, inputs: Inputs, **options: Any) -> Case:
     network = network_of(inputs.peer, backbone)
     theirs = published_step(network, endless(inputs.keep(folder_of(data)), BATCH, CenterCrop(32)))
     about = f"{title}, 32 px, patch 4: whole step / {inputs.theirs}"
-    return Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+    case = Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+    return compiled(case, model) if compile else case
 
 
 def feed(inputs: Inputs) -> Case:
@@ -468,7 +480,8 @@ def call(*command: object) -> None:
 
 CASES: dict[str, Callable[[Inputs], Case]] = {
     **{f"alpha{end}": partial(alpha, end[1:] or "dit") for end in ("", "-uvit", "-unet", "-mae")}, "control": control,
-    "loop": loop, "mae-loop": mae_loop, "uvit-loop": uvit_loop, "diffusers": diffusers, "feed": feed, "feed-crops": feed_crops,
+    "loop": partial(loop, False), "loop-compiled": partial(loop, True), "mae-loop": partial(mae_loop, False),
+    "mae-loop-compiled": partial(mae_loop, True), "uvit-loop": uvit_loop, "diffusers": diffusers, "feed": feed, "feed-crops": feed_crops,
     "growth": growth, "growth-feed": growth_feed, "sampling": sampling, "frechet": frechet, "fid": fid, "crops": crops,
     "neighbours": partial(neighbours, 20), "neighbours-200": partial(neighbours, 200), "linear-probe": linear_probe, "places": places,
 }  # fmt: skip

@@ -110,7 +110,7 @@ def limits_of(case: Case) -> dict[str, float]:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         case.ours()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = torch.randn(2048, 2048, device=device)
