@@ -259,3 +259,9 @@ def test_a_file_where_the_run_should_be_is_told(image_folder: Path, tmp_path: Pa
         with pytest.raises(SystemExit, match="2"):
             main(["--train_data_dir", str(image_folder), *FLAGS, "--output_dir", str(run)])
         assert capsys.readouterr().err == f"error: {tmp_path / 'file'} cannot be written (Not a directory); choose another --output_dir\n"
+
+
+def test_a_name_that_no_folder_can_have_is_told(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--train_data_dir", str(image_folder), *FLAGS, "--output_dir", str(tmp_path / ("x" * 300))])
+    assert capsys.readouterr().err.endswith("cannot be written (File name too long); choose another --output_dir\n")

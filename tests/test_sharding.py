@@ -108,6 +108,33 @@ def test_under_deepspeed_two_processes_repeat_one_and_go_on(
     assert code == 2 and "was trained by DeepSpeed with --num_processes 2; go on like that" in said and said.count("\n") == 1
 
 
+NAN_GRADIENTS = """
+import runpy, sys
+from training.objectives import FlowMatching
+
+def with_nan_gradients(self, *arguments, call=FlowMatching.__call__):
+    loss, logs = call(self, *arguments)
+    return loss + (0 * loss).sqrt(), logs
+
+FlowMatching.__call__ = with_nan_gradients
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_under_deepspeed_gradients_that_are_not_finite_end_the_training(image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    (tmp_path / "broken.py").write_text(NAN_GRADIENTS)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "training/configs/deepspeed.yaml", "--num_processes", 2]
+    script = ["tests/sharded_on_cpu.py", tmp_path / "broken.py", "training/train_diffusion.py", "--train_data_dir", image_folder]
+    flags = [*FLAGS.split(), "--patch_size", 8, "--max_grad_norm", 0, "--max_train_steps", 3, "--output_dir", tmp_path / "run"]
+    done = run_script(*launcher, *script, *flags)
+    assert done.returncode, "DeepSpeed leaves out every step, and nothing would be trained"
+    assert "gradients are not finite in step 1" in done.stderr and "there is no checkpoint yet" in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
 def test_of_deepspeeds_checkpoints_no_code_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
 

@@ -222,11 +222,13 @@ def train(
                 with accelerator.accumulate(model):
                     loss, _ = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite):
+                    if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite or zero):
                         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
                         if options.skip_nonfinite and not math.isfinite(norm):
                             optimizer.zero_grad()  # then AdamW has nothing to do
                             skipped += 1
+                        elif zero and not math.isfinite(norm):  # elsewhere the weights, and so the loss, would tell
+                            raise broken(f"gradients are not finite in step {step + 1}, which DeepSpeed leaves out")
                         else:
                             skipped = 0
                     optimizer.step()
@@ -331,15 +333,16 @@ def check(options: LoopOptions) -> Path:
     if asks_for_deepspeed() and options.mixed_precision == "fp16":
         raise ValueError(f"DeepSpeed's own fp16 hides the exact weights from the averages; give --mixed_precision bf16, or {FSDP2}")
     run = Path(options.output_dir)
-    if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
-        raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
     for folder in (run, run / "checkpoints"):  # not after hours, when the first checkpoint is due
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = folder
         try:
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise ValueError(f"{there} cannot be written ({error.strerror}); choose another --output_dir") from None
+    if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
+        raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
     return run
 
 
