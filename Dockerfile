@@ -6,7 +6,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /app
 # Pillow joins the code points of an emoji with fribidi; on a GPU --compile pays, and needs a compiler
 RUN apt-get update -qq \
- && apt-get install -y -qq --no-install-recommends libfribidi0 $([ -n "$TORCH_INDEX" ] || echo g++) \
+ && apt-get install -y -qq --no-install-recommends libfribidi0 $(case "$TORCH_INDEX" in */cpu) ;; *) echo g++ ;; esac) \
  && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt requirements.lock ./
 # torch from its own index where that can be reached, else from the configured one
@@ -20,7 +20,7 @@ COPY training training
 COPY eval eval
 COPY app app
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/app/runs/.cache HF_HOME=/app/runs/.cache/huggingface \
-    MPLCONFIGDIR=/app/runs/.cache/matplotlib
+    MPLCONFIGDIR=/app/runs/.cache/matplotlib TORCHINDUCTOR_CACHE_DIR=/app/runs/.cache/inductor TRITON_CACHE_DIR=/app/runs/.cache/triton
 RUN python -m models.compat \
  && useradd --create-home --uid 1000 painter && mkdir runs && chown painter runs
 USER painter

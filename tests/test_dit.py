@@ -167,18 +167,20 @@ def test_positions_encode_column_then_row() -> None:
     torch.testing.assert_close(positions[2, :2], torch.tensor([2.0, 2.0 / 100]).sin())
 
 
-def test_attention_in_bf16_is_that_in_fp32_but_for_rounding() -> None:
-    inputs = [torch.randn(2, 3, 16, 8).bfloat16().requires_grad_() for _ in range(3)]
+@pytest.mark.parametrize(("tokens", "scale"), [(16, 1.0), (16, 4.5), (1025, 1.0)], ids=["small", "large scores", "many tokens"])
+def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(tokens: int, scale: float) -> None:
+    q, k, v = (torch.randn(2, 3, tokens, 8) for _ in range(3))
+    inputs = [each.bfloat16().requires_grad_() for each in (scale * q, k, v)]
     exact = [each.detach().float().requires_grad_() for each in inputs]
     expected = F.scaled_dot_product_attention(*exact)
     with torch.autocast("cpu", torch.bfloat16):
         found = scaled_dot_product_attention(*inputs)
     assert found.dtype == torch.bfloat16
-    towards = torch.randn(2, 3, 16, 8)
+    towards = torch.randn_like(expected)
     expected.backward(towards)
     found.backward(towards.bfloat16())
     for ours, theirs in [(found, expected), *((one.grad, other.grad) for one, other in zip(inputs, exact, strict=True))]:
-        assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()  # bf16 itself rounds to 4e-3
+        assert (ours.float() - theirs).norm() < 1.2e-2 * theirs.norm()  # bf16 itself rounds to 4e-3
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -233,13 +233,15 @@ def _feed(words: str, goal: float, inputs: Inputs, min_scale: float, *augment: C
 
 
 def growth(inputs: Inputs) -> Case:
-    """A step of our whole loop over 100,000 packed images against one over 10,000; and what a training from a stream of them holds."""
+    """A step of our whole loop over 100,000 packed images against one over 10,000; and what an epoch from a stream of them holds."""
     few, many = 10_000, 100_000
     folder = Path(inputs.keep(tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-")))
-    peaks = {count: streaming_peak(write_shards(folder / str(count), count), folder / f"run-{count}") for count in (few, many)}
+    peaks = {
+        count: streaming_peak(write_shards(folder / str(count), count), folder / f"run-{count}", count // 256) for count in (few, many)
+    }
     found = " and ".join(f"{peak / 2**20:,.0f} MiB of {count:,} images" for count, peak in peaks.items())
     notes = (
-        f"memory of a training that streams (peak resident set of its process): {found}, {peaks[many] / peaks[few]:.3f} times as much",
+        f"memory of a training that streams for an epoch (peak resident set of its process): {found}, {peaks[many] / peaks[few]:.3f} times as much",
     )
 
     def step(count: int) -> Work:
@@ -290,7 +292,7 @@ def write_shards(folder: Path, count: int, in_each: int = 1000) -> Path:
     return folder
 
 
-def streaming_peak(folder: Path, run: Path, steps: int = 16) -> int:
+def streaming_peak(folder: Path, run: Path, steps: int) -> int:
     """Bytes that a training which streams these files holds at its peak: the resident set of its process."""
     sizes = ["--resolution", 32, "--size", "XS", "--patch_size", 8, "--train_batch_size", 256, "--max_train_steps", steps]
     quiet = ["--sample_steps", 0, "--report_to", "none", "--output_dir", run]
@@ -427,7 +429,10 @@ def linear_probe(inputs: Inputs) -> Case:
     crop = RandomResizedCrop(32, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
     loader = image_loader(inputs.keep(folder_of(data)), 256, crop)
     theirs = published_probe_epoch(lambda images: network.features(images)[-1][:, 0], network.config.dim, loader)
-    about = f"linear probe of an MAE-XS, 1,024 images, {len(WEIGHT_DECAYS)} penalties / {PROBE_EPOCHS} x an epoch of one learning rate"
+    ways = (
+        f"{precision('auto')}, packed, {len(WEIGHT_DECAYS)} penalties / {PROBE_EPOCHS} x an epoch of one learning rate, fp32, files, crops"
+    )
+    about = f"linear probe of an MAE-XS, 1,024 images: {ways}"
     return Case(about, ours, theirs, goal=50, pairs=6, warm_ups=1, of_torch=False, theirs_times=PROBE_EPOCHS)
 
 
@@ -449,7 +454,7 @@ def sampling(inputs: Inputs) -> Case:
 
     opponent = f"Euler, {SAMPLER_STEPS} guided steps, fp32, eager"
     return Case(
-        f"{SAMPLED} images of 32 px, {best.quality}: {best.words}, {precision('auto')} / {opponent}",
+        f"{SAMPLED} images of 32 px, {best.quality}: {best.words}, {precision('auto')}{', compiled' if cuda else ''} / {opponent}",
         ours,
         theirs,
         goal=100 if cuda else 50,
