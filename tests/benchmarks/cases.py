@@ -240,9 +240,7 @@ def growth(inputs: Inputs) -> Case:
         count: streaming_peak(write_shards(folder / str(count), count), folder / f"run-{count}", count // 256) for count in (few, many)
     }
     found = " and ".join(f"{peak / 2**20:,.0f} MiB of {count:,} images" for count, peak in peaks.items())
-    notes = (
-        f"memory of a training that streams for an epoch (peak resident set of its process): {found}, {peaks[many] / peaks[few]:.3f} times as much",
-    )
+    notes = (f"memory of a training that streams for an epoch (its process's peak): {found}, {peaks[many] / peaks[few]:.3f} times as much",)
 
     def step(count: int) -> Work:
         torch.manual_seed(0)
