@@ -603,12 +603,45 @@ def test_weights_are_read_while_others_may_go_on(jobs: Jobs, monkeypatch: pytest
     assert json.loads((judged.folder / JOB).read_text())["options"]["weights"] == [catalog.find(PLAIN, jobs.runs).hash]
 
 
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_weights_that_a_page_could_not_note_are_read_by_the_next_look(
+    trains_on: bool, jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(jobs.runs)
+    running, lock = process(), FileLock(jobs.runs / jobs_module.LOCK)
+    began = {"pid": running.pid, "process_began": psutil.Process(running.pid).create_time(), "started_at": time.time()}
+    monkeypatch.setattr(jobs_module, "launch", lambda run, *_: write_json(run / JOB, {**json.loads((run / JOB).read_text()), **began}))
+    monkeypatch.setattr(jobs_module, "LOCK_S", 0.1)
+    jobs.at_most = 0
+    judged = jobs.judge({"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64})
+    catalog.hash_of_version.cache_clear()
+    monkeypatch.setattr(catalog, "sha256", lambda file: (lock.acquire(), sha256(file))[1])  # another page is busy from now on
+    jobs.at_most = 1
+    assert jobs.start("mine", FLAGS).position == 1, "the training is queued, whatever becomes of the evaluation that begins with it"
+    lock.release(force=True)
+    catalog.hash_of_version.cache_clear()  # as in a page that begins
+    monkeypatch.setattr(catalog, "sha256", sha256)
+    noted = [catalog.find(PLAIN, jobs.runs).hash]
+    if trains_on:
+        os.utime(jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json", ns=(1, 1))
+        noted = [judging.UNKNOWN]
+    catalog.hash_of_version.cache_clear()
+    page = Jobs(jobs.runs)
+    assert page.status(judged.name).options["weights"] == noted
+    write_json(judged.folder / "result.json", {"metric": "FD", "value": 3.5, "num_samples": 64})
+    page.stop("mine")
+    running.kill()
+    running.wait()
+    assert [each["value"] for each in measured(page)[PLAIN]] == ([] if trains_on else [3.5])
+
+
 def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(jobs.runs)
     source = catalog.find(PLAIN, jobs.runs)
     version = source.version
     os.utime(source.files[-1], ns=(1, 1))
     assert judging.hash_of(version) == judging.UNKNOWN != judging.hash_of(source.version)
+    assert judging.hash_of(json.loads(json.dumps(source.version))) == source.hash
 
 
 def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
