@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import psutil
 import pytest
 from filelock import FileLock, Timeout
@@ -26,6 +27,7 @@ from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured
 from app.render import result_words
 from app.site import Site
+from app.train_tab import form_errors
 from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
 from models import Pipeline
@@ -497,6 +499,15 @@ def test_bad_flags_are_told_in_one_line_and_leave_nothing(jobs: Jobs, options: A
         jobs.start("mine", options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert not jobs.runs.exists() and capfd.readouterr().err == ""
+
+
+def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> None:
+    write_job(jobs, "a--seed-3")
+    with pytest.raises(gr.Error, match="there is a run or a file a--seed-3 already"), form_errors():
+        jobs.start("a--seed-3", FLAGS)
+    with pytest.raises(gr.Error) as error, form_errors():
+        raise ValueError("a-patch_size: --seed is 3, and patch_size must divide (--resolution)")
+    assert error.value.message == "a-patch_size: Seed is 3, and Patch must divide (Resolution)"
 
 
 def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
