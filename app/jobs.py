@@ -408,7 +408,7 @@ class Jobs:
             left.append((of - step) * config["images_a_step"] / rate)
         if status.state == RUNNING and status.started_at and (minutes := {**config, **status.options}.get("max_train_minutes")):
             left.append(max(0.0, 60 * minutes - (time.time() - status.started_at)))
-        part = part_of(run) if status.state in (RUNNING, STOPPING) else None
+        part = part_of(run) if status.active and job and process_of(run, job) else None  # else of a process that was killed
         so_far = Progress(step, of, rate, min(left, default=None), part, curve=[], sample=None, log=())
         if brief:
             return so_far

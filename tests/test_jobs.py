@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
+from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job
 from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured
 from app.render import result_words
@@ -673,6 +673,17 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     for _ in progress_bar(range(3), desc="probing"):
         assert json.loads((tmp_path / "progress.json").read_text())["part"] == "probing"
     assert not (tmp_path / "progress.json").exists(), "between two parts nothing is told"
+
+
+def test_what_a_killed_process_was_at_is_not_told_of_another(jobs: Jobs, process: Callable) -> None:
+    told = {"part": "encoding", "done": 1, "of": 8, "seconds_left": 3.0}
+    write_job(jobs, "mine", process())
+    run = write_run(jobs, "mine", saved=2, max_train_steps=50)
+    write_json(run / PART, told)
+    assert jobs.progress("mine").part == told
+    (run / JOB).write_text(json.dumps(asdict(Job(FLAGS, 1.0, pid=2**22 - 1, process_began=0.0, started_at=1.0))))
+    process("", "training/train_diffusion.py", f"--output_dir={run}")  # goes on in a shell
+    assert jobs.status("mine").message == "started outside the page" and jobs.progress("mine").part is None
 
 
 def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:
