@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job
+from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
 from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured
 from app.render import result_words
@@ -684,6 +684,21 @@ def test_what_a_killed_process_was_at_is_not_told_of_another(jobs: Jobs, process
     (run / JOB).write_text(json.dumps(asdict(Job(FLAGS, 1.0, pid=2**22 - 1, process_began=0.0, started_at=1.0))))
     process("", "training/train_diffusion.py", f"--output_dir={run}")  # goes on in a shell
     assert jobs.status("mine").message == "started outside the page" and jobs.progress("mine").part is None
+
+
+def test_only_times_that_can_be_told_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PART))
+    bar = progress_bar(total=2, desc="encoding")
+    time.sleep(0.01)
+    bar.update(3)  # more than was thought at first
+    bar.refresh()
+    told = part_of(tmp_path)
+    assert told == {"part": "encoding", "done": 3, "of": 2, "seconds_left": 0}
+    bar.close()
+    for odd in ("NaN", "Infinity", '"3"'):
+        for key in ("done", "of", "seconds_left"):
+            (tmp_path / PART).write_text(json.dumps({**told, key: "odd"}).replace('"odd"', odd))
+            assert part_of(tmp_path) is None
 
 
 def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:
