@@ -13,7 +13,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -216,9 +216,14 @@ class Jobs:
             write_json(folder / JOB, asdict(Job(options, time.time(), kind=EVALUATION)))
         return self.status(folder.name)
 
-    def evaluations(self) -> list[Status]:
-        """Finished ones, the newest first; `judging.read_results(status.folder)` tells what they found."""
-        finished = (status for status in self._statuses() if status.kind == EVALUATION and status.state == FINISHED)
+    def evaluations(self, statuses: Sequence[Status] | None = None) -> list[Status]:
+        """Finished ones, the newest first; `judging.read_results(status.folder)` tells what they found.
+
+        Args:
+            statuses: of all jobs, where they are known already.
+        """
+        known = self._statuses() if statuses is None else statuses
+        finished = (status for status in known if status.kind == EVALUATION and status.state == FINISHED)
         return sorted(finished, key=lambda status: -(status.started_at or 0))
 
     def all(self) -> list[Status]:

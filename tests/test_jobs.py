@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
+from app.job_files import EVALUATION, FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
 from app.jobs import Jobs
-from app.judge_tab import leaderboard, measured
+from app.judge_tab import leaderboard, measured, on_their_way_and_found
 from app.render import result_words
 from app.site import Site
 from app.train_tab import form_errors
@@ -403,6 +403,20 @@ def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypa
     assert len(read) == 20
 
 
+def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, each in (("done", {"pid": 2**22 - 1, "process_began": 0.0, "started_at": 1.0}), ("next", {})):
+        options = {"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}
+        write_job(jobs, f".evaluations/{name}", options=options, kind=EVALUATION, **each)
+    write_json(jobs.runs / ".evaluations/done/result.json", {"metric": "FD", "value": 3.25})
+    looked, statuses = [], jobs._statuses
+    monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
+    jobs.at_most = 0
+    waits, found = on_their_way_and_found(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
+    assert "1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+
+
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
     flags = {**FLAGS, "max_train_steps": 600, "train_batch_size": 10}
     assert jobs.estimate(flags) is None
@@ -663,11 +677,11 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     wait_for(lambda: (jobs.progress(name).part or {}).get("done") == 4)
     assert jobs.progress(name).part["seconds_left"] > 0
     status = jobs.status(name)
-    for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs)):
+    for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs, [status])):
         assert "generating: 4 of 8, " in shown and "left of this part" in shown
     jobs.stop(name)
     wait_for(lambda: not jobs.status(name).active)
-    assert jobs.progress(name).part is None and on_their_way(jobs) == ""
+    assert jobs.progress(name).part is None and on_their_way(jobs, jobs.all()) == ""
 
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress.json"))
     for _ in progress_bar(range(3), desc="probing"):
