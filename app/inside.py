@@ -1,7 +1,7 @@
 """Looking inside networks: features of a generated image while it is denoised, and what masked autoencoders make of an image."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.linalg import eigh
 
 from app.catalog import autoencoders, find
 from app.libraries import load_libraries
-from app.sampler import Frames, PipelineCache, loaded, sample
+from app.sampler import Frame, Frames, PipelineCache, loaded, sample
 from app.settings import Comparison
 from models.files import INDEX
 
@@ -29,9 +30,10 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
     from the noise to the image; it means nothing across blocks or checkpoints.
 
     Yields:
-        A frame after each step. Its images are, side by side after the other, the previews (M, H, W, C) and for each block the patches
-        as colours (M, h, w, 3), all uint8, of the moments so far; its recipe tells "moments" (evaluations done) and "blocks" (of each
-        side, their numbers). Colours shift until the last moment is there.
+        A frame after each step; before it, whenever one more block is looked at, one with what there was, so that closing does not wait
+        for all blocks. Its images are, side by side after the other, the previews (M, H, W, C) and for each block the patches as colours
+        (M, h, w, 3), all uint8, of the moments so far; its recipe tells "moments" (evaluations done) and "blocks" (of each side, their
+        numbers). Colours shift until the last moment is there.
 
     Raises:
         ValueError: as `sample`.
@@ -54,23 +56,31 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
             for frame in frames:
                 wanted = {round(i * (frame.num_steps - 1) / (MAX_MOMENTS - 1)) + 1 for i in range(MAX_MOMENTS)}
                 if frame.step in wanted and frame.step not in moments:
-                    moments.append(frame.step)
                     for i, pipeline in enumerate(pipelines):
                         previews[i].append(frame.images[i][0])
                         kept[i].append(_features(pipeline.model, asked[id(pipeline.model)][-1], hooks))
-                    blocks = [_spread(len(of_side[0]), MAX_BLOCKS) for of_side in kept]
-                    images = tuple(itertools.chain(*map(_rows, previews, kept, blocks)))
+                    shown, blocks = [], [_spread(len(of_side[0]), MAX_BLOCKS) for of_side in kept]
+                    for row in itertools.chain.from_iterable(map(_rows, previews, kept, blocks)):
+                        shown.append(row)
+                        yield _with(replace(frame, done=False), images, moments, blocks)
+                    moments, images = [*moments, frame.step], tuple(shown)
                 for calls in asked.values():
                     calls.clear()
-                yield replace(frame, images=images, recipe={**frame.recipe, "moments": tuple(moments), "blocks": blocks})
+                yield _with(frame, images, moments, blocks)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _rows(pictures: list[np.ndarray], features: list[list[np.ndarray]], blocks: list[int]) -> list[np.ndarray]:
+def _with(frame: Frame, images: tuple[np.ndarray, ...], moments: Sequence[int], blocks: list[list[int]]) -> Frame:
+    return replace(frame, images=images, recipe={**frame.recipe, "moments": tuple(moments), "blocks": blocks})
+
+
+def _rows(pictures: list[np.ndarray], features: list[list[np.ndarray]], blocks: list[int]) -> Iterator[np.ndarray]:
     """Of one side: its previews, then the features of each block as colours."""
-    return [_of_one_size(pictures), *(colours(np.stack([moment[block] for moment in features])) for block in blocks)]
+    yield _of_one_size(pictures)
+    for block in blocks:
+        yield colours(np.stack([moment[block] for moment in features]))
 
 
 def _features(model: Any, arguments: tuple, hooks: Sequence[Any]) -> list[np.ndarray]:
@@ -88,7 +98,7 @@ def colours(tokens: np.ndarray) -> np.ndarray:
     moments, number, width = tokens.shape
     flat = tokens.reshape(-1, width).astype(np.float64)
     flat -= flat.mean(axis=0)
-    axes = np.linalg.eigh(flat.T @ flat)[1][:, : -min(3, width) - 1 : -1]
+    axes = eigh(flat.T @ flat, subset_by_index=[max(0, width - 3), width - 1])[1][:, ::-1]  # all of wide blocks would take seconds
     axes *= np.where(axes.sum(axis=0) < 0, -1, 1)  # the sign of a component is arbitrary
     found = flat @ axes
     low, high = np.percentile(found, [1, 99], axis=0)

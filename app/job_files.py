@@ -1,5 +1,6 @@
 """What jobs are on disk: `job.json` of the page, and what trainings and evaluations write beside it."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Container
@@ -144,7 +145,8 @@ def part_of(run: Path) -> dict[str, Any] | None:
     """What a process is at, as `models.progress` tells it: "part", "done", "of" and "seconds_left"; None between two parts."""
     told = json_of(run / PART)
     numbers = [told.get(key) for key in ("done", "of", "seconds_left")]
-    fits = isinstance(told.get("part"), str) and numbers[0] is not None and all(isinstance(each, int | float | None) for each in numbers)
+    fits = isinstance(told.get("part"), str) and numbers[0] is not None
+    fits = fits and all(each is None or (isinstance(each, int | float) and math.isfinite(each)) for each in numbers)
     return told if fits else None
 
 

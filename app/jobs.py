@@ -13,7 +13,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -60,6 +60,7 @@ LOCK, EVALUATIONS, ARCHIVE = ".jobs.lock", ".evaluations", ".archive"  # in the 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
+VERSIONS = "versions"  # of the weights that an evaluation is about, until somebody has read them
 SAME_SPEED = ("backbone", "size", "resolution", "patch_size", "vae")  # runs that agree in these are about as fast
 MAY_CHANGE = ("max_train_steps", "max_train_minutes")  # when a run goes on
 MOST = {"resolution": 1024, "train_batch_size": 4096, "gradient_accumulation_steps": 4096}
@@ -140,6 +141,7 @@ class Jobs:
     def __init__(self, runs: Path, at_most: int = 1, data: Path | None = None, num_processes: int = 1) -> None:
         self.runs, self.at_most, self.data = runs.resolve(), at_most, data.resolve() if data else None
         self.num_processes = num_processes
+        self._reads = threading.Lock()  # held while weights are read
 
     def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """What `start` would say, without starting; returns the options as they will be stored.
@@ -214,9 +216,14 @@ class Jobs:
             write_json(folder / JOB, asdict(Job(options, time.time(), kind=EVALUATION)))
         return self.status(folder.name)
 
-    def evaluations(self) -> list[Status]:
-        """Finished ones, the newest first; `judging.read_results(status.folder)` tells what they found."""
-        finished = (status for status in self._statuses() if status.kind == EVALUATION and status.state == FINISHED)
+    def evaluations(self, statuses: Sequence[Status] | None = None) -> list[Status]:
+        """Finished ones, the newest first; `judging.read_results(status.folder)` tells what they found.
+
+        Args:
+            statuses: of all jobs, where they are known already.
+        """
+        known = self._statuses() if statuses is None else statuses
+        finished = (status for status in known if status.kind == EVALUATION and status.state == FINISHED)
         return sorted(finished, key=lambda status: -(status.started_at or 0))
 
     def all(self) -> list[Status]:
@@ -225,6 +232,9 @@ class Jobs:
         if self._places(statuses) > 0 and any(status.state == QUEUED for status in statuses):
             with self._locked_then_started():
                 pass
+            statuses = self._statuses()
+        elif any(VERSIONS in status.options for status in statuses):
+            self._read_weights()
             statuses = self._statuses()
         order = {RUNNING: 0, STOPPING: 0, QUEUED: 1}
         return sorted(statuses, key=lambda status: (order.get(status.state, 2), status.position, -(status.started_at or 0), status.name))
@@ -236,7 +246,8 @@ class Jobs:
             told = ""
             while True:
                 try:
-                    if any(job is not None and job.started_at is None for job in map(read_job, (*self._runs(), *self._evaluations()))):
+                    jobs = filter(None, map(read_job, (*self._runs(), *self._evaluations())))
+                    if any(job.started_at is None or job.options.get(VERSIONS) for job in jobs):
                         self.all()
                 except Exception as error:  # whatever it is: as soon as it is mended the queue moves again
                     if told != (told := f"the queue cannot move: {type(error).__name__}: {error}"):
@@ -402,7 +413,7 @@ class Jobs:
             left.append((of - step) * config["images_a_step"] / rate)
         if status.state == RUNNING and status.started_at and (minutes := {**config, **status.options}.get("max_train_minutes")):
             left.append(max(0.0, 60 * minutes - (time.time() - status.started_at)))
-        part = part_of(run) if status.state in (RUNNING, STOPPING) else None
+        part = part_of(run) if status.active and job and process_of(run, job) else None  # else of a process that was killed
         so_far = Progress(step, of, rate, min(left, default=None), part, curve=[], sample=None, log=())
         if brief:
             return so_far
@@ -522,28 +533,40 @@ class Jobs:
         """Free ones; what was started without the page takes none."""
         return self.at_most - sum(status.state in (RUNNING, STOPPING) and status.started_at is not None for status in statuses)
 
-    def _start_queued(self) -> dict[Path, list[judging.Version | None]]:
-        """Start what waits, as far as there are places. Only with the lock. Returns the evaluations among it: what they are about."""
-        statuses, about = self._statuses(), {}
+    def _start_queued(self) -> None:
+        """Start what waits, as far as there are places. Only with the lock."""
+        statuses = self._statuses()
         queue = sorted((status for status in statuses if status.state == QUEUED), key=lambda status: status.position)
         for status in queue[: max(0, self._places(statuses))]:
             if status.kind == EVALUATION:
                 names = status.options.get("checkpoints", ())
-                about[status.folder] = judging.versions_of(names, sources(self.runs))
-                _note_weights(status.folder, [judging.UNKNOWN] * len(names))
+                _note(status.folder, [judging.UNKNOWN] * len(names), judging.versions_of(names, sources(self.runs)))
             launch(status.folder, self.num_processes)
-        return about
+
+    def _read_weights(self) -> None:
+        """Note which weights evaluations are about that have begun: a run may train on, or another one may get its name.
+
+        Reading takes a while, so it is done without the lock. Should the page end meanwhile, the versions stay noted for the next look.
+        """
+        if not self._reads.acquire(blocking=False):  # somebody does already
+            return
+        try:
+            for status in self._statuses():
+                if VERSIONS not in status.options:
+                    continue
+                weights = [judging.hash_of(version) for version in status.options[VERSIONS]]
+                with contextlib.suppress(ValueError), self._locked():  # where it cannot be noted now, a later look does it
+                    _note(status.folder, weights, None)
+        finally:
+            self._reads.release()
 
     @contextmanager
     def _locked_then_started(self) -> Iterator[None]:
-        """As `_locked`; then what waits is started. Which weights evaluations are about is read afterwards: it takes a while."""
+        """As `_locked`; then what waits is started."""
         with self._locked():
             yield
-            about = self._start_queued()
-        for evaluation, versions in about.items():
-            weights = [judging.hash_of(version) for version in versions]
-            with self._locked():
-                _note_weights(evaluation, weights)
+            self._start_queued()
+        self._read_weights()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -558,15 +581,15 @@ class Jobs:
 
 def _is_about(asked: dict[str, Any], options: dict[str, Any], weights: list[str]) -> bool:
     """Whether an evaluation that was asked for before would tell the same: of the weights that are there now, if it has begun."""
-    if {**asked, "weights": None} != {**options, "weights": None}:
+    if {**asked, "weights": None, VERSIONS: None} != {**options, "weights": None, VERSIONS: None}:
         return False
     return all(was in (now, judging.UNKNOWN) for was, now in zip(asked.get("weights") or weights, weights, strict=True))
 
 
-def _note_weights(evaluation: Path, weights: list[str]) -> None:
-    """Which weights an evaluation is about: the run may train on, or another one may get its name. Only with the lock."""
+def _note(evaluation: Path, weights: list[str], versions: list[judging.Version | None] | None) -> None:
+    """Which weights an evaluation is about; versions as long as these are to be read. Only with the lock."""
     if (job := read_job(evaluation)) is not None:
-        write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights})))
+        write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights, VERSIONS: versions})))
 
 
 def _number(value: Any) -> float:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app import judging, render
 from app.catalog import all_results, autoencoders, checkpoints, sources
-from app.jobs import Jobs
+from app.jobs import Jobs, Status
 from app.plots import text
 from app.site import AS_SENT, QUIET, Site, clears, page_errors
 from app.train_view import on_their_way
@@ -36,7 +36,7 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
 
     def fresh(seen: Sequence[str]) -> tuple[Any, ...]:
         """What has changed since."""
-        found = on_their_way(site.jobs) if site.jobs else "", leaderboard(site)
+        found = on_their_way_and_found(site)
         return found, *(gr.skip() if known == now else now for known, now in zip(seen, found, strict=True))
 
     gr.on([tab.select, timer.tick], fresh, seen, [seen, running, board], **QUIET)
@@ -87,14 +87,26 @@ def measured(jobs: Jobs | None, names: Container[str] | None = None) -> dict[str
     return found
 
 
-def leaderboard(site: Site) -> str:
-    """Every number, those of one protocol in one table, the best first; then what paired comparisons said."""
+def on_their_way_and_found(site: Site) -> tuple[str, str]:
+    """What runs or waits, and the leaderboard; every visitor's page asks every few seconds, so jobs are looked through once for both."""
+    if site.jobs is None:
+        return "", leaderboard(site)
+    statuses = site.jobs.all()
+    return on_their_way(site.jobs, statuses), leaderboard(site, statuses)
+
+
+def leaderboard(site: Site, statuses: Sequence[Status] | None = None) -> str:
+    """Every number, those of one protocol in one table, the best first; then what paired comparisons said.
+
+    Args:
+        statuses: of all jobs, where they are known already.
+    """
     names = [*checkpoints(site.runs), *autoencoders(site.runs)]
     known = all_results(site.runs)
     rows = [(name, each) for name in names for each in known.get(name, ())]
     differences: list[str] = []
     now = sources(site.runs)
-    for status in site.jobs.evaluations() if site.jobs else ():
+    for status in site.jobs.evaluations(statuses) if site.jobs else ():
         told, said = judging.results_of(status.folder, status.options, now)
         for name, same, numbers in told:
             title = name if same else f"{name} (earlier weights)" if name in now else f"{name} (not here any more)"

@@ -80,10 +80,10 @@ def versions_of(names: Sequence[str], now: dict[str, Source]) -> list[Version | 
     return found
 
 
-def hash_of(version: Version | None) -> str:
-    """Of the weights of a version, which are read to know it; `UNKNOWN` where they are not there any more."""
+def hash_of(version: Version | list[list[Any]] | None) -> str:
+    """Of the weights of a version, maybe as JSON has it, which are read to know it; `UNKNOWN` where they are not there any more."""
     try:
-        return hash_of_version(version) if version else UNKNOWN
+        return hash_of_version(tuple((path, changed, size) for path, changed, size in version)) if version else UNKNOWN
     except OSError:
         return UNKNOWN
 

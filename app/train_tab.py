@@ -225,7 +225,8 @@ def form_errors() -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            words = re.sub(r"--(\w+)|\b(patch_size)\b", lambda found: FIELDS.get(found[1] or found[2], found[0]), str(error))
+            flag = r"(?<![\w-])(?:--(\w+)|(patch_size)\b)"  # not what a visitor's own names have in common with it
+            words = re.sub(flag, lambda found: FIELDS.get(found[1] or found[2], found[0]), str(error))
             raise ValueError(words) from error
 
 

@@ -78,10 +78,10 @@ def part_of(progress: Progress) -> str:
     return f'<div class="status">{bar if progress.part["of"] else ""}<span>{text(part_words(progress.part))}</span></div>'
 
 
-def on_their_way(jobs: Jobs) -> str:
+def on_their_way(jobs: Jobs, statuses: Sequence[Status]) -> str:
     """Evaluations that run or wait, and how far they are."""
     told = []
-    for status in jobs.all():
+    for status in statuses:
         if status.kind == EVALUATION and status.active:
             where = f"{status.position} in the queue" if status.state == QUEUED else status.state
             title = f'<b>{text(title_of(status))}</b> <span class="state {status.state}">{where}</span>'

@@ -32,6 +32,6 @@ class _InFile(tqdm):
                 return False
             now = self.format_dict
             rate = now["rate"] or (self.n / now["elapsed"] if now["elapsed"] else 0)
-            left = (self.total - self.n) / rate if self.total and rate else None
+            left = max(0, self.total - self.n) / rate if self.total and rate else None
             write_json(path, {"part": self.desc.removesuffix(": "), "done": self.n, "of": self.total, "seconds_left": left})
         return True

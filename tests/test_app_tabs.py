@@ -155,6 +155,11 @@ def test_colours_follow_the_principal_components() -> None:
     first = maps[..., 0].astype(int).ravel()
     assert (np.diff(first) >= 0).all() and (first.min(), first.max()) == (0, 255), "one component, over both moments together"
     assert colours(np.ones((1, 6, 2))).shape == (1, 1, 6, 3)
+    tokens = np.random.default_rng(0).normal(size=(2, 64, 24)) * np.arange(1, 25)
+    flat = tokens.reshape(-1, 24) - tokens.mean(axis=(0, 1))
+    *_, third, second, first = np.linalg.eigh(flat.T @ flat)[1].T
+    for colour, axis in enumerate((first, second, third)):
+        assert abs(np.corrcoef(colours(tokens)[..., colour].ravel(), flat @ axis)[0, 1]) > 0.99
 
 
 def test_features_of_latents_stand_beside_pictures_of_one_size(tmp_path: Path) -> None:
@@ -162,7 +167,10 @@ def test_features_of_latents_stand_beside_pictures_of_one_size(tmp_path: Path) -
     model, objective = create_model("dit", alpha_min=0.6, **sizes), FlowMatching()
     Pipeline(model, objective.scheduler, (), path=objective.path, vae=make_vae()).save_pretrained(tmp_path / "latents")
     *before, frame = sample_features(Comparison.of_names(["runs/latents"], num_images=1, steps=4, seed=0), tmp_path)
-    assert [len(each.images[-1]) for each in before] == [1, 2, 3], "maps are there while the image is denoised"
+    moments = [len(each.recipe["moments"]) for each in before]
+    assert moments == [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4, "a frame for the previews and each of two blocks: it can be stopped there"
+    assert not any(each.done for each in before) and frame.done
+    assert all(len(each.images[-1]) == number for each, number in zip(before, moments, strict=True) if number), "while it is denoised"
     assert [images.shape for images in frame.images] == [(4, 16, 16, 3), (4, 4, 4, 3), (4, 4, 4, 3)]
 
 

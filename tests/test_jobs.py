@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import psutil
 import pytest
 from filelock import FileLock, Timeout
@@ -21,11 +22,12 @@ from filelock import FileLock, Timeout
 from app import catalog, job_flags, job_process, judging
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, QUEUED, RUNNING, STOPPING, Job
+from app.job_files import EVALUATION, FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
 from app.jobs import Jobs
-from app.judge_tab import leaderboard, measured
+from app.judge_tab import leaderboard, measured, on_their_way_and_found
 from app.render import result_words
 from app.site import Site
+from app.train_tab import form_errors
 from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
 from models import Pipeline
@@ -401,6 +403,20 @@ def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypa
     assert len(read) == 20
 
 
+def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, each in (("done", {"pid": 2**22 - 1, "process_began": 0.0, "started_at": 1.0}), ("next", {})):
+        options = {"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}
+        write_job(jobs, f".evaluations/{name}", options=options, kind=EVALUATION, **each)
+    write_json(jobs.runs / ".evaluations/done/result.json", {"metric": "FD", "value": 3.25})
+    looked, statuses = [], jobs._statuses
+    monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
+    jobs.at_most = 0
+    waits, found = on_their_way_and_found(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
+    assert "1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+
+
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
     flags = {**FLAGS, "max_train_steps": 600, "train_batch_size": 10}
     assert jobs.estimate(flags) is None
@@ -497,6 +513,15 @@ def test_bad_flags_are_told_in_one_line_and_leave_nothing(jobs: Jobs, options: A
         jobs.start("mine", options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert not jobs.runs.exists() and capfd.readouterr().err == ""
+
+
+def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> None:
+    write_job(jobs, "a--seed-3")
+    with pytest.raises(gr.Error, match="there is a run or a file a--seed-3 already"), form_errors():
+        jobs.start("a--seed-3", FLAGS)
+    with pytest.raises(gr.Error) as error, form_errors():
+        raise ValueError("a-patch_size: --seed is 3, and patch_size must divide (--resolution)")
+    assert error.value.message == "a-patch_size: Seed is 3, and Patch must divide (Resolution)"
 
 
 def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
@@ -603,12 +628,45 @@ def test_weights_are_read_while_others_may_go_on(jobs: Jobs, monkeypatch: pytest
     assert json.loads((judged.folder / JOB).read_text())["options"]["weights"] == [catalog.find(PLAIN, jobs.runs).hash]
 
 
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_weights_that_a_page_could_not_note_are_read_by_the_next_look(
+    trains_on: bool, jobs: Jobs, process: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(jobs.runs)
+    running, lock = process(), FileLock(jobs.runs / jobs_module.LOCK)
+    began = {"pid": running.pid, "process_began": psutil.Process(running.pid).create_time(), "started_at": time.time()}
+    monkeypatch.setattr(jobs_module, "launch", lambda run, *_: write_json(run / JOB, {**json.loads((run / JOB).read_text()), **began}))
+    monkeypatch.setattr(jobs_module, "LOCK_S", 0.1)
+    jobs.at_most = 0
+    judged = jobs.judge({"measure": "FD", "checkpoints": [PLAIN], "num_samples": 64})
+    catalog.hash_of_version.cache_clear()
+    monkeypatch.setattr(catalog, "sha256", lambda file: (lock.acquire(), sha256(file))[1])  # another page is busy from now on
+    jobs.at_most = 1
+    assert jobs.start("mine", FLAGS).position == 1, "the training is queued, whatever becomes of the evaluation that begins with it"
+    lock.release(force=True)
+    catalog.hash_of_version.cache_clear()  # as in a page that begins
+    monkeypatch.setattr(catalog, "sha256", sha256)
+    noted = [catalog.find(PLAIN, jobs.runs).hash]
+    if trains_on:
+        os.utime(jobs.runs / PLAIN.removeprefix("runs/") / "model_index.json", ns=(1, 1))
+        noted = [judging.UNKNOWN]
+    catalog.hash_of_version.cache_clear()
+    page = Jobs(jobs.runs)
+    assert page.status(judged.name).options["weights"] == noted
+    write_json(judged.folder / "result.json", {"metric": "FD", "value": 3.5, "num_samples": 64})
+    page.stop("mine")
+    running.kill()
+    running.wait()
+    assert [each["value"] for each in measured(page)[PLAIN]] == ([] if trains_on else [3.5])
+
+
 def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(jobs.runs)
     source = catalog.find(PLAIN, jobs.runs)
     version = source.version
     os.utime(source.files[-1], ns=(1, 1))
     assert judging.hash_of(version) == judging.UNKNOWN != judging.hash_of(source.version)
+    assert judging.hash_of(json.loads(json.dumps(source.version))) == source.hash
 
 
 def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,16 +677,42 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     wait_for(lambda: (jobs.progress(name).part or {}).get("done") == 4)
     assert jobs.progress(name).part["seconds_left"] > 0
     status = jobs.status(name)
-    for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs)):
+    for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs, [status])):
         assert "generating: 4 of 8, " in shown and "left of this part" in shown
     jobs.stop(name)
     wait_for(lambda: not jobs.status(name).active)
-    assert jobs.progress(name).part is None and on_their_way(jobs) == ""
+    assert jobs.progress(name).part is None and on_their_way(jobs, jobs.all()) == ""
 
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress.json"))
     for _ in progress_bar(range(3), desc="probing"):
         assert json.loads((tmp_path / "progress.json").read_text())["part"] == "probing"
     assert not (tmp_path / "progress.json").exists(), "between two parts nothing is told"
+
+
+def test_what_a_killed_process_was_at_is_not_told_of_another(jobs: Jobs, process: Callable) -> None:
+    told = {"part": "encoding", "done": 1, "of": 8, "seconds_left": 3.0}
+    write_job(jobs, "mine", process())
+    run = write_run(jobs, "mine", saved=2, max_train_steps=50)
+    write_json(run / PART, told)
+    assert jobs.progress("mine").part == told
+    (run / JOB).write_text(json.dumps(asdict(Job(FLAGS, 1.0, pid=2**22 - 1, process_began=0.0, started_at=1.0))))
+    process("", "training/train_diffusion.py", f"--output_dir={run}")  # goes on in a shell
+    assert jobs.status("mine").message == "started outside the page" and jobs.progress("mine").part is None
+
+
+def test_only_times_that_can_be_told_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / PART))
+    bar = progress_bar(total=2, desc="encoding")
+    time.sleep(0.01)
+    bar.update(3)  # more than was thought at first
+    bar.refresh()
+    told = part_of(tmp_path)
+    assert told == {"part": "encoding", "done": 3, "of": 2, "seconds_left": 0}
+    bar.close()
+    for odd in ("NaN", "Infinity", '"3"'):
+        for key in ("done", "of", "seconds_left"):
+            (tmp_path / PART).write_text(json.dumps({**told, key: "odd"}).replace('"odd"', odd))
+            assert part_of(tmp_path) is None
 
 
 def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) -> None:
