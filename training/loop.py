@@ -28,6 +28,7 @@ from models.shortcut import describe as describe_shortcuts
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData, seed_of
 from training.ema import EMA
+from training.memory import keep_freed_memory
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
 from training.processes import StopSignals
@@ -147,6 +148,8 @@ def train(
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
     device = accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
     micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
     images_a_step = micro_batches * batch_size
     options = options.settled(images_a_step)
