@@ -12,6 +12,7 @@ from app import render
 from app.catalog import card, results
 from app.grid import varying
 from app.grid_section import grid_section
+from app.guard import toast
 from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
@@ -176,7 +177,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             recipe = recipes.from_png(Path(file))
             asked, changed = recipes.comparison(recipe, site.runs)
             for line in changed:
-                gr.Warning(line)
+                gr.Warning(toast(line))
             if "grid" in recipe:
                 gr.Info("These are the settings of a grid; draw it to see it again.")
                 return shown, kept, *panel.fill(asked), None, gr.update(open=True), *varying(recipe)

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app.catalog import Card, card, label_index, shared_classes, variants
+from app.guard import toast
 from app.render import NO_LABEL, SAMPLERS, SIDES
 from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
 from app.site import AS_SENT, AT_ONCE, LATEST, Site, page_errors
@@ -144,7 +145,8 @@ class SettingsPanel:
         new = next((name for name in known if name not in names), None)
         if new is None and known:
             new = known[0]
-            gr.Info(f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own.")
+            words = f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own."
+            gr.Info(toast(words))
         updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
         updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
         return updates

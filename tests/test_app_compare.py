@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
+from app.recipe import to_png
 from app.render import SAMPLERS
 from app.settings import OWN_SAMPLER
 from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
@@ -289,6 +290,17 @@ def test_a_downloaded_picture_comes_back_bit_for_bit(page: "Page", context: "Bro
     expect(other.get_by_label("Checkpoint B", exact=True)).to_have_value(DECAYED)
     np.testing.assert_array_equal(pixels(other.locator("#stage img").nth(5)), np.asarray(Image.open(file)))
     (tmp_path / "hostile.png").write_bytes(file.read_bytes()[:40])
+    foreign: list[str] = []
+    other.on("request", lambda request: foreign.append(request.url) if "evil" in request.url else None)
+    markup = "<img src=/evil.png><b>"
+    for told in ({"checkpoints": [{"name": markup}]}, {"checkpoints": [{"name": PLAIN}], "seed": markup}):
+        (tmp_path / "markup.png").write_bytes(to_png(np.zeros((4, 4, 3), np.uint8), told))
+        other.locator("#drop button[aria-label*=lear]").click()
+        other.locator("#drop input[type=file]").set_input_files(tmp_path / "markup.png")
+        said = other.get_by_test_id("toast-text").filter(has_text=markup)
+        expect(said).to_be_visible()
+        assert said.locator("*").count() == 0 and foreign == []
+        other.get_by_test_id("toast-close").click()
     other.locator("#drop button[aria-label*=lear]").click()
     other.locator("#drop input[type=file]").set_input_files(tmp_path / "hostile.png")
     expect(other.get_by_test_id("toast-body")).to_contain_text("no PNG that can be read")
