@@ -7,6 +7,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying, words_of
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
+from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
+from app.votes import Votes
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
 from tests.tiny_pair import CLASSES, DECAYED, PAIR, PLAIN, write_pair
@@ -91,6 +94,41 @@ def test_default_pair_is_a_plain_and_a_decayed_one_of_a_family(runs: Path) -> No
     assert catalog.default_pair(known) == PAIR
     assert catalog.default_pair({PLAIN: known[PLAIN]}) == (PLAIN, PLAIN)
     assert catalog.default_pair({}) is None
+
+
+def test_the_shipped_pair_comes_first_then_those_that_have_seen_the_most_images(runs: Path) -> None:
+    plain, decayed = (catalog.card(name, runs) for name in PAIR)
+
+    def first(*cards: tuple[str, bool, object]) -> tuple[str, str] | None:
+        made = [
+            replace(plain if is_plain else decayed, name=name, training={"data": "shapes", "images_seen": seen})
+            for name, is_plain, seen in cards
+        ]
+        return catalog.default_pair({card.name: card for card in made})
+
+    noise = ("runs/x-plain", True, 9), ("runs/x-plain-2", False, 9)
+    assert first(("x-decayed", False, 5), ("x-plain", True, 5), *noise) == ("x-plain", "x-decayed")
+    long = ("runs/long-decayed", False, 900), ("runs/long-plain", True, 900)
+    assert first(*noise, *long, ("runs/old", False, None)) == ("runs/long-plain", "runs/long-decayed")
+    assert first(("runs/a-plain", True, 9), ("runs/b-decayed", False, 9), ("runs/a-decayed", False, 9)) == (
+        "runs/a-plain",
+        "runs/a-decayed",
+    )
+
+
+def test_the_greeting_shows_the_pair_that_comes_first_now(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    site = Site(own, None, Votes(own))
+    site.prepare()
+    old = site.welcome
+    assert old and old is site.welcome and [side.checkpoint for side in old.about.sides] == list(PAIR)
+    shutil.copytree(own / "tiny-decayed", own / "longer")
+    index = own / "longer" / INDEX
+    index.write_text(index.read_text().replace("1234", "9999"))
+    new = site.welcome
+    assert new and new.about == site.first_comparison() and new.about.sides[1].checkpoint == "runs/longer" and new.lasting > old.lasting
+    wait_for(lambda: new.over)
 
 
 @pytest.mark.parametrize(
