@@ -331,6 +331,20 @@ def test_a_recipe_tells_what_changed(runs: Path, tmp_path: Path) -> None:
         recipe.comparison(told, tmp_path / "runs")
 
 
+def test_a_recipe_finds_its_weights_under_another_name(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    first = last_frame(tmp_path / "runs", Comparison(asked().shared, (Side(PLAIN), Side(DECAYED, {"steps": 6}))))
+    (tmp_path / "runs/tiny-decayed").rename(tmp_path / "runs/new-name")
+    again, changed = recipe.comparison(first.recipe, tmp_path / "runs")
+    assert again.sides == (Side(PLAIN), Side("runs/new-name", {"steps": 6}))
+    assert changed == [f"{DECAYED} is called runs/new-name now"]
+    np.testing.assert_array_equal(last_frame(tmp_path / "runs", again).images[1], first.images[1])
+    for hash in ("0" * 16, None, []):
+        sides = [{"name": "runs/nowhere", "sha256": hash}]
+        with pytest.raises(ValueError, match="there is no checkpoint 'runs/nowhere'"):
+            recipe.comparison({**first.recipe, "checkpoints": sides}, tmp_path / "runs")
+
+
 def png_with(text: str | None = None, **chunks: bytes) -> bytes:
     info = PngImagePlugin.PngInfo()
     if text is not None:
