@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying, words_of
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
+from app.settings_panel import SettingsPanel
 from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
 from app.votes import Votes
@@ -157,6 +159,20 @@ def test_labels_by_name_and_number(runs: Path) -> None:
     for label in (3, -1, "3", "triangles"):
         with pytest.raises(ValueError, match=r"out of range|has no label"):
             catalog.label_index(card, label)
+
+
+def test_a_side_stays_in_its_place_when_another_ones_checkpoint_is_gone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    with gr.Blocks():
+        panel = SettingsPanel(Site(runs, None, Votes(runs)), None)
+    filled = panel.fill(Comparison(Settings(), (Side(PLAIN), Side("runs/<gone>"), Side(DECAYED, {"steps": 6}))))
+    updates = dict(zip(panel.outputs, filled, strict=True))
+    assert [updates[each]["value"] for each in panel.checkpoints] == [PLAIN, None, DECAYED, None]
+    assert [updates[each] for each in panel.overrides] == [updates[each]["visible"] for each in panel.groups] == [False, False, True, False]
+    assert [updates[each]["visible"] for each in panel.boxes] == [True, True, True, False]
+    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [render.NO_LABEL, *CLASSES]
+    assert told == ["runs/&lt;gone&gt; is not here any more, so B is empty."]
 
 
 def test_names_from_outside_stay_text(runs: Path) -> None:
