@@ -359,11 +359,19 @@ def cards(runs: Path) -> dict[str, Card]:
 
 
 def default_pair(known: dict[str, Card]) -> tuple[str, str] | None:
-    """A plain and a decayed checkpoint of one family, else the first two, else the only one twice; None if there is none."""
-    for plain in (card for card in known.values() if card.is_plain):
+    """A plain and a decayed checkpoint of one family, else the first two, else the only one twice; None if there is none.
+
+    Of several the shipped ones, else those that have seen the most images, else those that are called most alike.
+    """
+
+    def rank(card: Card) -> tuple[bool, float]:
+        seen = card.training.get("images_seen")
+        return not card.name.startswith(RUNS_PREFIX), seen if isinstance(seen, int | float) else 0
+
+    for plain in sorted((card for card in known.values() if card.is_plain), key=rank, reverse=True):
         decayed = [card for card in known.values() if not card.is_plain and card.family == plain.family]
-        if decayed:  # of several, the one that is called most alike
-            return plain.name, max(decayed, key=lambda card: SequenceMatcher(None, card.name, plain.name).ratio()).name
+        if decayed:
+            return plain.name, max(decayed, key=lambda card: (rank(card), SequenceMatcher(None, card.name, plain.name).ratio())).name
     names = list(known)[:2]
     return (names[0], names[-1]) if names else None
 

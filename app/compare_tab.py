@@ -12,6 +12,7 @@ from app import render
 from app.catalog import card, results
 from app.grid import varying
 from app.grid_section import grid_section
+from app.guard import toast
 from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
@@ -176,7 +177,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             recipe = recipes.from_png(Path(file))
             asked, changed = recipes.comparison(recipe, site.runs)
             for line in changed:
-                gr.Warning(line)
+                gr.Warning(toast(line))
             if "grid" in recipe:
                 gr.Info("These are the settings of a grid; draw it to see it again.")
                 return shown, kept, *panel.fill(asked), None, gr.update(open=True), *varying(recipe)
@@ -210,12 +211,14 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     def load(kept: dict, view: str) -> tuple[Any, ...]:
         """Runs that came or went since the page was built; what this visitor left, else the first comparison."""
         kept = {**NOTHING_KEPT, **(kept if isinstance(kept, dict) else {})}
-        first, sampling = site.first_comparison(), site.studio.find(kept["shown"])
+        sampling = site.studio.find(kept["shown"])
         try:
             asked = Comparison.from_json(kept["settings"])
         except (ValueError, TypeError):
             asked = None
-        asked, sampling = (asked, sampling) if asked else (first, site.welcome)
+        if asked is None:
+            sampling = site.welcome
+            asked = sampling.about if sampling else site.first_comparison()  # the settings of what is shown
         if asked is None:
             return None, kept, *[gr.skip()] * len(panel.outputs), render.empty_stage(False), gr.update(interactive=False), "sides"
         back = sampling.id if sampling else None

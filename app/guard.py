@@ -1,5 +1,6 @@
 """What is sent to the page, whatever it is, is answered with a result or one sentence, and leaves at most one line in its log."""
 
+import html
 import os
 import traceback
 from typing import Any
@@ -10,6 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_SENTENCE = 500  # characters
 UNUSABLE = "the page cannot use what was sent"
+
+
+def toast(words: str) -> str:
+    """A message that says no more than its words: Gradio's page takes errors, warnings and notes for HTML."""
+    return html.escape(words, quote=False)
 
 
 class GuardedBlocks(gr.Blocks):
@@ -25,7 +31,10 @@ class GuardedBlocks(gr.Blocks):
                 raise gr.Error(f"{name} takes {wanted} value{'s' * (wanted > 1)}, not {len(inputs)}")
             return await super().process_api(block_fn, inputs, *rest, **options)
         except gr.Error as error:
-            raise gr.Error(_one_line(error.message), duration=error.duration, title=error.title, print_exception=False) from error
+            words = _one_line(error.message)
+            if function.api_visibility == "private":  # told by the page, which takes a message for HTML; programs get plain text
+                words = toast(words)
+            raise gr.Error(words, duration=error.duration, title=error.title, print_exception=False) from error
         except Exception as error:
             _log(name, error)
             raise gr.Error(f"{UNUSABLE} to {name}", print_exception=False) from error

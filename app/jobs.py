@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from app import judging
-from app.catalog import find, sources
+from app.catalog import PRETRAINED, find, sources
 from app.job_files import (
     ACTIVE,
     CONFIG,
@@ -149,7 +149,7 @@ class Jobs:
         Raises:
             ValueError: a name that is taken or no plain word, or options that the training script refuses.
         """
-        run, options = self._free(name), self._settled(options)
+        run, options = self._new(name), self._settled(options)
         values = parse(options, run)
         return {option: values[option] for option in options}
 
@@ -361,7 +361,7 @@ class Jobs:
             run = self._find(name)
             self._require_idle(run)
             self._require_training(run)
-            run.rename(self._free(new_name))
+            run.rename(self._new(new_name))
         return self.status(new_name)
 
     def archive(self, name: str) -> None:
@@ -458,6 +458,13 @@ class Jobs:
             if folder.name == name:
                 return folder
         raise ValueError(_no_run(name))
+
+    def _new(self, name: Any) -> Path:
+        """The folder of a run that is given this name, which no shipped checkpoint has: the two would be mixed up."""
+        run = self._free(name)
+        if (PRETRAINED / name).exists():
+            raise ValueError(f"{name} is the name of a shipped checkpoint; choose another name")
+        return run
 
     def _free(self, name: Any) -> Path:
         """The folder of a run to come."""

@@ -95,6 +95,8 @@
       large.height = scale * picture.naturalHeight
       const caption = figure.appendChild(document.createElement('figcaption'))
       caption.append(side.querySelector('.letter').textContent + ' ', side.querySelector('.name').textContent)
+      const flag = side.querySelector('.flag')
+      if (flag) caption.append(' ', flag.cloneNode(true))
       const file = picture.parentElement.dataset.file
       if (file) caption.append(Object.assign(document.createElement('a'), { href: picture.src, download: file, textContent: 'Download PNG' }))
     }

@@ -3,6 +3,7 @@
 A file may come from anywhere. Its pixels are never decoded here, and nothing in its text is used before it is checked.
 """
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from app.catalog import find
+from app.catalog import Source, find, variants
 from app.sampler import Frame
-from app.settings import Comparison
+from app.settings import Comparison, Side
 
 KEY = "fading-shortcuts"  # of the text in the PNG
 VERSION = 1
@@ -79,11 +80,26 @@ def comparison(recipe: dict[str, Any], runs: Path) -> tuple[Comparison, list[str
         ValueError: no recipe, values out of range, or a checkpoint that is not here.
     """
     asked = Comparison.from_json(recipe)
-    changed = []
+    known = variants(runs)
+    sides, changed = [], []
     for side, told in zip(asked.sides, recipe["checkpoints"], strict=True):
-        if "sha256" in told and told["sha256"] != find(side.checkpoint, runs).hash:
+        renamed = None if side.checkpoint in known else _with_hash(told.get("sha256"), known)
+        if renamed:
+            changed.append(f"{side.checkpoint} is called {renamed} now")
+            side = Side(renamed, side.own)
+        elif "sha256" in told and told["sha256"] != find(side.checkpoint, runs).hash:
             changed.append(f"{side.checkpoint} has other weights now, so the images will differ")
-    return asked, changed
+        sides.append(side)
+    return Comparison(asked.shared, tuple(sides)), changed
+
+
+def _with_hash(hash: Any, known: dict[str, Source]) -> str | None:
+    """The name of the weights that have it."""
+    for name, source in known.items() if isinstance(hash, str) else ():
+        with contextlib.suppress(OSError):  # damaged, or on its way
+            if source.hash == hash:
+                return name
+    return None
 
 
 def same_pixels(path: Path, frame: Frame) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app.catalog import Card, card, label_index, shared_classes, variants
+from app.guard import toast
 from app.render import NO_LABEL, SAMPLERS, SIDES
 from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
 from app.site import AS_SENT, AT_ONCE, LATEST, Site, page_errors
@@ -101,20 +102,22 @@ class SettingsPanel:
         return Comparison(Settings(**shared), tuple(sides))
 
     def fill(self, comparison: Comparison) -> list[Any]:
-        """Updates for `outputs` that show a comparison; what is not here any more is left empty."""
+        """Updates for `outputs` that show a comparison; the side of what is not here any more is left empty, and told."""
         names = self.known()
-        sides = [side for side in comparison.sides if side.checkpoint in names]
-        chosen = [card(side.checkpoint, self.site.runs) for side in sides]
-        classes = labels_of(chosen)
-        updates = [label_update(classes, comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
-        for i in range(MAX_SIDES):
-            side = sides[i] if i < len(sides) else None
+        sides = [side if side.checkpoint in names else None for side in comparison.sides]
+        for letter, side, asked in zip(SIDES, sides, comparison.sides, strict=False):
+            if side is None:
+                gr.Warning(toast(f"{asked.checkpoint} is not here any more, so {letter} is empty."))
+        chosen = [card(side.checkpoint, self.site.runs) for side in sides if side]
+        updates = [label_update(labels_of(chosen), comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
+        sides += [None] * (MAX_SIDES - len(sides))
+        for side in sides:
             own = vars(comparison.of(side) if side else comparison.shared)
-            label = label_update(labels_of(chosen[i : i + 1]), own["label"], chosen[i : i + 1])
-            updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own), label]
-            updates += [own[name] for name in OWN[1:]]
-        updates += [gr.update(visible=i < max(FEWEST, len(sides))) for i in range(MAX_SIDES)]
-        return updates + [gr.update(visible=i < len(sides) and bool(sides[i].own)) for i in range(MAX_SIDES)]
+            alone = [card(side.checkpoint, self.site.runs)] if side else []
+            updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own)]
+            updates += [label_update(labels_of(alone), own["label"], alone), *(own[name] for name in OWN[1:])]
+        updates += [gr.update(visible=i < max(FEWEST, len(comparison.sides))) for i in range(MAX_SIDES)]
+        return updates + [gr.update(visible=bool(side and side.own)) for side in sides]
 
     def label_updates(self, names: Sequence[str | None], label: Any, own_labels: Sequence[Any]) -> list[Any]:
         """For the label widgets, shared and own, after another checkpoint was chosen."""
@@ -144,7 +147,8 @@ class SettingsPanel:
         new = next((name for name in known if name not in names), None)
         if new is None and known:
             new = known[0]
-            gr.Info(f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own.")
+            words = f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own."
+            gr.Info(toast(words))
         updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
         updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
         return updates

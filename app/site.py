@@ -65,8 +65,8 @@ class Site:
 
     @property
     def welcome(self) -> Sampling | None:
-        """On its way or finished; once more where a visitor stopped it."""
-        if self._welcome and self._welcome[0].state == STOPPED:
+        """On its way or finished; once more where a visitor stopped it, or other checkpoints are seen first by now."""
+        if self._welcome and (self._welcome[0].state == STOPPED or self._welcome[0].about != self.first_comparison()):
             with contextlib.suppress(ValueError):  # the queue is full
                 self._greet()
         return self._welcome[0] if self._welcome else None

@@ -7,8 +7,10 @@ import shutil
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,10 @@ from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying, words_of
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
+from app.settings_panel import SettingsPanel
+from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
+from app.votes import Votes
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
 from tests.tiny_pair import CLASSES, DECAYED, PAIR, PLAIN, write_pair
@@ -93,6 +98,41 @@ def test_default_pair_is_a_plain_and_a_decayed_one_of_a_family(runs: Path) -> No
     assert catalog.default_pair({}) is None
 
 
+def test_the_shipped_pair_comes_first_then_those_that_have_seen_the_most_images(runs: Path) -> None:
+    plain, decayed = (catalog.card(name, runs) for name in PAIR)
+
+    def first(*cards: tuple[str, bool, object]) -> tuple[str, str] | None:
+        made = [
+            replace(plain if is_plain else decayed, name=name, training={"data": "shapes", "images_seen": seen})
+            for name, is_plain, seen in cards
+        ]
+        return catalog.default_pair({card.name: card for card in made})
+
+    noise = ("runs/x-plain", True, 9), ("runs/x-plain-2", False, 9)
+    assert first(("x-decayed", False, 5), ("x-plain", True, 5), *noise) == ("x-plain", "x-decayed")
+    long = ("runs/long-decayed", False, 900), ("runs/long-plain", True, 900)
+    assert first(*noise, *long, ("runs/old", False, None)) == ("runs/long-plain", "runs/long-decayed")
+    assert first(("runs/a-plain", True, 9), ("runs/b-decayed", False, 9), ("runs/a-decayed", False, 9)) == (
+        "runs/a-plain",
+        "runs/a-decayed",
+    )
+
+
+def test_the_greeting_shows_the_pair_that_comes_first_now(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    site = Site(own, None, Votes(own))
+    site.prepare()
+    old = site.welcome
+    assert old and old is site.welcome and [side.checkpoint for side in old.about.sides] == list(PAIR)
+    shutil.copytree(own / "tiny-decayed", own / "longer")
+    index = own / "longer" / INDEX
+    index.write_text(index.read_text().replace("1234", "9999"))
+    new = site.welcome
+    assert new and new.about == site.first_comparison() and new.about.sides[1].checkpoint == "runs/longer" and new.lasting > old.lasting
+    wait_for(lambda: new.over)
+
+
 @pytest.mark.parametrize(
     "name", ["../runs/tiny-plain", "runs/../tiny-plain", "/etc", "runs/", "", "runs/tiny-plain\0", "tiny-plain", None, ["x"]]
 )
@@ -119,6 +159,20 @@ def test_labels_by_name_and_number(runs: Path) -> None:
     for label in (3, -1, "3", "triangles"):
         with pytest.raises(ValueError, match=r"out of range|has no label"):
             catalog.label_index(card, label)
+
+
+def test_a_side_stays_in_its_place_when_another_ones_checkpoint_is_gone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    with gr.Blocks():
+        panel = SettingsPanel(Site(runs, None, Votes(runs)), None)
+    filled = panel.fill(Comparison(Settings(), (Side(PLAIN), Side("runs/<gone>"), Side(DECAYED, {"steps": 6}))))
+    updates = dict(zip(panel.outputs, filled, strict=True))
+    assert [updates[each]["value"] for each in panel.checkpoints] == [PLAIN, None, DECAYED, None]
+    assert [updates[each] for each in panel.overrides] == [updates[each]["visible"] for each in panel.groups] == [False, False, True, False]
+    assert [updates[each]["visible"] for each in panel.boxes] == [True, True, True, False]
+    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [render.NO_LABEL, *CLASSES]
+    assert told == ["runs/&lt;gone&gt; is not here any more, so B is empty."]
 
 
 def test_names_from_outside_stay_text(runs: Path) -> None:
@@ -291,6 +345,20 @@ def test_a_recipe_tells_what_changed(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs/tiny-plain")
     with pytest.raises(ValueError, match="there is no checkpoint"):
         recipe.comparison(told, tmp_path / "runs")
+
+
+def test_a_recipe_finds_its_weights_under_another_name(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    first = last_frame(tmp_path / "runs", Comparison(asked().shared, (Side(PLAIN), Side(DECAYED, {"steps": 6}))))
+    (tmp_path / "runs/tiny-decayed").rename(tmp_path / "runs/new-name")
+    again, changed = recipe.comparison(first.recipe, tmp_path / "runs")
+    assert again.sides == (Side(PLAIN), Side("runs/new-name", {"steps": 6}))
+    assert changed == [f"{DECAYED} is called runs/new-name now"]
+    np.testing.assert_array_equal(last_frame(tmp_path / "runs", again).images[1], first.images[1])
+    for hash in ("0" * 16, None, []):
+        sides = [{"name": "runs/nowhere", "sha256": hash}]
+        with pytest.raises(ValueError, match="there is no checkpoint 'runs/nowhere'"):
+            recipe.comparison({**first.recipe, "checkpoints": sides}, tmp_path / "runs")
 
 
 def png_with(text: str | None = None, **chunks: bytes) -> bytes:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
+from app.recipe import to_png
 from app.render import SAMPLERS
 from app.settings import OWN_SAMPLER
 from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
@@ -190,7 +191,10 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
     put(page, "num-images", 2)
     put(page, "steps", 5)
     compare(page, "2 + 2 + 2 + 2 images in")
-    expect(page.locator(".flag")).to_have_text(["steps 3"])
+    expect(page.locator("#stage .flag")).to_have_text(["steps 3"])
+    page.locator("#stage .tile").first.click()
+    expect(page.locator("#viewer figcaption").last).to_contain_text("D runs/tiny-plain steps 3")
+    page.keyboard.press("Escape")
     tops = page.locator("#stage .tiles").evaluate_all("all => all.map(tiles => tiles.getBoundingClientRect().top)")
     assert tops[0] == tops[1] and tops[2] == tops[3], "images of a row are level, whatever their captions say"
     images = page.locator("#stage img")
@@ -289,6 +293,17 @@ def test_a_downloaded_picture_comes_back_bit_for_bit(page: "Page", context: "Bro
     expect(other.get_by_label("Checkpoint B", exact=True)).to_have_value(DECAYED)
     np.testing.assert_array_equal(pixels(other.locator("#stage img").nth(5)), np.asarray(Image.open(file)))
     (tmp_path / "hostile.png").write_bytes(file.read_bytes()[:40])
+    foreign: list[str] = []
+    other.on("request", lambda request: foreign.append(request.url) if "evil" in request.url else None)
+    markup = "<img src=/evil.png><b>"
+    for told in ({"checkpoints": [{"name": markup}]}, {"checkpoints": [{"name": PLAIN}], "seed": markup}):
+        (tmp_path / "markup.png").write_bytes(to_png(np.zeros((4, 4, 3), np.uint8), told))
+        other.locator("#drop button[aria-label*=lear]").click()
+        other.locator("#drop input[type=file]").set_input_files(tmp_path / "markup.png")
+        said = other.get_by_test_id("toast-text").filter(has_text=markup)
+        expect(said).to_be_visible()
+        assert said.locator("*").count() == 0 and foreign == []
+        other.get_by_test_id("toast-close").click()
     other.locator("#drop button[aria-label*=lear]").click()
     other.locator("#drop input[type=file]").set_input_files(tmp_path / "hostile.png")
     expect(other.get_by_test_id("toast-body")).to_contain_text("no PNG that can be read")
@@ -308,7 +323,7 @@ def test_the_history_brings_back_and_puts_beside(page: "Page") -> None:
     number = items.count()
     items.nth(1).get_by_role("button", name="Add").click()
     expect(page.locator("#status")).to_contain_text("2 + 2 + 2 + 2 images in", timeout=PATIENCE_MS)
-    expect(page.locator(".flag")).to_have_text(["seed 0", "seed 0"])
+    expect(page.locator("#stage .flag")).to_have_text(["seed 0", "seed 0"])
     np.testing.assert_array_equal(pixels(page.locator("#stage img").nth(4)), first)
     expect(page.locator("#status")).to_contain_text("the noise is not the same")
     expect(items).to_have_count(number + 1)

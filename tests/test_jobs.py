@@ -449,6 +449,18 @@ def test_names_that_are_no_plain_words_are_refused(jobs: Jobs, name: object) -> 
     assert {path.name for path in jobs.runs.iterdir()} <= {"mine", ".jobs.lock"}
 
 
+def test_no_run_is_named_like_a_shipped_checkpoint(jobs: Jobs) -> None:
+    write_run(jobs, "mine", saved=1)
+    for use in (
+        lambda: jobs.start("openmoji-plain", FLAGS),
+        lambda: jobs.start_pair("openmoji", {**FLAGS, "alpha_min": 0.6}),
+        lambda: jobs.rename("mine", "openmoji-plain"),
+    ):
+        with pytest.raises(ValueError, match="openmoji-plain is the name of a shipped checkpoint; choose another name"):
+            use()
+    assert [status.name for status in jobs.all()] == ["mine"]
+
+
 def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, tmp_path: Path) -> None:
     outside = write_run(Jobs(tmp_path / "elsewhere"), "secret", saved=1)
     write_run(jobs, "mine", saved=1)
