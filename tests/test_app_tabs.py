@@ -359,6 +359,10 @@ def test_a_public_page_changes_nothing(runs: Path) -> None:
     everything, public = (build(Site(runs, jobs, Votes(runs))) for jobs in (Jobs(runs), None))
     reading = {"/compare", "/sample", "/checkpoints"}
     assert set(public.get_api_info()["named_endpoints"]) == reading < set(everything.get_api_info()["named_endpoints"])
+    told = everything.get_api_info()["named_endpoints"]
+    described = {(name, each["parameter_name"]): each["python_type"]["description"] for name in told for each in told[name]["parameters"]}
+    assert len(described) > 20 and all(described.values()), "a program's user reads what each argument is"
+    assert "preset" in described["/start_training", "options"] and "probes" in described["/judge", "measure"]
     tabs = {block.label for block in public.blocks.values() if isinstance(block, gr.Tab)}
     assert tabs == {"Compare", "Blind test", "Look inside", "Judge"}
 
