@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from app import judging, render
-from app.job_files import EVALUATION, QUEUED, RUNNING, TRAINING
+from app.job_files import CONFIG, EVALUATION, QUEUED, RUNNING, TRAINING, json_of
+from app.job_flags import ALL_PRESETS
 from app.jobs import Jobs, Progress, Status
 from app.plots import Line, plot, text
 
@@ -112,7 +113,23 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     curves = f'<div class="plots">{_curves(runs)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)
     stands = f'<div class="status">{bar}<span>{" · ".join(facts)}</span></div>{part_of(progress)}'
-    return f"<h3>{text(status.name)}</h3>{stands}{curves}{samples}{words}"
+    return f"<h3>{text(status.name)}</h3>{_settings(status)}{stands}{curves}{samples}{_next_sample(status, progress)}{words}"
+
+
+def _settings(status: Status) -> str:
+    """What was asked for: a run that waits, or failed early, is known by nothing else."""
+    told = ", ".join(f"{name} {value}" for name, value in status.options.items())
+    return f'<p class="protocol">{text(told)}</p>' if told else ""
+
+
+def _next_sample(status: Status, progress: Progress) -> str:
+    """When the first grid of samples comes, where there is none yet."""
+    preset = ALL_PRESETS.get(status.options.get("preset", ""))
+    every = {**(preset.flags if preset else {}), **status.options, **json_of(status.folder / CONFIG)}.get("sample_steps")
+    if progress.sample is not None or not status.active or not isinstance(every, int):
+        return ""
+    when = f"come every {every:,} steps; the first at step {every:,}" if every else "are switched off (sample_steps 0)"
+    return f'<p class="protocol">Samples {when}.</p>'
 
 
 def _curves(runs: Sequence[tuple[str, Progress]]) -> str:

@@ -660,6 +660,18 @@ def test_weights_that_a_page_could_not_note_are_read_by_the_next_look(
     assert [each["value"] for each in measured(page)[PLAIN]] == ([] if trains_on else [3.5])
 
 
+def test_a_run_is_known_by_its_settings(jobs: Jobs, process: Callable) -> None:
+    write_job(jobs, "mine", process())
+    run = write_run(jobs, "mine", sample_steps=500)
+    status = jobs.status("mine")
+    shown = details_of(jobs, status, None)
+    assert status.options and all(f"{name} {value}" in shown for name, value in status.options.items())
+    assert "the first at step 500" in shown
+    (run / "samples").mkdir()
+    (run / "samples" / "step-500.png").write_bytes(b"")
+    assert "the first at step" not in details_of(jobs, status, None)
+
+
 def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(jobs.runs)
     source = catalog.find(PLAIN, jobs.runs)
