@@ -98,7 +98,7 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     log = "\n".join(progress.log[-12:])
     words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
     if status.kind == EVALUATION:
-        found, differences = judging.read_results(status.folder)
+        found, differences = judging.read_results(status.folder, status.options)
         names = status.options["checkpoints"]
         lines = [f"{text(name)}: {render.result_words(each)}" for name, numbers in zip(names, found, strict=False) for each in numbers]
         lines += map(text, differences)

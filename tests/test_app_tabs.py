@@ -274,16 +274,18 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
 @slow
 def test_judging_is_a_job_whose_result_stands_in_the_leaderboard(page: "Page", runs: Path) -> None:
     folder = runs / ".evaluations" / "0123abcd"
-    options = {"measure": "FD", "checkpoints": list(PAIR), "paths": [], "reference": "openmoji", "num_samples": 64}
+    options = {"measure": "FD", "checkpoints": list(PAIR), "paths": ["/a", "/b"], "reference": "openmoji", "num_samples": 64}
     write_json(folder / "job.json", {"options": options, "queued_at": 1.0, "pid": 2**22 - 1, "process_began": 0.0, "kind": "evaluation"})
     about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "images_seen": 5, "alpha_min": 1.0}
     entries = [{"name": name, "metrics": {"FD": {"value": 7.5 - i, "low": 1.0, "high": 9.0}}, **about} for i, name in enumerate(PAIR)]
-    row = {"contender": PAIR[1], "against": PAIR[0], "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    row = {"contender": "/b", "against": "/a", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
     write_json(folder / "comparison.json", {"entries": entries, "differences": [row]})
     visit(page, "Judge")
     board = page.locator("#leaderboard")
     expect(board.locator("tr", has_text=PAIR[1])).to_contain_text("6.5 [1, 9]")
-    expect(board).to_contain_text("tiny-decayed against tiny-plain -1 [-2, -0.5], better (paired on the same noise, 95 %)")
+    expect(board).to_contain_text(
+        f"{PAIR[1]} against {PAIR[0]} -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+    )
     pick(page, "judged", PAIR[0])
     write(page, "reference", "/etc")
     press(page, "Judge")

@@ -672,6 +672,19 @@ def test_a_run_is_known_by_its_settings(jobs: Jobs, process: Callable) -> None:
     assert "the first at step" not in details_of(jobs, status, None)
 
 
+def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Path) -> None:
+    about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "feature_extractor": "efficientnet-lite0"}
+    entries = [{"name": path, "metrics": {"FD": {"value": 7.5}}, **about} for path in ("/r/x", "/r/y@raw")]
+    row = {"contender": "/r/y@raw", "against": "/r/x", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    write_json(tmp_path / judging.COMPARISON, {"entries": entries, "differences": [row]})
+    options = {"checkpoints": ["runs/x", "runs/y"], "paths": ["/r/x", "/r/y@raw"]}
+    (line,) = judging.read_results(tmp_path, options)[1]
+    assert line.startswith(
+        "FD: runs/y against runs/x -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+    )
+    assert "efficientnet-lite0" in line
+
+
 def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(jobs.runs)
     source = catalog.find(PLAIN, jobs.runs)
