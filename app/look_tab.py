@@ -41,6 +41,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
         seed = gr.Number(0, label="Seed", min_width=100, elem_id="inside-seed")
         start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
+        stop = gr.Button("Stop looking", interactive=False, min_width=110, elem_id="stop-look")
     status = gr.HTML(render.message(""), elem_id="look-status")
     maps = gr.HTML('<p class="empty small">Press <b>Look</b>.</p>', elem_id="maps", apply_default_css=False)
 
@@ -55,24 +56,25 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
         with page_errors():
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False)
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
         moments: tuple[int, ...] = ()
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), gr.skip()
+                yield gr.skip(), render.waiting(position), gr.skip(), gr.skip()
                 continue
             new = frame.recipe["moments"] != moments
             moments = frame.recipe["moments"]
-            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip()
+            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip(), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        yield gr.skip(), render.message(words), gr.update(interactive=True)
+        yield gr.skip(), render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
     def labels(names: list[str], label: str) -> Any:
         with page_errors():
             return relabel([card(name, site.runs) for name in names], label)
 
     clears([start.click], status)
-    start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start], **WATCHING)
+    start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start, stop], **WATCHING)
+    stop.click(site.studio.stop, id, None, **AT_ONCE)
     chosen.input(labels, [chosen, label], label, **LATEST)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 

@@ -199,6 +199,9 @@ def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path
     expect(page.locator("#maps table")).to_have_count(2)
     assert page.locator("#maps img").count() == 2 * 6 * (1 + 8), "moments x (image and blocks)"
     expect(page.locator("#maps img").nth(3)).to_have_attribute("alt", "openmoji-plain at step 1: Block 2")
+    press(page, "Look")
+    press(page, "Stop looking")
+    expect(page.locator("#look-status")).to_contain_text("Stopped.")
     page.locator("#mae-picture input[type=file]").set_input_files(next(image_folder.glob("*/*.png")))
     expect(page.locator("#mae-picture")).to_contain_text(".png")
     press(page, "Hide and paint")
