@@ -119,6 +119,7 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
     assert tops[0] == tops[1] < tops[2], "two images in a row"
     expect(page.locator("table.cards")).to_contain_text("openmoji-decayed")
     assert page.locator("table.cards svg").count() == 2, "the alphas of both"
+    assert page.locator("#table .wide").evaluate("table => table.scrollWidth <= table.clientWidth"), "two checkpoints fit a phone"
     expect(page.locator("table.cards")).to_contain_text("samples against")
     page.close()
 
