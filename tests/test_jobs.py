@@ -519,6 +519,8 @@ def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> Non
     write_job(jobs, "a--seed-3")
     with pytest.raises(gr.Error, match="there is a run or a file a--seed-3 already"), form_errors():
         jobs.start("a--seed-3", FLAGS)
+    with pytest.raises(gr.Error, match="Against missing is not a folder"), form_errors():
+        jobs.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "reference": "missing"})
     with pytest.raises(gr.Error) as error, form_errors():
         raise ValueError("a-patch_size: --seed is 3, and patch_size must divide (--resolution)")
     assert error.value.message == "a-patch_size: Seed is 3, and Patch must divide (Resolution)"
