@@ -378,7 +378,7 @@ def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None
     page.get_by_label("Values").fill("1, 2, 3")
     page.get_by_role("button", name="Draw the grid").click()
     expect(page.locator("#grid-status")).to_contain_text("Done", timeout=PATIENCE_MS)
-    assert "1 steps, 2 steps, 3 steps" in page.locator("#grid img").get_attribute("alt")
+    assert "1 step, 2 steps, 3 steps" in page.locator("#grid img").get_attribute("alt")
     with page.expect_download() as download:
         page.get_by_text("Download this grid").click()
     download.value.save_as(tmp_path / "grid.png")
