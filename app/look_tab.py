@@ -17,6 +17,9 @@ from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
 from app.settings_panel import from_widget, labels_of, relabel
 from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
+from models.files import read_json
+
+SHIPPED_PROBES = Path(__file__).parent.parent / "eval" / "results" / "openmoji-probes.json"
 
 
 def look_tab(site: Site, tab: gr.Tab) -> None:
@@ -105,29 +108,31 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
     shown = gr.HTML("", elem_id="probes", apply_default_css=False)
 
     def offer(names: list[str]) -> tuple[Any, str]:
-        found = _probed(site)
+        found = probed(site)
         names = [name for name in names if name in found] or list(found)[:2]
-        return gr.update(choices=list(found), value=names), _curves(names, found)
+        return gr.update(choices=list(found), value=names), probe_curves(names, found)
 
     def curves(names: list[str]) -> str:
-        found = _probed(site)
-        return _curves([name for name in names if name in found], found)
+        found = probed(site)
+        return probe_curves([name for name in names if name in found], found)
 
     names.input(curves, names, shown, **AS_SENT)
     tab.select(offer, names, [names, shown], **AS_SENT)
 
 
-def _probed(site: Site) -> dict[str, dict[str, Any]]:
-    """Checkpoints -> what eval/probe.py told of them, the newest."""
+def probed(site: Site) -> dict[str, dict[str, Any]]:
+    """Checkpoints -> what eval/probe.py told of them, the newest; the shipped ones were probed before they were shipped."""
     found, known, there = {}, measured(site.jobs), all_results(site.runs)
+    shipped = {Path(each["checkpoint"]).name: each for each in read_json(SHIPPED_PROBES)["entries"]}
     for name in sources(site.runs):
-        told = [each for each in [*known[name], *there.get(name, ())] if isinstance(each.get("results"), list)]
+        numbers = [*known[name], *there.get(name, ()), *([shipped[name]] if name in shipped else ())]
+        told = [each for each in numbers if isinstance(each.get("results"), list)]
         if told:
             found[name] = told[0]
-    return found
+    return dict(sorted(found.items(), key=lambda each: each[1].get("alpha_min") or 1, reverse=True))  # plain ones have the first colour
 
 
-def _curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
+def probe_curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
     """Accuracy and rank of every block, and the spectrum of the best one."""
     if found and not names:
         return '<p class="empty small">Choose a checkpoint above.</p>'

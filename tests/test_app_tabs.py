@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, expect
 
 from app.inside import colours, reconstruct, sample_features
 from app.jobs import Jobs
+from app.look_tab import probe_curves, probed
 from app.recipe import KEY
 from app.settings import Comparison
 from app.site import Site
@@ -188,6 +189,13 @@ def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError) as error:
             reconstruct(names, runs, file, ratio)
         assert "\n" not in str(error.value)
+
+
+def test_probes_of_the_shipped_pair_are_there_without_one_of_ones_own(runs: Path) -> None:
+    found = probed(Site(runs, None, Votes(runs)))
+    assert list(found) == ["openmoji-plain", "openmoji-decayed"]
+    page = probe_curves(list(found), found)
+    assert page.count("<figure") == 4 and page.count("images of openmoji, fitted to") == page.count("held-out part") == 2
 
 
 @slow
