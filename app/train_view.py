@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from app import judging, render
@@ -110,7 +111,8 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     facts += [f"{time_words(progress.seconds_left)} left"] if progress.seconds_left is not None else []
     facts += [text(status.message)]
     runs = [(status.name, progress), *([(other, jobs.progress(other))] if other else [])]
-    curves = f'<div class="plots">{_curves(runs)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
+    colours = _colours([status.folder, *([jobs.status(other).folder] if other else [])])
+    curves = f'<div class="plots">{_curves(runs, colours)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)
     stands = f'<div class="status">{bar}<span>{" · ".join(facts)}</span></div>{part_of(progress)}'
     return f"<h3>{text(status.name)}</h3>{_settings(status)}{stands}{curves}{samples}{_next_sample(status, progress)}{words}"
@@ -132,14 +134,23 @@ def _next_sample(status: Status, progress: Progress) -> str:
     return f'<p class="protocol">Samples {when}.</p>'
 
 
-def _curves(runs: Sequence[tuple[str, Progress]]) -> str:
+def _colours(folders: Sequence[Path]) -> Sequence[int]:
+    """One for the plain run and one for the decayed, whichever was chosen first; two of a kind have both."""
+    kinds = [0 if json_of(folder / CONFIG).get("alpha_min") == 1 else 1 for folder in folders]
+    return kinds if len(set(kinds)) == len(kinds) else (0, 1)
+
+
+def _curves(runs: Sequence[tuple[str, Progress]], colours: Sequence[int]) -> str:
     """Loss, speed, rank and norms of one or two runs."""
 
     def lines(value: str) -> list[Line]:
-        return [Line(name, _steps(run), [each.get(value) for each in run.curve], i) for i, (name, run) in enumerate(runs)]
+        return [
+            Line(name, _steps(run), [each.get(value) for each in run.curve], colour)
+            for colour, (name, run) in zip(colours, runs, strict=True)
+        ]
 
     norms = []
-    for colour, (name, run) in enumerate(runs):
+    for colour, (name, run) in zip(colours, runs, strict=True):
         blocks = max((len(each.get("block_norms") or ()) for each in run.curve), default=0)
         for block in range(blocks):
             values = [(each.get("block_norms") or [None] * blocks)[block] for each in run.curve]

@@ -674,6 +674,18 @@ def test_a_run_is_known_by_its_settings(jobs: Jobs, process: Callable) -> None:
     assert "the first at step" not in details_of(jobs, status, None)
 
 
+def test_a_run_has_the_colour_of_its_kind_whichever_is_chosen_first(jobs: Jobs) -> None:
+    for name, alpha_min in (("plain", 1.0), ("decayed", 0.5), ("milder", 0.8)):
+        write_run(jobs, name, saved=30, lines=3, alpha_min=alpha_min)
+    keys = {
+        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, jobs.status(chosen[0]), chosen[1]))[:2]
+        for chosen in (("plain", "decayed"), ("decayed", "plain"), ("decayed", "milder"))
+    }
+    assert sorted(keys["plain", "decayed"]) == sorted(keys["decayed", "plain"]) == [("0", "plain"), ("1", "decayed")]
+    assert keys["decayed", "milder"] == [("0", "decayed"), ("1", "milder")]
+    assert 'class="key c1"></span>decayed' in details_of(jobs, jobs.status("decayed"), None)
+
+
 def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Path) -> None:
     about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "feature_extractor": "efficientnet-lite0"}
     entries = [{"name": path, "metrics": {"FD": {"value": 7.5}}, **about} for path in ("/r/x", "/r/y@raw")]
