@@ -179,8 +179,9 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             for line in changed:
                 gr.Warning(toast(line))
             if "grid" in recipe:
+                what = varying(recipe)
                 gr.Info("These are the settings of a grid; draw it to see it again.")
-                return shown, kept, *panel.fill(asked), None, gr.update(open=True), *varying(recipe)
+                return shown, kept, *panel.fill(asked), None, gr.update(open=True), *what
             id, kept = queue(asked, kept, request)
             return id, kept, *panel.fill(asked), (id, file), *[gr.skip()] * 3
 

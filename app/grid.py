@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from app.catalog import card, cards, label_index, shared_classes
 from app.sampler import Frame, Frames, sample
-from app.settings import Comparison, Settings, Side
+from app.settings import Comparison, Settings, Side, steps_in_words
 
 SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
 NO_LABEL = "no label"
@@ -77,7 +77,7 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
     if not 1 <= len(told) <= MAX_COLUMNS:
         raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
     sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
-    columns = tuple({STEPS: f"{value} steps", GUIDANCE: f"guidance {value}", LABEL: str(value or NO_LABEL)}[axis] for value in told)
+    columns = tuple({STEPS: steps_in_words(value), GUIDANCE: f"guidance {value}", LABEL: str(value or NO_LABEL)}[axis] for value in told)
     cells = tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names)))
     return Plan(*asked, title, names, columns, sampled, cells)
 
@@ -109,7 +109,7 @@ def _title(shared: Settings, varies: str) -> str:
     facts = {
         LABEL: NO_LABEL if shared.label is None else str(shared.label),
         SEED: f"seed {shared.seed}",
-        STEPS: f"{shared.steps} steps",
+        STEPS: steps_in_words(shared.steps),
         GUIDANCE: f"guidance {shared.guidance_scale:g}",
     }
     return ", ".join(text for name, text in facts.items() if name != varies)

@@ -6,6 +6,7 @@ import traceback
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_function_description
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,7 +20,17 @@ def toast(words: str) -> str:
 
 
 class GuardedBlocks(gr.Blocks):
-    """Blocks whose endpoints refuse in one sentence what they cannot read."""
+    """Blocks whose endpoints refuse in one sentence what they cannot read, and tell what each of their arguments is."""
+
+    def get_api_info(self, *what: Any, **more: Any) -> Any:
+        """Gradio's, with the arguments' descriptions, which it takes out of docstrings for MCP alone: a line for each of them."""
+        told = super().get_api_info(*what, **more)
+        for function in self.fns.values():
+            if endpoint := told["named_endpoints"].get(f"/{function.api_name}"):
+                described = get_function_description(function.fn)[1]
+                for argument in endpoint["parameters"]:
+                    argument["python_type"]["description"] = described.get(argument["parameter_name"], "")
+        return told
 
     async def process_api(self, block_fn: Any, inputs: list[Any], *rest: Any, **options: Any) -> dict[str, Any]:
         """Gradio's, with every exception as a `gr.Error`: others would come out as an error without a word, and a traceback."""

@@ -217,7 +217,7 @@ class Jobs:
         return self.status(folder.name)
 
     def evaluations(self, statuses: Sequence[Status] | None = None) -> list[Status]:
-        """Finished ones, the newest first; `judging.read_results(status.folder)` tells what they found.
+        """Finished ones, the newest first; `judging.read_results` tells what they found.
 
         Args:
             statuses: of all jobs, where they are known already.

@@ -10,7 +10,8 @@ from app import judging, render
 from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs, Status
 from app.plots import text
-from app.site import AS_SENT, QUIET, Site, clears, page_errors
+from app.site import AS_SENT, QUIET, Site, clears
+from app.train_tab import form_errors
 from app.train_view import on_their_way
 
 SAME_PROTOCOL = (
@@ -59,7 +60,7 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
     told = gr.HTML(render.message(""), elem_id="judge-told")
 
     def ask(names: list[str], measure: str, reference: str, number: int) -> str:
-        with page_errors():
+        with form_errors():
             options = {"measure": measure, "checkpoints": names, "reference": (reference or "").strip(), "num_samples": number}
             status = jobs.judge(options)
         place = f"{status.position} in the queue" if status.position else status.state

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of
+from app.render import protocol
 from models.files import read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
@@ -134,8 +135,11 @@ def is_done(folder: Path) -> bool:
     return (folder / RESULT).is_file() or (folder / COMPARISON).is_file()
 
 
-def read_results(folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
+def read_results(folder: Path, options: dict[str, Any]) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """What an evaluation found.
+
+    Args:
+        options: its own, which know by which name of the catalogue each path was asked for.
 
     Returns:
         For each checkpoint its numbers, each with "metric", "value" and the protocol; and what a comparison says of the differences, one
@@ -145,8 +149,11 @@ def read_results(folder: Path) -> tuple[list[list[dict[str, Any]]], list[str]]:
         if (folder / RESULT).is_file():
             return [numbers_of(read_json(folder / RESULT))], []
         told = read_json(folder / COMPARISON)
-        return [numbers_of(entry) for entry in told["entries"]], [_difference(row) for row in told["differences"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = dict(zip(options["paths"], options["checkpoints"], strict=False))
+        shared = {key: value for key, value in told["entries"][0].items() if key not in ("ema", "images_seen")}
+        differences = [_difference(row, names, protocol(shared)) for row in told["differences"]]
+        return [numbers_of(entry) for entry in told["entries"]], differences
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return [], []
 
 
@@ -167,14 +174,14 @@ def results_of(folder: Path, options: dict[str, Any], now: dict[str, Source]) ->
     Returns:
         For each checkpoint what was found; and the differences, none if one of the checkpoints has other weights now.
     """
-    numbers, differences = read_results(folder)
+    numbers, differences = read_results(folder, options)
     names = options["checkpoints"]
     has = weights_of(names, now)
     same = [was == is_now != UNKNOWN for was, is_now in zip(options.get("weights") or has, has, strict=False)]
     return list(map(Judged, names, same, numbers)), differences if all(same) else []
 
 
-def _difference(row: dict[str, Any]) -> str:
-    one, other = (Path(row[key]).name for key in ("contender", "against"))
+def _difference(row: dict[str, Any], names: dict[str, str], how: str) -> str:
+    one, other = (names.get(row[key], row[key]) for key in ("contender", "against"))
     interval = f"{row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
-    return f"{row['metric']}: {one} against {other} {interval}, {row['verdict']} (paired on the same noise, 95 %)"
+    return f"{row['metric']}: {one} against {other} {interval}, {row['verdict']} (paired on the same noise, 95 %; {how})"

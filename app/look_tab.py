@@ -17,6 +17,9 @@ from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
 from app.settings_panel import from_widget, labels_of, relabel
 from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
+from models.files import read_json
+
+SHIPPED_PROBES = Path(__file__).parent.parent / "eval" / "results" / "openmoji-probes.json"
 
 
 def look_tab(site: Site, tab: gr.Tab) -> None:
@@ -41,6 +44,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
         seed = gr.Number(0, label="Seed", min_width=100, elem_id="inside-seed")
         start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
+        stop = gr.Button("Stop looking", interactive=False, min_width=110, elem_id="stop-look")
     status = gr.HTML(render.message(""), elem_id="look-status")
     maps = gr.HTML('<p class="empty small">Press <b>Look</b>.</p>', elem_id="maps", apply_default_css=False)
 
@@ -55,24 +59,25 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
     async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
         with page_errors():
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False)
+        yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
         moments: tuple[int, ...] = ()
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), gr.skip()
+                yield gr.skip(), render.waiting(position), gr.skip(), gr.skip()
                 continue
             new = frame.recipe["moments"] != moments
             moments = frame.recipe["moments"]
-            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip()
+            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip(), gr.skip()
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        yield gr.skip(), render.message(words), gr.update(interactive=True)
+        yield gr.skip(), render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
     def labels(names: list[str], label: str) -> Any:
         with page_errors():
             return relabel([card(name, site.runs) for name in names], label)
 
     clears([start.click], status)
-    start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start], **WATCHING)
+    start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start, stop], **WATCHING)
+    stop.click(site.studio.stop, id, None, **AT_ONCE)
     chosen.input(labels, [chosen, label], label, **LATEST)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 
@@ -103,29 +108,31 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
     shown = gr.HTML("", elem_id="probes", apply_default_css=False)
 
     def offer(names: list[str]) -> tuple[Any, str]:
-        found = _probed(site)
+        found = probed(site)
         names = [name for name in names if name in found] or list(found)[:2]
-        return gr.update(choices=list(found), value=names), _curves(names, found)
+        return gr.update(choices=list(found), value=names), probe_curves(names, found)
 
     def curves(names: list[str]) -> str:
-        found = _probed(site)
-        return _curves([name for name in names if name in found], found)
+        found = probed(site)
+        return probe_curves([name for name in names if name in found], found)
 
     names.input(curves, names, shown, **AS_SENT)
     tab.select(offer, names, [names, shown], **AS_SENT)
 
 
-def _probed(site: Site) -> dict[str, dict[str, Any]]:
-    """Checkpoints -> what eval/probe.py told of them, the newest."""
+def probed(site: Site) -> dict[str, dict[str, Any]]:
+    """Checkpoints -> what eval/probe.py told of them, the newest; the shipped ones were probed before they were shipped."""
     found, known, there = {}, measured(site.jobs), all_results(site.runs)
+    shipped = {Path(each["checkpoint"]).name: each for each in read_json(SHIPPED_PROBES)["entries"]}
     for name in sources(site.runs):
-        told = [each for each in [*known[name], *there.get(name, ())] if isinstance(each.get("results"), list)]
+        numbers = [*known[name], *there.get(name, ()), *([shipped[name]] if name in shipped else ())]
+        told = [each for each in numbers if isinstance(each.get("results"), list)]
         if told:
             found[name] = told[0]
-    return found
+    return dict(sorted(found.items(), key=lambda each: each[1].get("alpha_min") or 1, reverse=True))  # plain ones have the first colour
 
 
-def _curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
+def probe_curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
     """Accuracy and rank of every block, and the spectrum of the best one."""
     if found and not names:
         return '<p class="empty small">Choose a checkpoint above.</p>'

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 190
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 66, 10, 10, 26  # left of it the longest tick, -0.000123, fits
 TICKS = 4
 
 
@@ -59,9 +59,11 @@ def plot(lines: Sequence[Line], title: str, x_title: str, logarithmic: bool = Fa
         value = y0 + share * (y1 - y0)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(10**value if logarithmic else value)}</text>')
-        value = x0 + share * (x1 - x0)
+    anchors = ("start", "middle", "middle", "end")
+    ticks = [(x0 + i / (TICKS - 1) * (x1 - x0), anchors[i]) for i in range(TICKS)] if min(xs) < max(xs) else [(xs[0], "middle")]
+    for value, anchor in ticks:
         value = round(value) if all(x == int(x) for x in xs) and x1 - x0 >= TICKS - 1 else value  # blocks and steps have no halves
-        x, anchor = LEFT + (value - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), ("start", "middle", "middle", "end")[i]
+        x = LEFT + (value - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{_tick(value)}</text>')
     for line, points in drawn:
         style = f"curve c{line.colour}" + " faint" * line.faint

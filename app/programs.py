@@ -17,7 +17,7 @@ from app.site import Site, page_errors
 
 
 def programs(site: Site) -> None:
-    """Declare the endpoints."""
+    """Declare the endpoints; each argument is described in one line, where the page's documentation finds it."""
 
     async def take(names: Any, label: str, session: str, **settings: Any) -> Frame:
         with page_errors():
@@ -134,8 +134,7 @@ def _trainings(jobs: Jobs) -> None:
 
         Parameters:
             name: of the run; of a pair NAME-plain and NAME-decayed are made of it.
-            options: flags of training/train_diffusion.py or training/train_mae.py with their values, such as
-                {"preset": "demo-decayed", "max_train_steps": 100}; `--help` of these lists them (output_dir is the page's own).
+            options: flags that `training/train_diffusion.py --help` or train_mae.py lists: {"preset": "demo-decayed", "seed": 1}.
             pair: whether it is a pair; the options are the decayed one's.
 
         Returns:
@@ -199,7 +198,7 @@ def _trainings(jobs: Jobs) -> None:
 
         Parameters:
             checkpoints: names of /checkpoints; several are compared on the same noise.
-            measure: FD, KD, FID or probes.
+            measure: "FD", "KD", "FID" (which downloads Inception once) or "probes" (of one checkpoint).
             reference: "openmoji", or a folder of images.
             num_samples: images of each checkpoint, or to probe with.
 

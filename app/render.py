@@ -10,7 +10,7 @@ from app import recipe as recipes
 from app.catalog import Card
 from app.plots import Line, plot, text
 from app.sampler import Frame
-from app.settings import OWN_SAMPLER
+from app.settings import OWN_SAMPLER, steps_in_words
 from app.votes import Tally
 
 SIDES = "ABCD"
@@ -118,7 +118,7 @@ def status(frame: Frame) -> str:
     facts = [
         " + ".join(str(len(images)) for images in frame.images) + f" images in {frame.wall_s:.1f} s",
         f"<b>seed {recipe['seed']}</b>",
-        f"{text(samplers)}, {recipe['steps']} steps",
+        f"{text(samplers)}, {steps_in_words(recipe['steps'])}",
         NO_LABEL if recipe["label"] is None else f"{text(recipe['label'])}, guidance {recipe['guidance_scale']:g}",
         recipe["precision"],
     ]
@@ -148,7 +148,8 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
         pictures = "".join(
             f'<img src="{png_url(images[0])}" width="{images.shape[1]}" height="{images.shape[1]}" alt="">' for images in frame.images
         )
-        facts = f"{text(recipe['label'] if recipe['label'] is not None else NO_LABEL)}, seed {recipe['seed']}, {recipe['steps']} steps"
+        label = text(NO_LABEL if recipe["label"] is None else recipe["label"])
+        facts = f"{label}, seed {recipe['seed']}, {steps_in_words(recipe['steps'])}"
         rows.append(
             f'<li><span class="thumbs">{pictures}</span><span class="what"><b>{names}</b><br>{facts}</span>'
             f'<button type="button" data-do="back" data-id="{id}">Bring back</button>'
@@ -170,7 +171,7 @@ def tallies(pairs: Sequence[Tally]) -> str:
         counts = (pair.first_wins, pair.second_wins, pair.ties, pair.both_bad)
         cells = "".join(f"<td>{value}</td>" for value in (text(pair.first), text(pair.second), rate, *counts))
         rows.append(f"<tr>{cells}</tr>")
-    titles = ("First", "Second", "First wins (95 %)", "First", "Second", "Tie", "Both bad")
+    titles = ("First", "Second", "First wins (95 %)", "Votes for the first", "Votes for the second", "Tie", "Both bad")
     note = "A tie is half a win for each, “both bad” is left out; Wilson intervals."
     return f'{facts_table(titles, rows)}<p class="protocol">{note}</p>'
 
@@ -279,9 +280,11 @@ def protocol(result: dict[str, Any]) -> str:
         best = result["best"] if isinstance(result.get("best"), dict) else {}
         if "block" in best:
             facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']}"))
+            facts += [f"chosen by {best['chosen_by']}"] if best.get("chosen_by") else []
     if result.get("sampler"):
         facts.append(
-            f"{result['sampler']}, {result.get('steps')} steps, guidance {result.get('guidance_scale', 1):g}, seed {result.get('seed')}"
+            f"{result['sampler']}, {steps_in_words(result.get('steps'))}, guidance {result.get('guidance_scale', 1):g}, "
+            f"seed {result.get('seed')}"
         )
     facts += [f"labels {result['labels']}"] if result.get("labels") else []
     facts += [str(result["precision"])] if result.get("precision") else []

@@ -153,6 +153,11 @@ def whole(what: str, value: Any, least: int, most: int) -> int:
     return int(value)
 
 
+def steps_in_words(number: Any) -> str:
+    """1 step, 2 steps."""
+    return f"{number} step{'s' * (number != 1)}"
+
+
 def _number(what: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
         raise ValueError(f"{what} {_wrong(value)}; give a number from {least:g} to {most:g}")

@@ -37,6 +37,7 @@ FIELDS = {
     **{flag: label.removesuffix(" (px)").removeprefix("or ").capitalize() for flag, label in NUMBERS.items() if flag != "alpha_min"},
     **{"alpha_min": "alpha_min", "preset": "Preset", "dataset_name": "Images", "train_data_dir": "Images", "backbone": "Backbone"},
     **{"size": "Size", "long_skips": "Long skips", "init_from": "Begin with weights of"},
+    "reference": "Against",  # of the form under Judge
 }
 
 

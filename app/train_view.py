@@ -3,10 +3,12 @@
 import base64
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from app import judging, render
-from app.job_files import EVALUATION, QUEUED, RUNNING, TRAINING
+from app.job_files import CONFIG, EVALUATION, QUEUED, RUNNING, TRAINING, json_of
+from app.job_flags import ALL_PRESETS
 from app.jobs import Jobs, Progress, Status
 from app.plots import Line, plot, text
 
@@ -97,7 +99,7 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     log = "\n".join(progress.log[-12:])
     words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
     if status.kind == EVALUATION:
-        found, differences = judging.read_results(status.folder)
+        found, differences = judging.read_results(status.folder, status.options)
         names = status.options["checkpoints"]
         lines = [f"{text(name)}: {render.result_words(each)}" for name, numbers in zip(names, found, strict=False) for each in numbers]
         lines += map(text, differences)
@@ -109,20 +111,46 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     facts += [f"{time_words(progress.seconds_left)} left"] if progress.seconds_left is not None else []
     facts += [text(status.message)]
     runs = [(status.name, progress), *([(other, jobs.progress(other))] if other else [])]
-    curves = f'<div class="plots">{_curves(runs)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
+    colours = _colours([status.folder, *([jobs.status(other).folder] if other else [])])
+    curves = f'<div class="plots">{_curves(runs, colours)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)
     stands = f'<div class="status">{bar}<span>{" · ".join(facts)}</span></div>{part_of(progress)}'
-    return f"<h3>{text(status.name)}</h3>{stands}{curves}{samples}{words}"
+    return f"<h3>{text(status.name)}</h3>{_settings(status)}{stands}{curves}{samples}{_next_sample(status, progress)}{words}"
 
 
-def _curves(runs: Sequence[tuple[str, Progress]]) -> str:
+def _settings(status: Status) -> str:
+    """What was asked for: a run that waits, or failed early, is known by nothing else."""
+    told = ", ".join(f"{name} {value}" for name, value in status.options.items())
+    return f'<p class="protocol">{text(told)}</p>' if told else ""
+
+
+def _next_sample(status: Status, progress: Progress) -> str:
+    """When the first grid of samples comes, where there is none yet."""
+    preset = ALL_PRESETS.get(status.options.get("preset", ""))
+    every = {**(preset.flags if preset else {}), **status.options, **json_of(status.folder / CONFIG)}.get("sample_steps")
+    if progress.sample is not None or not status.active or not isinstance(every, int):
+        return ""
+    when = f"come every {every:,} steps; the first at step {every:,}" if every else "are switched off (sample_steps 0)"
+    return f'<p class="protocol">Samples {when}.</p>'
+
+
+def _colours(folders: Sequence[Path]) -> Sequence[int]:
+    """One for the plain run and one for the decayed, whichever was chosen first; two of a kind have both."""
+    kinds = [0 if json_of(folder / CONFIG).get("alpha_min") == 1 else 1 for folder in folders]
+    return kinds if len(set(kinds)) == len(kinds) else (0, 1)
+
+
+def _curves(runs: Sequence[tuple[str, Progress]], colours: Sequence[int]) -> str:
     """Loss, speed, rank and norms of one or two runs."""
 
     def lines(value: str) -> list[Line]:
-        return [Line(name, _steps(run), [each.get(value) for each in run.curve], i) for i, (name, run) in enumerate(runs)]
+        return [
+            Line(name, _steps(run), [each.get(value) for each in run.curve], colour)
+            for colour, (name, run) in zip(colours, runs, strict=True)
+        ]
 
     norms = []
-    for colour, (name, run) in enumerate(runs):
+    for colour, (name, run) in zip(colours, runs, strict=True):
         blocks = max((len(each.get("block_norms") or ()) for each in run.curve), default=0)
         for block in range(blocks):
             values = [(each.get("block_norms") or [None] * blocks)[block] for each in run.curve]

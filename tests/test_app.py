@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import threading
 import zlib
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from app import catalog, recipe, render
 from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying, words_of
+from app.plots import LEFT, Line, plot
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.settings_panel import SettingsPanel
@@ -397,7 +399,7 @@ def test_hostile_pngs_are_told_in_one_line(content: bytes, tmp_path: Path) -> No
     "axis, values, columns",
     [
         ("seed", "3", ("seed 5", "seed 6", "seed 7")),
-        ("steps", "1, 4", ("1 steps", "4 steps")),
+        ("steps", "1, 4", ("1 step", "4 steps")),
         ("guidance_scale", "1,2.5", ("guidance 1", "guidance 2.5")),
         ("label", 'squares,"no label"', ("squares", "no label")),
         ("alpha_min", "2", (f"alpha_min 1: {PLAIN}", f"alpha_min 0.6: {DECAYED}")),
@@ -487,6 +489,14 @@ def test_a_grid_is_asked_for_again_by_its_recipe(runs: Path) -> None:
     for hostile in (None, [], {}, {"axis": "magic", "values": "1"}, {"axis": [], "values": "1"}, {"axis": "steps", "values": "1" * 301}):
         with pytest.raises(ValueError, match="does not draw"):
             varying({"grid": hostile})
+
+
+def test_a_curve_of_one_point_has_one_tick_and_every_tick_fits() -> None:
+    one = plot([Line("x", [3], [1.0])], "Loss", "step")
+    assert one.count('text-anchor="middle"') == 1 and ">3</text>" in one and "2.5" not in one
+    small = plot([Line("x", [1, 2, 3, 4], [-0.000883, 0.000883, 0.0001, -0.000123])], "Loss", "step")
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', small)
+    assert max(map(len, ticks)) >= 8 and all(6.4 * len(tick) < LEFT - 6 for tick in ticks), "the font's digits are up to 6.4 px wide"
 
 
 def test_the_page_offers_every_axis_and_names_every_sampler() -> None:

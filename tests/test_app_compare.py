@@ -120,6 +120,7 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
     assert tops[0] == tops[1] < tops[2], "two images in a row"
     expect(page.locator("table.cards")).to_contain_text("openmoji-decayed")
     assert page.locator("table.cards svg").count() == 2, "the alphas of both"
+    assert page.locator("#table .wide").evaluate("table => table.scrollWidth <= table.clientWidth"), "two checkpoints fit a phone"
     expect(page.locator("table.cards")).to_contain_text("samples against")
     page.close()
 
@@ -392,7 +393,7 @@ def test_a_grid_is_one_picture_to_download(page: "Page", tmp_path: Path) -> None
     page.get_by_label("Values").fill("1, 2, 3")
     page.get_by_role("button", name="Draw the grid").click()
     expect(page.locator("#grid-status")).to_contain_text("Done", timeout=PATIENCE_MS)
-    assert "1 steps, 2 steps, 3 steps" in page.locator("#grid img").get_attribute("alt")
+    assert "1 step, 2 steps, 3 steps" in page.locator("#grid img").get_attribute("alt")
     with page.expect_download() as download:
         page.get_by_text("Download this grid").click()
     download.value.save_as(tmp_path / "grid.png")

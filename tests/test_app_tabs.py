@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, expect
 
 from app.inside import colours, reconstruct, sample_features
 from app.jobs import Jobs
+from app.look_tab import probe_curves, probed
 from app.recipe import KEY
 from app.settings import Comparison
 from app.site import Site
@@ -190,6 +191,13 @@ def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> N
         assert "\n" not in str(error.value)
 
 
+def test_probes_of_the_shipped_pair_are_there_without_one_of_ones_own(runs: Path) -> None:
+    found = probed(Site(runs, None, Votes(runs)))
+    assert list(found) == ["openmoji-plain", "openmoji-decayed"]
+    page = probe_curves(list(found), found)
+    assert page.count("<figure") == 4 and page.count("images of openmoji, fitted to") == page.count("held-out part") == 2
+
+
 @slow
 def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path) -> None:
     visit(page, "Look inside")
@@ -199,6 +207,9 @@ def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path
     expect(page.locator("#maps table")).to_have_count(2)
     assert page.locator("#maps img").count() == 2 * 6 * (1 + 8), "moments x (image and blocks)"
     expect(page.locator("#maps img").nth(3)).to_have_attribute("alt", "openmoji-plain at step 1: Block 2")
+    press(page, "Look")
+    press(page, "Stop looking")
+    expect(page.locator("#look-status")).to_contain_text("Stopped.")
     page.locator("#mae-picture input[type=file]").set_input_files(next(image_folder.glob("*/*.png")))
     expect(page.locator("#mae-picture")).to_contain_text(".png")
     press(page, "Hide and paint")
@@ -274,16 +285,18 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
 @slow
 def test_judging_is_a_job_whose_result_stands_in_the_leaderboard(page: "Page", runs: Path) -> None:
     folder = runs / ".evaluations" / "0123abcd"
-    options = {"measure": "FD", "checkpoints": list(PAIR), "paths": [], "reference": "openmoji", "num_samples": 64}
+    options = {"measure": "FD", "checkpoints": list(PAIR), "paths": ["/a", "/b"], "reference": "openmoji", "num_samples": 64}
     write_json(folder / "job.json", {"options": options, "queued_at": 1.0, "pid": 2**22 - 1, "process_began": 0.0, "kind": "evaluation"})
     about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "images_seen": 5, "alpha_min": 1.0}
     entries = [{"name": name, "metrics": {"FD": {"value": 7.5 - i, "low": 1.0, "high": 9.0}}, **about} for i, name in enumerate(PAIR)]
-    row = {"contender": PAIR[1], "against": PAIR[0], "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    row = {"contender": "/b", "against": "/a", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
     write_json(folder / "comparison.json", {"entries": entries, "differences": [row]})
     visit(page, "Judge")
     board = page.locator("#leaderboard")
     expect(board.locator("tr", has_text=PAIR[1])).to_contain_text("6.5 [1, 9]")
-    expect(board).to_contain_text("tiny-decayed against tiny-plain -1 [-2, -0.5], better (paired on the same noise, 95 %)")
+    expect(board).to_contain_text(
+        f"{PAIR[1]} against {PAIR[0]} -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+    )
     pick(page, "judged", PAIR[0])
     write(page, "reference", "/etc")
     press(page, "Judge")
@@ -359,6 +372,10 @@ def test_a_public_page_changes_nothing(runs: Path) -> None:
     everything, public = (build(Site(runs, jobs, Votes(runs))) for jobs in (Jobs(runs), None))
     reading = {"/compare", "/sample", "/checkpoints"}
     assert set(public.get_api_info()["named_endpoints"]) == reading < set(everything.get_api_info()["named_endpoints"])
+    told = everything.get_api_info()["named_endpoints"]
+    described = {(name, each["parameter_name"]): each["python_type"]["description"] for name in told for each in told[name]["parameters"]}
+    assert len(described) > 20 and all(described.values()), "a program's user reads what each argument is"
+    assert "preset" in described["/start_training", "options"] and "probes" in described["/judge", "measure"]
     tabs = {block.label for block in public.blocks.values() if isinstance(block, gr.Tab)}
     assert tabs == {"Compare", "Blind test", "Look inside", "Judge"}
 

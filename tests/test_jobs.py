@@ -531,6 +531,8 @@ def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> Non
     write_job(jobs, "a--seed-3")
     with pytest.raises(gr.Error, match="there is a run or a file a--seed-3 already"), form_errors():
         jobs.start("a--seed-3", FLAGS)
+    with pytest.raises(gr.Error, match="Against missing is not a folder"), form_errors():
+        jobs.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "reference": "missing"})
     with pytest.raises(gr.Error) as error, form_errors():
         raise ValueError("a-patch_size: --seed is 3, and patch_size must divide (--resolution)")
     assert error.value.message == "a-patch_size: Seed is 3, and Patch must divide (Resolution)"
@@ -670,6 +672,43 @@ def test_weights_that_a_page_could_not_note_are_read_by_the_next_look(
     running.kill()
     running.wait()
     assert [each["value"] for each in measured(page)[PLAIN]] == ([] if trains_on else [3.5])
+
+
+def test_a_run_is_known_by_its_settings(jobs: Jobs, process: Callable) -> None:
+    write_job(jobs, "mine", process())
+    run = write_run(jobs, "mine", sample_steps=500)
+    status = jobs.status("mine")
+    shown = details_of(jobs, status, None)
+    assert status.options and all(f"{name} {value}" in shown for name, value in status.options.items())
+    assert "the first at step 500" in shown
+    (run / "samples").mkdir()
+    (run / "samples" / "step-500.png").write_bytes(b"")
+    assert "the first at step" not in details_of(jobs, status, None)
+
+
+def test_a_run_has_the_colour_of_its_kind_whichever_is_chosen_first(jobs: Jobs) -> None:
+    for name, alpha_min in (("plain", 1.0), ("decayed", 0.5), ("milder", 0.8)):
+        write_run(jobs, name, saved=30, lines=3, alpha_min=alpha_min)
+    keys = {
+        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, jobs.status(chosen[0]), chosen[1]))[:2]
+        for chosen in (("plain", "decayed"), ("decayed", "plain"), ("decayed", "milder"))
+    }
+    assert sorted(keys["plain", "decayed"]) == sorted(keys["decayed", "plain"]) == [("0", "plain"), ("1", "decayed")]
+    assert keys["decayed", "milder"] == [("0", "decayed"), ("1", "milder")]
+    assert 'class="key c1"></span>decayed' in details_of(jobs, jobs.status("decayed"), None)
+
+
+def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Path) -> None:
+    about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "feature_extractor": "efficientnet-lite0"}
+    entries = [{"name": path, "metrics": {"FD": {"value": 7.5}}, **about} for path in ("/r/x", "/r/y@raw")]
+    row = {"contender": "/r/y@raw", "against": "/r/x", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    write_json(tmp_path / judging.COMPARISON, {"entries": entries, "differences": [row]})
+    options = {"checkpoints": ["runs/x", "runs/y"], "paths": ["/r/x", "/r/y@raw"]}
+    (line,) = judging.read_results(tmp_path, options)[1]
+    assert line.startswith(
+        "FD: runs/y against runs/x -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+    )
+    assert "efficientnet-lite0" in line
 
 
 def test_weights_that_change_while_they_are_read_are_unknown(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
