@@ -169,6 +169,7 @@ def test_positions_encode_column_then_row() -> None:
 
 @pytest.mark.parametrize(("tokens", "scale"), [(16, 1.0), (16, 4.5), (1025, 1.0)], ids=["small", "large scores", "many tokens"])
 def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(tokens: int, scale: float) -> None:
+    torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 8) for _ in range(3))
     inputs = [each.bfloat16().requires_grad_() for each in (scale * q, k, v)]
     exact = [each.detach().float().requires_grad_() for each in inputs]
@@ -180,7 +181,7 @@ def test_attention_in_bf16_is_that_in_fp32_but_for_rounding(tokens: int, scale: 
     expected.backward(towards)
     found.backward(towards.bfloat16())
     for ours, theirs in [(found, expected), *((one.grad, other.grad) for one, other in zip(inputs, exact, strict=True))]:
-        assert (ours.float() - theirs).norm() < 1.2e-2 * theirs.norm()  # bf16 itself rounds to 4e-3
+        assert (ours.float() - theirs).norm() < 2e-2 * theirs.norm()  # bf16 itself rounds to 4e-3, and scores of 20 by 0.06
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
