@@ -36,9 +36,11 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """run_here("eval/fid.py", "--help"): as run_script, but in this process; returns (exit code, stdout, stderr)."""
+    from accelerate.state import AcceleratorState
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        AcceleratorState._reset_state(True)  # else it keeps the precision of whatever ran before
         code = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
