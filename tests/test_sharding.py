@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 from training.sharding import check_shareable, trust_plain_data_alone
 
 FLAGS = "--resolution 16 --size XS --alpha_min 0.6 --train_batch_size 4 --mixed_precision no --report_to none"
+DEEPSPEED = "-m accelerate.commands.launch --config_file training/configs/deepspeed.yaml --num_processes 2 --main_process_port 0".split()
 MORE = "--logging_steps 1 --sample_steps 4 --checkpointing_steps 2 --ema_decay 0.9"
 
 
@@ -95,10 +96,9 @@ def test_under_deepspeed_two_processes_repeat_one_and_go_on(
     script = ["training/train_diffusion.py", "--train_data_dir", image_folder, *FLAGS.split(), *MORE.split(), "--patch_size", 8]
     alone_flags = ["--gradient_accumulation_steps", 4, "--max_train_steps", 6, "--lr_warmup_steps", 3]
     assert run_here(*script, *alone_flags, "--output_dir", alone)[0] == 0
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "training/configs/deepspeed.yaml", "--num_processes", 2]
     flags = ["--gradient_accumulation_steps", 2, "--lr_warmup_steps", 3, "--output_dir", spread]
     for steps, more in ((4, []), (6, ["--resume_from_checkpoint", "latest"])):
-        done = run_script(*launcher, "tests/sharded_on_cpu.py", *script, *flags, "--max_train_steps", steps, *more)
+        done = run_script(*DEEPSPEED, "tests/sharded_on_cpu.py", *script, *flags, "--max_train_steps", steps, *more)
         assert done.returncode == 0, done.stderr
     assert len(list((spread / "checkpoints" / "step-4").rglob("*_optim_states.pt"))) == 2, "AdamW's moments were shared out"
     assert_same_training(spread, alone)
@@ -126,10 +126,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_under_deepspeed_gradients_that_are_not_finite_end_the_training(image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     (tmp_path / "broken.py").write_text(NAN_GRADIENTS)
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "training/configs/deepspeed.yaml", "--num_processes", 2]
     script = ["tests/sharded_on_cpu.py", tmp_path / "broken.py", "training/train_diffusion.py", "--train_data_dir", image_folder]
     flags = [*FLAGS.split(), "--patch_size", 8, "--max_grad_norm", 0, "--max_train_steps", 3, "--output_dir", tmp_path / "run"]
-    done = run_script(*launcher, *script, *flags)
+    done = run_script(*DEEPSPEED, *script, *flags)
     assert done.returncode, "DeepSpeed leaves out every step, and nothing would be trained"
     assert "gradients are not finite in step 1" in done.stderr and "there is no checkpoint yet" in done.stderr, done.stderr
     assert not (tmp_path / "run" / "model_index.json").exists()

@@ -31,6 +31,12 @@ def numbers(images: np.ndarray) -> list[int]:
     return [int(image[0, 0, 0]) // 5 for image in images]
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` sleeps for 5 s at the end of an epoch, lest a process that ends then crash in Arrow; this process goes on."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four parquet files; the label of image i is i % 3."""

@@ -18,7 +18,7 @@ def spread_over_cpu_processes() -> None:
     """Become N processes if `accelerate launch --cpu --num_processes N` was asked for N > 1.
 
     Without MPI accelerate starts a single process then, and says nothing. This replaces that process by torch's own launcher
-    (gloo); its children find their rank in the environment and pass through here.
+    (gloo), on whatever port is free; its children find their rank in the environment and pass through here.
     """
     environment = os.environ
     alone = not any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
@@ -30,9 +30,7 @@ def spread_over_cpu_processes() -> None:
     flag = next((i for i, part in enumerate(arguments) if part.replace("-", "_") == "__num_processes"), None)
     if flag is None:
         return
-    count = arguments[flag + 1]
-    endpoint = ["--master_addr", environment["MASTER_ADDR"], "--master_port", environment["MASTER_PORT"]]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, *endpoint]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", arguments[flag + 1]]
     os.execv(sys.executable, [*launcher, *sys.argv])
 
 
