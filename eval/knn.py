@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.nearest import Nearest
+
 MAX_SIMILARITIES = 2**24  # held at once: 64 MiB
-GROUP = 8  # of so many numbers one is looked at first
 
 
 @torch.no_grad()
@@ -66,12 +67,11 @@ def knn_predictions(
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
 
-    train_x = F.normalize(train_x.float(), dim=1)
+    nearest_of = Nearest(F.normalize(train_x.float(), dim=1), max(ks))
     classes, train_y = train_y.unique(return_inverse=True)
     found: dict[int, list[Tensor]] = {k: [] for k in sorted(ks)}
     for x in test_x.split(max(1, MAX_SIMILARITIES // len(train_x))):
-        similarity = F.normalize(x.to(device).float(), dim=1) @ train_x.T  # (M', N)
-        nearest, neighbours = largest(similarity, max(ks))  # (M', K), the nearest first
+        nearest, neighbours = nearest_of(F.normalize(x.to(device).float(), dim=1))  # (M', K), the nearest first
         # one factor for all votes of an image changes nothing and keeps exp in range
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         votes, voted = weights.new_zeros(len(x), len(classes)), 0  # (M', classes)
@@ -80,23 +80,6 @@ def knn_predictions(
             voted = k
             predictions.append(classes[votes.argmax(1)])
     return {k: torch.cat(predictions) for k, predictions in found.items()}
-
-
-def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As x.topk(k, dim=1) of x (M, N), the same numbers; on a CPU in half the time where k is large.
-
-    The k largest lie in the k groups whose own largest are so, so that the others need no sorting. Below N / 64 torch sorts parts
-    itself, about as fast.
-    """
-    groups = x.shape[1] // GROUP
-    if x.device.type != "cpu" or not x.shape[1] / 64 < k < groups / 2:
-        return x.topk(k, dim=1)
-    _, best = x[:, : groups * GROUP].view(len(x), GROUP, groups).amax(1).topk(k, dim=1, sorted=False)  # every groups-th is of one group
-    members = torch.arange(0, groups * GROUP, groups)
-    rest = torch.arange(groups * GROUP, x.shape[1]).expand(len(x), -1)
-    candidates = torch.cat([(best.unsqueeze(2) + members).flatten(1), rest], dim=1)  # (M, k * GROUP + those of no group)
-    values, places = x.gather(1, candidates).topk(k, dim=1)
-    return values, candidates.gather(1, places)
 
 
 def check_features(x: Tensor, y: Tensor | None, which: str) -> None:

@@ -12,9 +12,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor, nn
 
 from eval import linear
-from eval.knn import knn_predictions, largest
+from eval.knn import knn_predictions
 from eval.linear import attentive_probe, fit_softmax, held_out_parts, ridge_outputs, ridge_probe, softmax_probe, standardise
 from eval.measure import draw_share, spread_over
+from eval.nearest import Nearest
 from eval.rank import effective_rank, singular_values, spectral_entropy
 from eval.similarity import cka_matrix, cknna, graph_alignment, linear_cka, neighbour_graph, silhouette
 
@@ -47,14 +48,57 @@ def test_every_k_of_one_search_equals_sklearn(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(predictions, chunked[k])
 
 
-@pytest.mark.parametrize("levels", [2**20, 5])  # hardly any ties; hardly anything else
-@pytest.mark.parametrize("k", [1, 40, 61, 200])  # of 1,003: torch's own, in groups twice, torch's own
-def test_the_largest_are_those_of_topk(k: int, levels: int) -> None:
-    x = torch.randint(levels, (7, 1003), generator=torch.Generator().manual_seed(0)).float()
-    values, places = largest(x, k)
-    assert torch.equal(values, x.topk(k, dim=1).values)
-    assert torch.equal(x.gather(1, places), values)
+def vectors(kind: str, num: int, seed: int) -> Tensor:
+    """(num, 24): in all directions, crowded far from the origin on few axes, with most products tied, all the same, or long."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, 24, generator=random)
+    axes = torch.randn(3, 24, generator=torch.Generator().manual_seed(7))
+    return {
+        "spread": lambda: F.normalize(x, dim=1),
+        "crowded": lambda: F.normalize(5 + 0.1 * x[:, :3] @ axes + 0.01 * x, dim=1),
+        "tied": lambda: torch.randint(5, (num, 24), generator=random).float() / 8,
+        "equal": lambda: torch.full((num, 24), 0.3),
+        "long": lambda: 1000 * x,
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["spread", "crowded", "tied", "equal", "long"])
+@pytest.mark.parametrize("k", [1, 40, 1003])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_nearest_are_exact(kind: str, k: int, rounds: bool) -> None:
+    keys, x = vectors(kind, 1003, 0), vectors(kind, 17, 1)
+    nearest_of = Nearest(keys, k)
+    if nearest_of.rounds < rounds:
+        pytest.skip("this CPU does not compute in bf16")
+    nearest_of.rounds = rounds
+    products, places = nearest_of(x)
+    all_products = x.double() @ keys.double().T
+    expected = all_products.topk(k, dim=1).values
+    off = 1e-6 * all_products.abs().max().item()
+    torch.testing.assert_close(products.double(), expected, rtol=1e-5, atol=off)
+    torch.testing.assert_close(all_products.gather(1, places), expected, rtol=1e-5, atol=off)
     assert all(len(set(row)) == k for row in places.tolist())
+
+
+def test_rounded_products_leave_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that they should: with less room for what rounding does, some of the nearest are missed."""
+    keys, x = (F.normalize(torch.randn(num, 64, generator=torch.Generator().manual_seed(num)), dim=1) for num in (5000, 200))
+    nearest_of = Nearest(keys, 20)
+    if not nearest_of.rounds:
+        pytest.skip("this CPU does not compute in bf16")
+    _, true = (x @ keys.T).topk(20, dim=1)
+
+    def missed() -> int:
+        rows, places = nearest_of._candidates(x)
+        assert len(rows) < 2.5 * 20 * len(x)
+        kept = torch.zeros(len(x), len(keys), dtype=torch.bool).index_put((rows, places), torch.tensor(True))
+        return int((~kept.gather(1, true)).sum())
+
+    assert missed() == 0
+    monkeypatch.setattr("eval.nearest.UNIT", 0)
+    nearest_of.group = 1  # the k-th largest itself, in place of a bound
+    nearest_of._rounded = lambda x, rounded=nearest_of._rounded: (rounded(x)[0], torch.zeros(len(x)))
+    assert missed() > 0
 
 
 # ------------------------------------------------------------------------------------------------------ softmax regression

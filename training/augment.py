@@ -60,11 +60,11 @@ def crop_and_resize(images: Tensor, boxes: Boxes) -> Tensor:
 
 def _resize_each(images: Tensor, boxes: Boxes) -> Tensor:
     """Box by box; fastest where the channels of a pixel lie side by side."""
+    resize = torch.ops.aten._upsample_bicubic2d_aa.out  # F.interpolate(..., antialias=True) into memory that is there: twice as fast
     size = images.shape[-2:]
     out = torch.empty_like(images, memory_format=torch.channels_last)
-    for image, target, top, left, height, width in zip(images, out, *(sides.tolist() for sides in boxes), strict=True):
-        box = image[None, :, top : top + height, left : left + width]
-        target.copy_(F.interpolate(box, size, mode="bicubic", antialias=True)[0])
+    for image, target, top, left, height, width in zip(images.split(1), out.split(1), *(sides.tolist() for sides in boxes), strict=True):
+        resize(image[:, :, top : top + height, left : left + width], size, False, out=target)
     return out
 
 
