@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import ROOT, script_environment
-from training.data import cache_dir, load_images, to_rgb
+from training.augment import with_crops
+from training.data import cache_dir, copied, in_unit_range, load_images, to_rgb
 from training.openmoji import draw, emoji_groups, family, motifs
 
 
@@ -70,6 +73,30 @@ def test_folders_give_classes_and_any_mode_becomes_rgb(image_folder: Path) -> No
     assert data.images.shape == (24, 8, 8, 3)
     assert data.class_names == ("cold", "warm")
     assert np.bincount(data.labels).tolist() == [12, 12]
+
+
+def test_batches_are_the_same_from_a_copy_on_the_device(image_folder: Path) -> None:
+    data, cpu = load_images(str(image_folder), 16), torch.device("cpu")
+    assert data.held(cpu) is data, "in memory already"
+    held = replace(data, on_device=copied(data.images, cpu), images=np.zeros_like(data.images))
+    for min_scale in (1, 0.3):
+        one, other = (
+            with_crops(each, min_scale).batch(np.array([7, 0, 23]), cpu, torch.Generator().manual_seed(0), flip=True)
+            for each in (data, held)
+        )
+        assert one.keys() == other.keys() == {"images", "labels"}
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_pixels_are_scaled_and_some_are_turned_round() -> None:
+    pixels = torch.randint(256, (5, 4, 6, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    expected = pixels.double() / 127.5 - 1
+    for mirrored in ([True, False, True, False, False], [False] * 5, [True] * 5):
+        turned = torch.stack([image.flip(2) if turn else image for image, turn in zip(expected, mirrored, strict=True)])
+        found = in_unit_range(pixels, torch.tensor(mirrored))
+        assert found.is_contiguous() and found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), turned, rtol=0, atol=1e-7)
+    torch.testing.assert_close(in_unit_range(pixels, None).double(), expected, rtol=0, atol=1e-7)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ box would cost more to launch than to run, and a batch is resized at once.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -117,6 +117,9 @@ class CroppedData(TrainingData):
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.whole.shape
+
+    def held(self, device: torch.device) -> Self:
+        return replace(self, whole=self.whole.held(device))
 
     def order(self, seed: int, batch_size: int, batches_a_step: int) -> Order:
         return self.whole.order(seed, batch_size, batches_a_step)

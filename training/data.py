@@ -8,11 +8,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -68,6 +68,10 @@ class TrainingData(ABC):
         """int64 (N,), or None without labels."""
         return None if self.labels is None else self.labels[indices]
 
+    def held(self, device: torch.device) -> Self:
+        """The same; what fits lies on the device from now on, so that batches need not travel."""
+        return self
+
     @abstractmethod
     def samples(self, indices: Any, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
@@ -88,7 +92,7 @@ class TrainingData(ABC):
         batch = {"images": self.samples(indices, device, generator, mirrored)}
         labels = self.labels_of(indices)
         if labels is not None:
-            batch["labels"] = torch.from_numpy(labels).to(device)
+            batch["labels"] = moved(labels, device)
         return batch
 
 
@@ -99,10 +103,12 @@ class ImageData(TrainingData):
     Attributes:
         images: uint8 (N, H, W, 3).
         left_out: names of images that could not be read.
+        on_device: the images once more, where a training computes; see `held`.
     """
 
     images: np.ndarray
     left_out: tuple[str, ...] = ()
+    on_device: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,15 +127,42 @@ class ImageData(TrainingData):
         indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         return self.samples(indices, torch.device("cpu"), None, None)
 
+    def held(self, device: torch.device) -> Self:
+        """With all images on a GPU, if they take at most an eighth of what is free there."""
+        if device.type != "cuda" or 8 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return replace(self, on_device=copied(self.images, device))
+
     def pixels(self, indices: np.ndarray, device: torch.device) -> Tensor:
         """uint8 (N, C, H, W), the channels of a pixel side by side."""
-        return torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2)
+        chosen = moved(self.images[indices], device) if self.on_device is None else self.on_device[moved(indices, device)]
+        return chosen.permute(0, 3, 1, 2)
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device. Neither waits for the other: steps are sent to a GPU while it is busy with earlier ones."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def copied(images: np.ndarray, device: torch.device) -> Tensor:
+    """All images on the device, read part by part: a mapped file need not fit into memory."""
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), 4096):
+        copy[start : start + 4096] = torch.from_numpy(np.array(images[start : start + 4096]))
+    return copy
 
 
 def in_unit_range(pixels: Tensor, mirrored: Tensor | None) -> Tensor:
     """uint8 (N, C, H, W) -> contiguous float in [-1, 1]; those of `mirrored`, bool (N,), are turned round."""
-    images = pixels.contiguous().float().div_(127.5).sub_(1)
-    return images if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    images = torch.empty(pixels.shape, device=pixels.device).copy_(pixels).div_(127.5).sub_(1)
+    if mirrored is None:
+        return images
+    if images.device.type != "cpu":  # to know which ones, the host would wait for the device
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    turned = mirrored.nonzero().squeeze(1)
+    images[turned] = images[turned].flip(3)
+    return images
 
 
 def cache_dir() -> Path:

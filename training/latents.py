@@ -13,7 +13,7 @@ from torch import Tensor
 from models.files import remove, require_disk, written_aside
 from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
-from training.data import ImageData, TrainingData, cache_dir
+from training.data import ImageData, TrainingData, cache_dir, moved
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
 # Of the encoder's batches: 4 images of 256 px take 0.7 GiB with Stable Diffusion's, and 32 of them on a GPU
@@ -40,12 +40,11 @@ class LatentData(TrainingData):
         return self.moments.shape[2:]
 
     def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
-        moments = self.moments[indices]
+        moments = moved(self.moments[indices], device)  # (N, 2, C, H, W)
         if mirrored is not None:
             assert self.mirrored_moments is not None, "encoded without flips"
-            where = mirrored.cpu().numpy()
-            moments[where] = self.mirrored_moments[indices[where]]
-        mean, std = torch.from_numpy(moments).to(device).float().unbind(1)  # 2 x (N, C, H, W)
+            moments = torch.where(mirrored.view(-1, 1, 1, 1, 1), moved(self.mirrored_moments[indices], device), moments)
+        mean, std = moments.float().unbind(1)  # 2 x (N, C, H, W)
         return mean + std * torch.randn(mean.shape, device=device, generator=generator)
 
 

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from models.progress import progress_bar
-from training.data import EMBEDDED, ImageData, Order, TrainingData, decode_image, in_unit_range, open_dataset, undecoded
+from training.data import EMBEDDED, ImageData, Order, TrainingData, decode_image, in_unit_range, moved, open_dataset, undecoded
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ImageStream(TrainingData):
 
     def pixels(self, indices: Rows, device: torch.device) -> Tensor:
         """uint8 (N, C, H, W), the channels of a pixel side by side."""
-        return torch.from_numpy(indices.images).to(device).permute(0, 3, 1, 2)
+        return moved(indices.images, device).permute(0, 3, 1, 2)
 
     def some(self, count: int) -> Tensor:
         """Float (count, C, H, W) in [-1, 1], the first ones."""
