@@ -93,12 +93,17 @@ def test_the_page_tells_what_was_reached() -> None:
         "of other quality": {"goal": 2, "ratio_median": 0.1, "ratio_interval_95": None, "valid": False},
         "without": {"goal": None, "ratio_median": 1.0, "ratio_interval_95": None, "ours_peak_bytes": 90, "theirs_peak_bytes": 100},
         "step": {"ratio_median": 1, "ours_s_median": 0.4, "limits": {"products_s": 0.15, "traffic_s": 0.05}},
+        "on a GPU": {
+            "ratio_median": 1,
+            "ours_s_median": 0.4,
+            "limits": {"products_s": 0.15, "traffic_s": 0.05, "flops": 10, "data_sheet_flops_per_s": 100.0},
+        },
     }
     lines = page({name: found | case for name, case in cases.items()}).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("|")}
     goals = ("reached", "perhaps", "missed", "of other quality", "without")
     assert [rows[name][6] for name in goals] == ["yes", "undecided", "no", "no", ""]
     assert rows["reached"][2] == "2.5 [1.67, 3.33]" and rows["without"][4] == "0.900"
-    assert rows["step"][-1] == "2.00 |"
+    assert rows["step"][-2:] == ["2.00", " |"] and rows["on a GPU"][-1] == "25% |"
     assert lines.count("- some words") == len(cases)
     assert len([line for line in lines if "2 CPU threads" in line]) == 1, "one machine, one line"

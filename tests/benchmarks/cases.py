@@ -5,14 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -25,182 +21,21 @@ from eval.frechet import frechet_distance
 from eval.knn import knn_predictions
 from eval.linear import WEIGHT_DECAYS, held_out_parts, softmax_probe
 from models import create_model
-from models.precision import autocast, precision
-from models.registry import BACKBONES
+from models.precision import precision
+from tests.benchmarks import steps
+from tests.benchmarks.inputs import DEVICE, Inputs, batches_of, folder_of, noise_images
 from tests.benchmarks.measure import Case, Work
-from tests.benchmarks.peers import network_of
-from tests.benchmarks.published import (
-    CLASSES,
-    PROBE_EPOCHS,
-    SAMPLER_STEPS,
-    endless,
-    image_loader,
-    published_mae_step,
-    published_probe_epoch,
-    published_step,
-    write_folder,
-)
+from tests.benchmarks.published import CLASSES, PROBE_EPOCHS, SAMPLER_STEPS, image_loader, published_probe_epoch
 from tests.benchmarks.sampling import BATCH as SAMPLED
 from tests.benchmarks.sampling import LADDER, SAMPLER_PARTS, Sampling, quality_notes, search, taken
+from tests.benchmarks.steps import SMALL, whole_step
 from tests.inception import write_inception
 from training.augment import crop_and_resize, random_boxes, with_crops
-from training.data import ImageData, Order, TrainingData, in_unit_range
-from training.ema import EMA
-from training.objectives import FlowMatching, MaskedAutoencoding
+from training.data import ImageData, in_unit_range
+from training.objectives import FlowMatching
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH = 32
 FEATURES = 2048  # Inception's
-
-
-@dataclass
-class Inputs:
-    """What the command line gives to the cases.
-
-    Attributes:
-        images: of each side of `fid`.
-        samples: of each side of `sampling`, by which its quality is judged.
-        peer: checkout of the published code, in place of what is written down here.
-        keep: enters a context that lasts as long as the case, and returns what it gives.
-    """
-
-    images: int
-    samples: int
-    peer: Path | None
-    keep: Callable[[AbstractContextManager], Any]
-
-    @property
-    def theirs(self) -> str:
-        """Words for the opponent of the whole steps."""
-        return f"that of {self.peer.name}" if self.peer else "the published loop's"
-
-
-def xs(backbone: str, **options: Any) -> nn.Module:
-    """The XS network for images of 32 px, patches of 4 where there are any."""
-    classes = {} if BACKBONES[backbone].task == "mae" else {"num_classes": CLASSES}
-    return create_model(backbone, "XS", image_size=32, **classes, **options)
-
-
-def step_of(backbone: str, alpha_min: float, **options: Any) -> Work:
-    """A training step of the XS network at 32 px, batch 32, in the precision that pays here."""
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = xs(backbone, alpha_min=alpha_min, **options).to(device)
-    return step_with(model, model, MaskedAutoencoding(model.num_patches) if backbone == "mae" else FlowMatching(CLASSES))
-
-
-def step_with(model: nn.Module, network: Callable[..., torch.Tensor], objective: Callable) -> Work:
-    """Forward, backward and AdamW; `network` calls the model as ours are called."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = {"images": torch.rand(BATCH, 3, 32, 32, device=device) * 2 - 1, "labels": torch.randint(CLASSES, (BATCH,), device=device)}
-    generator = torch.Generator(device).manual_seed(0)
-
-    def step() -> None:
-        with autocast(device, precision("auto")):
-            loss, _ = objective(network, batch, generator)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
-def noise_images(count: int, size_px: int) -> ImageData:
-    """Packed bytes in nine classes."""
-    images = np.random.default_rng(0).integers(0, 256, (count, size_px, size_px, 3), np.uint8)
-    return ImageData(images, labels=np.arange(count) % CLASSES, class_names=tuple("abcdefghi"), name="noise", split="train", fingerprint="")
-
-
-def batches_of(data: TrainingData, batch_size: int) -> Callable[[], tuple[dict[str, torch.Tensor], torch.Generator]]:
-    """The next batch each time, as our loop takes it."""
-    order, taken = Order(len(data), seed=0), count()
-
-    def batch() -> tuple[dict[str, torch.Tensor], torch.Generator]:
-        number = next(taken)
-        generator = torch.Generator().manual_seed(number)
-        return data.batch(order.indices(number * batch_size, batch_size), torch.device("cpu"), generator, flip=True), generator
-
-    return batch
-
-
-def whole_step(model: nn.Module, data: TrainingData, objective: Callable, max_grad_norm: float, ema_decay: float) -> Work:
-    """Everything that our loop does in a step: the next images of packed bytes, flips, the step itself, clipping, averages."""
-    optimizer, ema = torch.optim.AdamW(model.parameters(), fused=True), EMA(model.parameters(), ema_decay)
-    next_batch, steps = batches_of(data, BATCH), count(1)
-
-    def step() -> None:
-        batch, generator = next_batch()
-        with autocast(torch.device("cpu"), precision("auto")):
-            loss, _ = objective(model, batch, generator)
-        loss.backward()
-        if max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model.parameters(), next(steps))
-
-    return step
-
-
-@contextmanager
-def folder_of(data: ImageData) -> Iterator[Path]:
-    """The images as PNG files, as long as the context lives."""
-    with tempfile.TemporaryDirectory(prefix="fading-shortcuts-benchmark-") as name:
-        write_folder(Path(name), data.images, data.labels)
-        yield Path(name)
-
-
-def compiled(case: Case, model: nn.Module) -> Case:
-    """The same with our network compiled; how long that took stands apart."""
-    model.compile(dynamic=False)
-    began = time.perf_counter()
-    case.ours()
-    notes = (f"the first step, which compiles, took {time.perf_counter() - began:.0f} s",)
-    return replace(case, about=f"{case.about}, ours compiled", notes=notes)
-
-
-def loop(compile: bool, inputs: Inputs) -> Case:
-    """A step of our whole loop against the published one: DiT-XS without long skips, 32 px, 576 images, on a CPU."""
-    return _loop("dit", "DiT-XS", inputs, compile, long_skips=False)
-
-
-def mae_loop(compile: bool, inputs: Inputs) -> Case:
-    """The same of a masked autoencoder, with random-resized crops."""
-    from torchvision.transforms import InterpolationMode, RandomResizedCrop
-
-    torch.manual_seed(0)
-    data, model = noise_images(576, 32), xs("mae", long_skips=False)
-    ours = whole_step(model, with_crops(data, 0.2), MaskedAutoencoding(model.num_patches), max_grad_norm=0.0, ema_decay=0.0)
-    crop = RandomResizedCrop(32, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
-    network = network_of(inputs.peer, "mae")
-    theirs = published_mae_step(network, endless(inputs.keep(folder_of(data)), BATCH, crop))
-    about = f"MAE-XS, 32 px, patch 4: whole step / {inputs.theirs}"
-    case = Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
-    return compiled(case, model) if compile else case
-
-
-def uvit_loop(inputs: Inputs) -> Case:
-    """The same of a U-ViT, against a checkout of it."""
-    if inputs.peer is None:
-        raise ValueError("uvit-loop needs a checkout of baofff/U-ViT; give it with --peer")
-    return _loop("uvit", "U-ViT-XS", inputs, compile=False)
-
-
-def _loop(backbone: str, title: str, inputs: Inputs, compile: bool, **options: Any) -> Case:
-    """Whole steps of a diffusion model at an alpha_min of 0.5."""
-    from torchvision.transforms import CenterCrop
-
-    torch.manual_seed(0)
-    data, model = noise_images(576, 32), xs(backbone, alpha_min=0.5, **options)
-    ours = whole_step(model, data, FlowMatching(CLASSES), max_grad_norm=1.0, ema_decay=0.9999)
-    network = network_of(inputs.peer, backbone)
-    theirs = published_step(network, endless(inputs.keep(folder_of(data)), BATCH, CenterCrop(32)))
-    about = f"{title}, 32 px, patch 4: whole step / {inputs.theirs}"
-    case = Case(about, ours, theirs, goal=3, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
-    return compiled(case, model) if compile else case
 
 
 def feed(inputs: Inputs) -> Case:
@@ -244,7 +79,8 @@ def growth(inputs: Inputs) -> Case:
 
     def step(count: int) -> Work:
         torch.manual_seed(0)
-        return whole_step(xs("dit", alpha_min=0.5, long_skips=False), packed(count, folder), FlowMatching(CLASSES), 1.0, 0.9999)
+        model = SMALL.create("dit", alpha_min=0.5, long_skips=False)
+        return whole_step(model, packed(count, folder), FlowMatching(CLASSES), 1.0, 0.9999, SMALL.batch_size)
 
     about = f"DiT-XS, 32 px: whole step over {many:,} images / over {few:,}"
     figures = {"streaming_peak_bytes": peaks}
@@ -302,34 +138,6 @@ def streaming_peak(folder: Path, run: Path, steps: int) -> int:
     if training.returncode:
         raise subprocess.CalledProcessError(training.returncode, command)
     return usage.ru_maxrss * 1024  # Linux counts KiB
-
-
-def size_of(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def diffusers(_: Inputs) -> Case:
-    """Our training step against one of diffusers' DiT of the same size, both in the precision that pays here."""
-    from diffusers import DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, patch_size=4, sample_size=32)
-    model = DiTTransformer2DModel(**sizes, in_channels=3, out_channels=3, num_embeds_ada_norm=CLASSES).to(device)
-    network = lambda x, t, labels: model(x, timestep=1000 * t, class_labels=labels).sample  # noqa: E731
-    ours, theirs = step_of("dit", 0.5, long_skips=False), step_with(model, network, FlowMatching(CLASSES))
-    return Case("DiT-XS: our step / diffusers'", ours, theirs, goal=1.3, parameters=size_of(model), pairs=20)
-
-
-def alpha(backbone: str, _: Inputs) -> Case:
-    """What fading costs: a decayed training step against a plain one."""
-    goal = 1 / 1.005
-    return Case(f"{backbone}: decayed step / plain step", step_of(backbone, 0.5), step_of(backbone, 1.0), goal=goal)
-
-
-def control(_: Inputs) -> Case:
-    """The same work on both sides: how far from 1 a ratio may lie by chance or by the order of allocation."""
-    return Case("dit: plain step / plain step", step_of("dit", 1.0), step_of("dit", 1.0))
 
 
 def frechet(_: Inputs) -> Case:
@@ -417,7 +225,7 @@ def linear_probe(inputs: Inputs) -> Case:
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
     torch.manual_seed(0)
-    data, network = noise_images(1024, 32), xs("mae")
+    data, network = noise_images(1024, 32), SMALL.create("mae")
     encoder, last, labels = MAEEncoder(network, {"backbone": "mae"}, 32), len(network.blocks) - 1, torch.from_numpy(data.labels)
 
     def ours() -> None:
@@ -438,7 +246,7 @@ def sampling(inputs: Inputs) -> Case:
     """Sampling at equal quality against 250 steps of Euler, all guided: DiT-XS, 32 px, the shipped weights."""
     sides = Sampling(inputs.samples)
     tried = search(LADDER, sides.judge, sides.passes)
-    best, cuda = taken(tried), torch.cuda.is_available()
+    best, cuda = taken(tried), DEVICE.type == "cuda"
     if cuda:
         sides.ours.model.compile(dynamic=False, mode="reduce-overhead")
 
@@ -447,8 +255,6 @@ def sampling(inputs: Inputs) -> Case:
 
     def theirs() -> None:
         sides.theirs_of(0, SAMPLED, SAMPLER_STEPS // SAMPLER_PARTS)
-        if cuda:
-            torch.cuda.synchronize()
 
     opponent = f"Euler, {SAMPLER_STEPS} guided steps, fp32, eager"
     return Case(
@@ -482,9 +288,10 @@ def call(*command: object) -> None:
 
 
 CASES: dict[str, Callable[[Inputs], Case]] = {
-    **{f"alpha{end}": partial(alpha, end[1:] or "dit") for end in ("", "-uvit", "-unet", "-mae")}, "control": control,
-    "loop": partial(loop, False), "loop-compiled": partial(loop, True), "mae-loop": partial(mae_loop, False),
-    "mae-loop-compiled": partial(mae_loop, True), "uvit-loop": uvit_loop, "diffusers": diffusers, "feed": feed, "feed-crops": feed_crops,
+    **{f"alpha{end}": partial(steps.alpha, end[1:] or "dit") for end in ("", "-uvit", "-unet", "-mae")}, "control": steps.control,
+    "loop": partial(steps.loop, False), "loop-compiled": partial(steps.loop, True), "mae-loop": partial(steps.mae_loop, False),
+    "mae-loop-compiled": partial(steps.mae_loop, True), "uvit-loop": steps.uvit_loop, "tuned": partial(steps.tuned, steps.HERE),
+    "tuned-xl": partial(steps.tuned, steps.LARGE), "diffusers": steps.diffusers, "feed": feed, "feed-crops": feed_crops,
     "growth": growth, "growth-feed": growth_feed, "sampling": sampling, "frechet": frechet, "fid": fid, "crops": crops,
     "neighbours": partial(neighbours, 20), "neighbours-200": partial(neighbours, 200), "linear-probe": linear_probe, "places": places,
 }  # fmt: skip

@@ -16,6 +16,8 @@ from models.precision import autocast, precision
 
 Work = Callable[[], object]
 
+DATA_SHEETS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # of a GPU's data sheet, bf16 without sparsity, operations a second
+
 
 @dataclass(frozen=True)
 class Case:
@@ -62,6 +64,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
         for which in (0, 1) if i % 2 else (1, 0):
             began, busy = time.perf_counter(), processor_s()
             (case.ours, case.theirs)[which]()
+            finish()
             times = (1, case.theirs_times)[which]
             seconds[which].append(times * (time.perf_counter() - began))
             worked[which].append(times * (processor_s() - busy))
@@ -81,6 +84,12 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     }
 
 
+def finish() -> None:
+    """Wait until what was sent to a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def processor_s() -> float:
     """Seconds that processors worked for this process, for those that it waited for, and for its workers."""
     times = os.times()
@@ -92,6 +101,11 @@ def peak_of(work: Work) -> int:
     """Bytes that the work holds at its peak, beyond what was held before: the tensors that autograd allocates."""
     from torch.profiler import ProfilerActivity, profile
 
+    if torch.cuda.is_available():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     held = peak = 0
@@ -113,32 +127,33 @@ def limits_of(case: Case) -> dict[str, float]:
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         case.ours()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrix = torch.randn(2048, 2048, device=device)
+    edge = 2048 if device.type == "cpu" else 8192
+    matrix = torch.randn(edge, edge, device=device)
     memory = torch.empty(2**26, device=device)  # 256 MiB
 
     def multiply() -> None:
         with autocast(device, precision("auto")):
             matrix @ matrix
 
-    flops_per_s = 2 * 2048**3 / quickest(multiply, device)
-    bytes_per_s = 2 * memory.nbytes / quickest(lambda: memory.add_(1), device)
+    flops_per_s = 2 * edge**3 / quickest(multiply)
+    bytes_per_s = 2 * memory.nbytes / quickest(lambda: memory.add_(1))
     return {
         "flops": counter.get_total_flops(),
         "flops_per_s": flops_per_s,
         "products_s": counter.get_total_flops() / flops_per_s,
+        "data_sheet_flops_per_s": next((rate for name, rate in DATA_SHEETS.items() if name in machine()["device"]), None),
         "bytes_per_s": bytes_per_s,
         "traffic_s": 5 * 2 * 4 * case.parameters / bytes_per_s,
     }
 
 
-def quickest(work: Work, device: torch.device, times: int = 10) -> float:
+def quickest(work: Work, times: int = 10) -> float:
     """Least seconds of several runs."""
     found = []
     for _ in range(times):
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish()
         found.append(time.perf_counter() - began)
     return min(found)
 

@@ -12,7 +12,6 @@ import numpy as np
 import timm.models.vision_transformer as timm_vit
 from torch import nn
 
-from models.registry import BACKBONES
 from tests.benchmarks.published import CLASSES, PublishedDiT, PublishedMAE
 
 Sizes = Mapping[str, int]
@@ -49,16 +48,14 @@ PEERS: dict[str, tuple[tuple[str, str, Callable[[Sizes], dict[str, Any]]], ...]]
 }
 
 
-def network_of(peer: Path | None, backbone: str) -> nn.Module:
-    """The XS network for images of 32 px: the peer's, else the one that is written down here.
+def network_of(peer: Path | None, backbone: str, sizes: Sizes) -> nn.Module:
+    """The network of these sizes for images of 32 px: the peer's, else the one that is written down here.
 
     Raises:
         ValueError: the peer has no such network, or it cannot be used with the libraries that are here.
     """
-    sizes = BACKBONES[backbone].sizes["XS"]
     if peer is None:
-        published = {name: value for name, value in sizes.items() if name != "patch_size"}
-        return {"dit": PublishedDiT, "mae": PublishedMAE}[backbone](image_size=IMAGE, patch_size=sizes["patch_size"], **published)
+        return {"dit": PublishedDiT, "mae": PublishedMAE}[backbone](image_size=IMAGE, **sizes)
     for file, name, arguments in PEERS[backbone]:
         if (peer / file).is_file() and f"class {name}(" in (peer / file).read_text(encoding="utf-8"):
             try:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from models.compat import import_torchvision
 from models.layers import TimestepEmbedding, patchify, sincos_positions, unpatchify
+from models.precision import autocast
 
 CLASSES = 9
 SAMPLER_STEPS = 250
@@ -94,21 +95,25 @@ def endless(*loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from batches
 
 
-def published_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+def published_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], precision: str = "no") -> Callable[[], None]:
     """A step of SiT's loop: the next batch, forward, backward, AdamW, average.
 
     Args:
-        model: of (x, t, labels), in fp32; where it predicts twice the channels the second half is left alone.
+        model: of (x, t, labels); where it predicts twice the channels the second half is left alone.
+        precision: "no" as they train, fp32, or "bf16" by autocast.
     """
+    device = next(model.parameters()).device
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
     def step() -> None:
-        x, labels = next(batches)
-        labels = torch.where(torch.rand(len(labels)) < 0.1, CLASSES, labels)
-        t, noise = torch.rand(len(x)), torch.randn_like(x)
+        x, labels = (part.to(device) for part in next(batches))
+        labels = torch.where(torch.rand(len(labels), device=device) < 0.1, CLASSES, labels)
+        t, noise = torch.rand(len(x), device=device), torch.randn_like(x)
         along = t.view(-1, 1, 1, 1)
-        loss = (model(along * x + (1 - along) * noise, t, labels)[:, :3] - (x - noise)).square().mean()
+        with autocast(device, precision):
+            predicted = model(along * x + (1 - along) * noise, t, labels)[:, :3]
+        loss = (predicted.float() - (x - noise)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -210,9 +215,10 @@ def published_mae_step(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+    device = next(model.parameters()).device
 
     def step() -> None:
-        loss = model(next(batches)[0])[0]
+        loss = model(next(batches)[0].to(device))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
