@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eval.nearest import Nearest
 
-MAX_SIMILARITIES = 2**24  # held at once: 64 MiB
+MAX_SIMILARITIES = 2**24  # at once: 64 MiB in float32, and about as much for what is nearly as near as the nearest
 
 
 @torch.no_grad()

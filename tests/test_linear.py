@@ -49,7 +49,7 @@ def test_every_k_of_one_search_equals_sklearn(monkeypatch: pytest.MonkeyPatch) -
 
 
 def vectors(kind: str, num: int, seed: int) -> Tensor:
-    """(num, 24): in all directions, crowded far from the origin on few axes, with most products tied, all the same, or long."""
+    """(num, 24): in all directions, crowded far from the origin on few axes, with most products tied, or all the same."""
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(num, 24, generator=random)
     axes = torch.randn(3, 24, generator=torch.Generator().manual_seed(7))
@@ -58,47 +58,64 @@ def vectors(kind: str, num: int, seed: int) -> Tensor:
         "crowded": lambda: F.normalize(5 + 0.1 * x[:, :3] @ axes + 0.01 * x, dim=1),
         "tied": lambda: torch.randint(5, (num, 24), generator=random).float() / 8,
         "equal": lambda: torch.full((num, 24), 0.3),
-        "long": lambda: 1000 * x,
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["spread", "crowded", "tied", "equal", "long"])
+@pytest.fixture(params=[True, False], ids=["rounded", "float32"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Of finding neighbours; rounding works on every CPU, if slowly."""
+    monkeypatch.setattr("eval.nearest.cpu_has_bf16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", ["spread", "crowded", "tied", "equal"])
 @pytest.mark.parametrize("k", [1, 40, 1003])
-@pytest.mark.parametrize("rounds", [True, False])
-def test_the_nearest_are_exact(kind: str, k: int, rounds: bool) -> None:
+def test_the_nearest_are_exact(kind: str, k: int, way: bool) -> None:
     keys, x = vectors(kind, 1003, 0), vectors(kind, 17, 1)
-    nearest_of = Nearest(keys, k)
-    if nearest_of.rounds < rounds:
-        pytest.skip("this CPU does not compute in bf16")
-    nearest_of.rounds = rounds
-    products, places = nearest_of(x)
+    products, places = Nearest(keys, k)(x)
     all_products = x.double() @ keys.double().T
     expected = all_products.topk(k, dim=1).values
-    off = 1e-6 * all_products.abs().max().item()
-    torch.testing.assert_close(products.double(), expected, rtol=1e-5, atol=off)
-    torch.testing.assert_close(all_products.gather(1, places), expected, rtol=1e-5, atol=off)
+    torch.testing.assert_close(products.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(all_products.gather(1, places), expected, rtol=1e-5, atol=1e-6)
     assert all(len(set(row)) == k for row in places.tolist())
 
 
+def test_no_rounding_hides_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few dimensions and few keys, where errors do not cancel, short and long vectors, and a mean far off, against float64."""
+    monkeypatch.setattr("eval.nearest.cpu_has_bf16", lambda: True)
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *sizes: torch.rand(*sizes, generator=random, dtype=torch.float64)  # noqa: E731
+    for _ in range(1500):
+        dim, num = int(1 + 3 * draw(1)), int(2 + 4 * draw(1)) if draw(1) < 0.5 else 1000
+        k = max(1, int(num * (0.01, 0.1, 0.25, 0.5)[int(4 * draw(1))]))
+        keys, x = (draw(count, dim) - 0.5 + (0, 0, 30)[int(3 * draw(1))] for count in (num, 20))
+        scale = (0, -4)[int(2 * draw(1))]
+        keys, x = ((each / each.norm(dim=1).max() * 10 ** (scale * draw(len(each), 1))).float() for each in (keys, x))
+        _, places = Nearest(keys, k)(x)
+        products = x.double() @ keys.double().T
+        missed = products.topk(k, dim=1).values[:, -1] - products.gather(1, places).amin(1)
+        noise = 16 * 2.0**-24 * x.double().norm(dim=1) * keys.double().norm(dim=1).max()
+        assert (missed <= noise).all(), (dim, num, k, (missed / noise).max())
+
+
 def test_rounded_products_leave_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And all that they should: with less room for what rounding does, some of the nearest are missed."""
+    monkeypatch.setattr("eval.nearest.cpu_has_bf16", lambda: True)
     keys, x = (F.normalize(torch.randn(num, 64, generator=torch.Generator().manual_seed(num)), dim=1) for num in (5000, 200))
+    asked = []
     nearest_of = Nearest(keys, 20)
-    if not nearest_of.rounds:
-        pytest.skip("this CPU does not compute in bf16")
-    _, true = (x @ keys.T).topk(20, dim=1)
+    nearest_of._of_pairs = lambda x, rows, places, exact=nearest_of._of_pairs: asked.append(len(rows)) or exact(x, rows, places)
+    nearest_of(x)
+    assert 20 * len(x) <= asked[0] < 2.5 * 20 * len(x)
 
-    def missed() -> int:
-        rows, places = nearest_of._candidates(x)
-        assert len(rows) < 2.5 * 20 * len(x)
-        kept = torch.zeros(len(x), len(keys), dtype=torch.bool).index_put((rows, places), torch.tensor(True))
-        return int((~kept.gather(1, true)).sum())
 
-    assert missed() == 0
-    monkeypatch.setattr("eval.nearest.UNIT", 0)
-    nearest_of.group = 1  # the k-th largest itself, in place of a bound
-    nearest_of._rounded = lambda x, rounded=nearest_of._rounded: (rounded(x)[0], torch.zeros(len(x)))
-    assert missed() > 0
+def test_twins_vote_alike_whoever_else_is_asked_for(way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of several keys with one product are taken does not depend on the other queries."""
+    random = torch.Generator().manual_seed(0)
+    x, z = torch.randn(40, 16, generator=random).repeat(50, 1), torch.randn(300, 16, generator=random)
+    y = torch.randint(9, (len(x),), generator=random)
+    together = knn_predictions(x, y, z, (20,))[20]
+    monkeypatch.setattr("eval.knn.MAX_SIMILARITIES", 7 * len(x))
+    assert torch.equal(knn_predictions(x, y, z, (20,))[20], together)
 
 
 # ------------------------------------------------------------------------------------------------------ softmax regression

@@ -153,14 +153,27 @@ def test_every_parameter_trains(flags: tuple[str, ...], train: Callable, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(train: Callable, image_folder: Path, tmp_path: Path) -> None:
+    """And two such trainings on one machine do not meet."""
     train(tmp_path / "one", "--max_train_steps", 6, "--gradient_accumulation_steps", 2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "two", *TINY, "--max_train_steps", 6]
-    done = subprocess.run([*launch, SCRIPT, *map(str, flags)], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = without_speed(tmp_path / "one"), without_speed(tmp_path / "two")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    launch += ["--train_data_dir", image_folder, *TINY, "--max_train_steps", 6]
+    options = dict(cwd=ROOT, env=script_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pairs = [subprocess.Popen([*map(str, launch), "--output_dir", tmp_path / name], **options) for name in ("two", "too")]
+    for pair in pairs:
+        said, _ = pair.communicate(timeout=300)
+        assert pair.returncode == 0, said
+    one, two, too = (without_speed(tmp_path / name) for name in ("one", "two", "too"))
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
     assert [line["lr"] for line in one] == [line["lr"] for line in two] == [0.064 * 8 / 256] * 3
+    assert two == too
+
+
+def test_processes_on_cpus_of_several_machines_are_left_to_torchrun(run_script: Callable, tmp_path: Path) -> None:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 2, "--machine_rank", 0]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", 29511]
+    done = run_script(*launch, SCRIPT, *TINY, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    assert done.returncode and "error: accelerate launch --cpu begins processes on one machine; on several use torchrun" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_averaged_where_asked_and_can_begin_another_run(train: Callable, tmp_path: Path) -> None:

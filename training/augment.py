@@ -63,7 +63,7 @@ def _resize_each(images: Tensor, boxes: Boxes) -> Tensor:
     resize = torch.ops.aten._upsample_bicubic2d_aa.out  # F.interpolate(..., antialias=True) into memory that is there: twice as fast
     size = images.shape[-2:]
     out = torch.empty_like(images, memory_format=torch.channels_last)
-    for image, target, top, left, height, width in zip(images.split(1), out.split(1), *(sides.tolist() for sides in boxes), strict=True):
+    for image, target, top, left, height, width in zip(images[:, None], out[:, None], *(sides.tolist() for sides in boxes), strict=True):
         resize(image[:, :, top : top + height, left : left + width], size, False, out=target)
     return out
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from itertools import pairwise
 
 import psutil
 import torch
@@ -15,7 +16,7 @@ STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; 
 
 
 def spread_over_cpu_processes() -> None:
-    """Become N processes if `accelerate launch --cpu --num_processes N` was asked for N > 1.
+    """Become N processes on this machine if `accelerate launch --cpu --num_processes N` was asked for N > 1.
 
     Without MPI accelerate starts a single process then, and says nothing. This replaces that process by torch's own launcher
     (gloo), on whatever port is free; its children find their rank in the environment and pass through here.
@@ -26,12 +27,15 @@ def spread_over_cpu_processes() -> None:
     if not (alone and environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in environment):
         return
     command = psutil.Process(os.getppid()).cmdline()
-    arguments = [part for word in command for part in word.split("=", 1)]
-    flag = next((i for i, part in enumerate(arguments) if part.replace("-", "_") == "__num_processes"), None)
-    if flag is None:
+    words = [part for word in command for part in word.split("=", 1)]
+    asked = {flag.replace("-", "_"): value for flag, value in pairwise(words) if flag.startswith("--")}
+    if int(asked.get("__num_machines", 1)) > 1:
+        raise ValueError("accelerate launch --cpu begins processes on one machine; on several use torchrun, see training/configs/README.md")
+    if "__num_processes" not in asked:
         return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", arguments[flag + 1]]
-    os.execv(sys.executable, [*launcher, *sys.argv])
+    # processes find each other by an address, as the machine's name may be known to nobody
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", asked["__num_processes"]]
+    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 class StopSignals:

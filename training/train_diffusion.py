@@ -201,5 +201,6 @@ def create_objective_from(options: ObjectiveOptions, num_classes: int, vae: Auto
 
 
 if __name__ == "__main__":
-    spread_over_cpu_processes()
+    with one_line_errors():
+        spread_over_cpu_processes()
     main()

@@ -184,5 +184,6 @@ def run(
 
 
 if __name__ == "__main__":
-    spread_over_cpu_processes()
+    with one_line_errors():
+        spread_over_cpu_processes()
     main()
