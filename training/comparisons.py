@@ -26,6 +26,7 @@ PROBE = Judge("eval/probe.py", "--dataset", ("--few_shot", "0.01,0.1"))
 # at the depth of noise where features of diffusion models are known to be best, and around it
 DIFFUSION_PROBE = Judge("eval/probe.py", "--dataset", ("--times", "0.5,0.7,0.9", "--max_train_images", "20000"))
 FD = Judge("eval/fid.py", "--reference", ("--feature_extractor", "efficientnet-lite0", "--kid", "--num_samples", "10000"))
+FEW_PROBE = Judge(PROBE.script, PROBE.data, ("--max_train_images", "5000"))
 FEW_FD = Judge(FD.script, FD.data, (*FD.flags[:-1], "2000"))
 
 
@@ -100,6 +101,19 @@ COMPARISONS: dict[str, Comparison] = {
         {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha}) for alpha in (1.0, 0.8, 0.6, 0.4)},
         {"probe": PROBE},
         500,
+    ),
+    "mae-32px-lr": Comparison(
+        "the ends of mae-32px-alpha at other learning rates, 5 epochs, one seed: is fading behind because of its learning rate?",
+        {
+            f"{alpha}-lr-{rate:g}": (
+                "mae-32px-decayed",
+                {"alpha_min": alpha, "base_learning_rate": rate, "max_train_steps": 1000, "lr_warmup_steps": 100},
+            )
+            for rate in (1e-3, 5e-4, 2e-3)
+            for alpha in (1.0, 0.4)
+        },
+        {"probe": FEW_PROBE},
+        250,
     ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",
