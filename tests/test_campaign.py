@@ -137,7 +137,7 @@ def parse() -> Callable:
     def read(script: str, flags: list[str]) -> list:
         module, presets = (train_mae, MAE_PRESETS) if "mae" in script else (train_diffusion, PRESETS)
         *groups, loop = parse("", module.GROUPS, presets, flags)[1]
-        return [*groups, loop.seed, loop.max_train_steps]
+        return [*groups, loop.seed, loop.max_train_steps, loop.learning_rate, getattr(loop, "base_learning_rate", None)]
 
     return read
 
