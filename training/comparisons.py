@@ -109,7 +109,7 @@ COMPARISONS: dict[str, Comparison] = {
                 "mae-32px-decayed",
                 {"alpha_min": alpha, "base_learning_rate": rate, "max_train_steps": 1000, "lr_warmup_steps": 100},
             )
-            for rate in (1e-3, 5e-4, 2e-3)
+            for rate in (1e-3, 2.5e-4, 5e-4, 2e-3)
             for alpha in (1.0, 0.4)
         },
         {"probe": FEW_PROBE},
