@@ -146,13 +146,13 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     result = next(iter(next(iter(arms.values())).values()))
     config, parts = result["config"], []
     parts.append(f"data {result['training']['data']}, {config['resolution']} px, {config['backbone']}-{config['size']}")
-    parts.append(f"{config['images_a_step']} images a step, learning rate {config['learning_rate']:g}, {config['precision']}")
+    rates = dict.fromkeys(f"{run['config']['learning_rate']:g}" for runs in arms.values() for run in runs.values())
+    parts.append(f"{config['images_a_step']} images a step, learning rate {' / '.join(rates)}, {config['precision']}")
     if "probe" in result:
         probe = result["probe"]
-        best = "the block (and time) that is best on held-out training images"
-        parts.append(
-            f"probed on {probe['num_samples']:,} test images at {best}, k = {_k(result)}, rank over {probe['rank_images']:,} images"
-        )
+        images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
+        best = f"the block (and time) that is best on held-out training images, k = {_k(result)}"
+        parts.append(f"probed on {images}, at {best}, rank over {probe['rank_images']:,} images")
     if "fd" in result:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"

@@ -1,6 +1,7 @@
 """The embedded data set, folders, parquet; modes, sizes, faults."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +87,18 @@ def test_batches_are_the_same_from_a_copy_on_the_device(image_folder: Path) -> N
         )
         assert one.keys() == other.keys() == {"images", "labels"}
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("file", ["labels.npy", "images.npy", "data.json"])
+def test_a_damaged_pack_is_told_with_its_remedy(file: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_images(str(image_folder), 8)
+    (path,) = tmp_path.rglob(file)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"are damaged .* delete {path.parent}, and they are made anew"):
+        load_images(str(image_folder), 8)
+    shutil.rmtree(path.parent)
+    assert len(load_images(str(image_folder), 8)) == 24
 
 
 def test_pixels_are_scaled_and_some_are_turned_round() -> None:

@@ -345,6 +345,7 @@ def test_a_run_of_a_shell_is_resumed_with_what_its_config_tells(jobs: Jobs) -> N
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     full = Jobs(jobs.runs, at_most=0)
+    assert [status.name for status in jobs.all()] == ["mine"], "the versions of libraries are not those of an evaluation"
     assert full.resume("mine", {"max_train_steps": "30"}).state == QUEUED
     job = Job(**json.loads((jobs.runs / "mine" / JOB).read_text()))
     assert job.options["max_train_steps"] == 30 and "versions" not in job.options and "images_a_step" not in job.options

@@ -144,7 +144,7 @@ def test_of_deepspeeds_checkpoints_no_code_is_run(monkeypatch: pytest.MonkeyPatc
     torch.save({"optimizer_state_dict": Hostile()}, tmp_path / "states.pt")
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and taken back after the test
     with torch.serialization.safe_globals([]):
-        trust_plain_data_alone()
+        trust_plain_data_alone(deepspeed=True)
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / "states.pt", weights_only=False)  # as DeepSpeed does
     assert not (tmp_path / "touched").exists()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,9 +19,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from models import Pipeline, create_model, effective_alpha
+from models.files import sha256
 from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment
-from training.checkpoint import checkpoints, find_checkpoint
+from training.checkpoint import alone, checkpoints, find_checkpoint
 from training.command import parse
 from training.data import Order
 from training.ema import EMA
@@ -204,9 +206,88 @@ def test_damaged_checkpoints_are_passed_over(whole_run: Path, tmp_path: Path, ca
     assert "step-10 is damaged (model.safetensors has changed)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="damaged"):
         find_checkpoint(run, "step-10")
+    for manifest in ("", "{", "[]", "{}", '{"files": []}', '{"files": {"model.safetensors": 5}}'):
+        (run / "checkpoints/step-10/manifest.json").write_text(manifest)
+        assert find_checkpoint(run, "latest").name == "step-5"
+    assert capsys.readouterr().out.count("step-10 is damaged (manifest.json is not as it was written)") == 6
     (run / "checkpoints/step-5/optimizer.bin").unlink()
     with pytest.raises(ValueError, match="every checkpoint"):
         find_checkpoint(run, "latest")
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return self.target.touch, ()
+
+
+def test_what_a_checkpoint_would_run_is_not_run(
+    whole_run: Path, image_folder: Path, tmp_path: Path, run_here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # and taken back after the test
+    flags = ["--random_flip", "--lr_warmup_steps", 3, "--checkpointing_steps", 5, "--max_train_steps", 12]
+    for file in ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin"):
+        run = shutil.copytree(whole_run, tmp_path / file)
+        path, manifest = run / "checkpoints/step-10" / file, run / "checkpoints/step-10/manifest.json"
+        torch.save(Hostile(tmp_path / "touched"), path)
+        files = json.loads(manifest.read_text())
+        files["files"][file] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest.write_text(json.dumps(files))
+        command = [SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags, "--resume_from_checkpoint", "latest"]
+        code, _, error = run_here(*command)
+        assert not (tmp_path / "touched").exists(), file
+        assert code == 2 and "holds more than numbers" in error and error.count("\n") == 1, error
+
+
+def test_nobody_else_trains_in_a_folder(train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with alone(tmp_path / "run"), pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--max_train_steps", 1)
+    assert "error: another training works in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", "--max_train_steps", 1)
+
+
+def test_later_checkpoints_are_given_up_in_words_and_for_something(
+    train: Callable, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    flags = ["--random_flip", "--lr_warmup_steps", 3, "--checkpointing_steps", 5, "--resume_from_checkpoint", "step-5"]
+    with pytest.raises(SystemExit, match="2"):
+        train(run, "--max_train_steps", 5, *flags)
+    assert "step-5 has --max_train_steps 5 already, and step-10 would be lost" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(run)] == ["step-5", "step-10"]
+    train(run, "--max_train_steps", 6, *flags)
+    assert "going on from step-5; step-10 will be replaced" in capsys.readouterr().out
+
+
+def test_a_batch_that_cannot_be_held_and_a_run_among_its_pictures_are_refused(
+    train: Callable, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--max_train_steps", 1, "--train_batch_size", 10**10)
+    assert "lower it, and raise --gradient_accumulation_steps instead" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        train(image_folder / "run", "--max_train_steps", 1)
+    assert "lies in" in capsys.readouterr().err and not (image_folder / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_accelerates_launcher_ends_several_processes(number: signal.Signals, image_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    flags = ["--train_data_dir", image_folder, "--output_dir", run, *TINY, "--max_train_steps", 100_000]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*launch, *map(str, flags)], cwd=ROOT, env=script_environment(), **quiet)
+    wait_for(lambda: len(read_metrics(run)) >= 2)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert len(others) >= 3, "torch's launcher and two processes"
+    process.send_signal(number)
+    process.wait(60)
+    assert not psutil.wait_procs(others, timeout=60)[1], "still training"
+    assert find_checkpoint(run, "latest")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A run on disk: resumable checkpoints, and the pipeline that anyone can load."""
 
 import copy
+import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,31 @@ from training.ema import EMA
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk: RuntimeError is torch.save's
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """While it lasts no other training begins in this folder. It ends with the process, however that ends.
+
+    Raises:
+        ValueError: another one works there.
+    """
+    if int(os.environ.get("RANK", 0)):  # the first of a training's processes speaks for all
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another training works in {run}; let it end, stop it, or choose another --output_dir") from None
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # nothing came of it
+            run.rmdir()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -116,11 +143,15 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
-    for name, expected in read_json(checkpoint / MANIFEST)["files"].items():
+    try:
+        files = {name: (expected["bytes"], expected["sha256"]) for name, expected in read_json(checkpoint / MANIFEST)["files"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} is not as it was written"
+    for name, (size, digest) in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or sha256(path) != digest:
             return f"{name} has changed"
     return None
 

@@ -428,10 +428,13 @@ def _packed(name: str, split: str, key: str, make: Make) -> ImageData:
     with FileLock(f"{folder}.lock"):  # of several processes one packs, and the others wait
         if not (folder / "data.json").exists():
             _write_pack(folder, name, split, make)
-    about = read_json(folder / "data.json")
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy") if about["class_names"] else None
-    class_names, fingerprint = tuple(about["class_names"]), about["fingerprint"]
+    try:
+        about = read_json(folder / "data.json")
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy") if about["class_names"] else None
+        class_names, fingerprint = tuple(about["class_names"]), about["fingerprint"]
+    except (ValueError, OSError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"the packed images of {name} are damaged ({error}); delete {folder}, and they are made anew") from error
     left_out = tuple(about.get("left_out", ()))
     return ImageData(
         images=images, labels=labels, class_names=class_names, name=name, split=split, fingerprint=fingerprint, left_out=left_out

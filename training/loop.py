@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -130,11 +131,30 @@ def train(
         The step that was reached.
 
     Raises:
-        ValueError: options that contradict each other, a folder that already holds a run, a checkpoint that does not fit.
+        ValueError: options that contradict each other, a folder that already holds a run or in which another training works, a
+            checkpoint that does not fit.
         FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept.
     """
     began = time.monotonic()
     run = check(options)
+    check_batch(options, data)
+    with checkpoint_files.alone(run):
+        return _train(run, began, options, model, data, objective, config, export, callbacks, parameters)
+
+
+def _train(
+    run: Path,
+    began: float,
+    options: LoopOptions,
+    model: nn.Module,
+    data: TrainingData,
+    objective: Objective,
+    config: dict[str, Any],
+    export: Export,
+    callbacks: Sequence[tuple[int, Callback]],
+    parameters: Iterable[Any] | None,
+) -> int:
+    """As `train`, once nobody else does in this folder."""
     batch_size, resolved = options.train_batch_size, precision(options.mixed_precision)
     zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
     accelerator = Accelerator(
@@ -181,7 +201,7 @@ def train(
     if options.report_to != "none":
         accelerator.init_trackers("logs")
 
-    def broken(what: str, remedy: str = "lower the learning rate, or raise alpha_min") -> FloatingPointError:
+    def broken(what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
         return FloatingPointError(f"{what}; {remedy}; {last}")
 
@@ -195,7 +215,7 @@ def train(
         mean_loss()
         infinite = sum((~local(parameter).isfinite()).any().float() for parameter in bare.parameters())
         if accelerator.reduce(infinite).item():
-            raise FloatingPointError(f"weights are not finite after step {step}; lower the learning rate, or raise alpha_min")
+            raise broken(f"weights are not finite after step {step}")
         checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
         publish()
 
@@ -350,6 +370,20 @@ def check(options: LoopOptions) -> Path:
     return run
 
 
+def check_batch(options: LoopOptions, data: TrainingData) -> None:
+    """Raise ValueError for a batch that cannot fit into memory, and for a run that would lie among its own images."""
+    run, folder = Path(options.output_dir or "").resolve(), Path(data.name).resolve()
+    if folder.is_dir() and run.is_relative_to(folder):
+        raise ValueError(f"--output_dir {run} lies in {data.name}, whose pictures are the data; choose a folder outside")
+    needed = 2 * 4 * options.train_batch_size * math.prod(data.shape)  # the images and what is predicted of them, float32
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"--train_batch_size {options.train_batch_size} takes more than {needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free; "
+            "lower it, and raise --gradient_accumulation_steps instead"
+        )
+
+
 def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if accelerator.is_main_process:
@@ -360,6 +394,12 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
             write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
+    step = checkpoint_files.step_of(checkpoint)
+    later = ", ".join(path.name for path in checkpoint_files.checkpoints(run) if checkpoint_files.step_of(path) > step)
+    if later and options.resume_from_checkpoint != "latest":
+        if step >= (options.max_train_steps or math.inf):
+            raise ValueError(f"{checkpoint.name} has --max_train_steps {step} already, and {later} would be lost; ask for more steps")
+        accelerator.print(f"going on from {checkpoint.name}; {later} will be replaced")
     before = read_json(run / checkpoint_files.CONFIG)
     free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
     if before.get("sharded", False) != config["sharded"]:
@@ -381,7 +421,7 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)
         checkpoint_files.drop_before(run, options.checkpoints_total_limit)
-    return checkpoint_files.step_of(checkpoint)
+    return step
 
 
 def describe(name: str, model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """How the processes of a training start and stop together."""
 
+import ctypes
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+PR_SET_PDEATHSIG = 1  # of prctl(2): which signal this process gets when its parent ends; kept by execv
 STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; on CPUs they do it at every step
 
 
@@ -33,16 +35,17 @@ def spread_over_cpu_processes() -> None:
         raise ValueError("accelerate launch --cpu begins processes on one machine; on several use torchrun, see training/configs/README.md")
     if "__num_processes" not in asked:
         return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # accelerate's launcher hands no signal on: its end has to tell
     # processes find each other by an address, as the machine's name may be known to nobody
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", asked["__num_processes"]]
     os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and the end of `accelerate launch` into a wish to stop that all processes share.
+    """Turns SIGINT, SIGTERM, SIGHUP and the end of `accelerate launch` into a wish to stop that all processes share.
 
-    A second signal interrupts at once; a launcher may hand on the one that its processes got from the terminal already, so only
-    one that comes later counts.
+    SIGHUP, of a terminal that is closed, stays ignored under `nohup`. A second signal interrupts at once; a launcher may hand on the one
+    that its processes got from the terminal already, so only one that comes later counts.
     """
 
     ECHO_S = 3.0
@@ -54,7 +57,8 @@ class StopSignals:
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = {signal.SIGINT, signal.SIGTERM, *({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ())}
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

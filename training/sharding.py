@@ -6,6 +6,7 @@ Everything here is a plain pass-through where a process holds whole parameters. 
 import copy
 import importlib.util
 import os
+import pickle
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -70,19 +71,27 @@ class ZeRO(DeepSpeedPlugin):
 
 
 def load_state(accelerator: Accelerator, checkpoint: Path) -> None:
-    """`accelerator.load_state`, which unpickles no foreign code."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        trust_plain_data_alone()
-    accelerator.load_state(str(checkpoint))
+    """`accelerator.load_state`, which unpickles no foreign code.
+
+    Raises:
+        ValueError: the checkpoint holds some.
+    """
+    trust_plain_data_alone(accelerator.distributed_type == DistributedType.DEEPSPEED)
+    try:
+        accelerator.load_state(str(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{checkpoint} holds more than numbers ({str(error).splitlines()[0][:120]}); nothing of it was run") from error
 
 
-def trust_plain_data_alone() -> None:
-    """DeepSpeed asks torch to unpickle whatever is in its files; from now on that is tensors, numbers and three classes of its own."""
+def trust_plain_data_alone(deepspeed: bool) -> None:
+    """accelerate and DeepSpeed have torch unpickle whatever is in files: from now on tensors, numbers and three classes of DeepSpeed's."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if not deepspeed:
+        return
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
