@@ -11,6 +11,7 @@ from models.files import Parser, one_line_errors, temporary_folder
 
 HERE = Path(__file__).parent
 RUNS = Path("runs")  # need not be there: the page shows the shipped checkpoints
+AUTH = "FADING_SHORTCUTS_AUTH"  # in the environment
 MAX_SESSIONS = 500  # that are remembered, each up to 1 MiB; of more the ones that were idle longest are forgotten
 
 
@@ -21,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them (default: %(default)s)")
     flags.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     flags.add_argument("--root-path", default="", help="path under which a proxy shows the page, such as /shortcuts (default: none)")
-    flags.add_argument("--auth", metavar="NAME:PASSWORD", help="let nobody in without these (default: everybody who reaches the address)")
+    hidden = f"or set {AUTH}, which others on this machine cannot read"
+    flags.add_argument("--auth", metavar="NAME:PASSWORD", help=f"let nobody in without these; {hidden} (default: everybody may)")
     flags.add_argument("--no-training", action="store_true", help="for public pages: nothing can be trained, judged or deleted")
     flags.add_argument("--data", type=Path, help="folder that images to train on must lie in (default: all that you may read)")
     flags.add_argument("--num-processes", type=int, default=1, help="of each training, one for each GPU (default: %(default)s)")
@@ -53,9 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.runs.exists() and not parsed.runs.is_dir():
             raise ValueError(f"--runs {parsed.runs} is a file; give the folder that holds the runs")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: the page calls nobody
-        name, _, password = (parsed.auth or "").partition(":")
-        if parsed.auth is not None and not (name and password):
-            raise ValueError("--auth must be NAME:PASSWORD, neither of them empty")
+        auth = os.environ.get(AUTH) if parsed.auth is None else parsed.auth
+        name, _, password = (auth or "").partition(":")
+        if auth is not None and not (name and password):
+            raise ValueError(f"--auth (or {AUTH} in the environment) must be NAME:PASSWORD, neither of them empty")
         if min(parsed.at_most, parsed.num_processes) < 1:
             raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
         if parsed.data is not None and not parsed.data.is_dir():
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
             server_name=parsed.host,
             server_port=parsed.port,
             root_path=parsed.root_path or None,
-            auth=(name, password) if parsed.auth else None,
+            auth=(name, password) if auth else None,
             theme=theme(),
             css_paths=HERE / "page.css",
             head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",

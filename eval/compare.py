@@ -30,7 +30,7 @@ from eval.probed import compare_probes, result_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
 from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
-from models.files import Parser, one_line_errors, read_json, write_json, written_aside
+from models.files import Parser, one_line_errors, read_json, require_writable, write_json, written_aside
 from models.pipeline import Pipeline
 from training.data import SPLITS
 from training.options import add_options, option, read_options
@@ -314,6 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings = sweep_settings(parsed.sweep)
         if options.output and Path(options.output).is_file():
             raise ValueError(f"--output {options.output} is a file; give a folder")
+        if options.output:
+            require_writable(Path(options.output), "choose another --output")
         if options.reference is None and any(map(result_of, parsed.contenders)):
             compare_probes(parsed.contenders, options.output)
             return

@@ -33,7 +33,7 @@ from eval.judge import (
 from eval.memorisation import memorisation, nearest, save_neighbours
 from eval.sources import Source, coloured, export_reference, open_source, require_one_size
 from eval.spread import is_main, processes
-from models.files import INDEX, Parser, one_line_errors, write_json
+from models.files import INDEX, Parser, one_line_errors, require_writable, write_json
 from models.pipeline import MAX_SEED, Pipeline
 from training.data import SPLITS, ImageData, load_images
 from training.options import add_options, option, read_options
@@ -232,6 +232,9 @@ def check(inputs: InputOptions, output: OutputOptions) -> tuple[str, bool]:
         target = getattr(output, flag)
         if target and Path(target).is_dir():
             raise ValueError(f"--{flag} {target} is a folder; give a file")
+    for flag in ("json", "save_npz", "export_reference", "memorisation", "save_images"):
+        if target := getattr(output, flag):
+            require_writable(Path(target).parent, f"choose another --{flag}")
     for flag in ("save_npz", "export_reference"):
         target = getattr(output, flag)
         if target and not target.endswith(".npz"):

@@ -10,7 +10,6 @@ out. The validation split is only tested on. Diffusion models look at noisy imag
 """
 
 import argparse
-import os
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -54,7 +53,7 @@ from eval.measure import (
     similarities,
     spread_over,
 )
-from models.files import Parser, one_line_errors, write_json
+from models.files import Parser, one_line_errors, require_writable, write_json
 from models.pipeline import to_uint8
 from training.data import ImageData
 from training.options import add_options, option, read_options
@@ -307,10 +306,10 @@ def check(network: NetworkOptions, data: DataOptions, probes: ProbeOptions, outp
         raise ValueError("--reference_weights are for --reference_network")
     if output.json and Path(output.json).is_dir():
         raise ValueError(f"--json {output.json} is a folder; give a file")
-    for target in filter(None, (output.json, output.output)):
-        there = next(parent for parent in (Path(target), *Path(target).absolute().parents) if parent.exists())
-        if not os.access(there, os.W_OK):
-            raise ValueError(f"{there} cannot be written to; choose another place for {target}")
+    if output.json:
+        require_writable(Path(output.json).parent, "choose another --json")
+    if output.output:
+        require_writable(Path(output.output), "choose another --output")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -108,6 +108,17 @@ def temporary_folder() -> Path:
     return Path(folder)
 
 
+def require_writable(folder: Path, remedy: str) -> None:
+    """Raise ValueError if nothing can be written in a folder, or where it is to be; before hours are spent on what comes there."""
+    there = folder
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{there} cannot be written ({error.strerror}); {remedy}") from None
+
+
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     """Raise ValueError if that many bytes are not free where the folder is."""
     free = shutil.disk_usage(folder).free

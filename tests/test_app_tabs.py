@@ -349,7 +349,7 @@ def test_programs_train_and_judge_too(server: str, runs: Path, image_folder: Pat
 
 
 @slow
-def test_a_page_that_is_killed_loses_nothing(runs: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_page_that_is_killed_loses_nothing(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio_client import Client
 
     options = {**TINY, "train_data_dir": str(image_folder), "max_train_steps": 100_000, "report_to": "none"}
@@ -359,7 +359,8 @@ def test_a_page_that_is_killed_loses_nothing(runs: Path, image_folder: Path, tmp
         port = url.split(":")[2][:-1]
         page = next(each for each in psutil.process_iter(["cmdline"]) if {"app", port} <= set(each.info["cmdline"] or ()))
         page.kill()
-    with app_server(tmp_path / "runs", "--root-path", "/under", "--auth", "me:secret") as url:
+    monkeypatch.setenv("FADING_SHORTCUTS_AUTH", "me:secret")
+    with app_server(tmp_path / "runs", "--root-path", "/under") as url:
         client = Client(url, auth=("me", "secret"), verbose=False)
         assert client.predict("long", api_name="/training")["state"] == "running"
         assert client.predict("long", api_name="/stop_training")["state"] in ("stopping", "interrupted")

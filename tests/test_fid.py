@@ -583,6 +583,7 @@ def test_the_same_images_whatever_the_number_of_processes(checkpoint: Path, fold
         ("", "give either"),
         ("--checkpoint {one} --reference openmoji --json {tmp}/x.json", "is not a checkpoint"),
         ("--input1 {one}", "give either"),
+        ("--input1 {one} --input2 {two} --json /proc/nothing/x.json", "/proc cannot be written"),
         ("--input1 {one} --input2 {two} --reference openmoji", "give either"),
         ("--input1 {one} --input2 {run}", "is a checkpoint"),
         ("--input1 openmoji --input2 {one}", "give --resolution"),

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.files import read_json, write_json
+from models.files import read_json, require_writable, write_json
 from models.precision import precision
 from models.shortcut import SCHEDULES, UNSTABLE_BELOW, alpha_window, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
@@ -358,13 +357,7 @@ def check(options: LoopOptions) -> Path:
         raise ValueError(f"DeepSpeed's own fp16 hides the exact weights from the averages; give --mixed_precision bf16, or {FSDP2}")
     run = Path(options.output_dir)
     for folder in (run, run / "checkpoints"):  # not after hours, when the first checkpoint is due
-        there = folder
-        try:
-            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise ValueError(f"{there} cannot be written ({error.strerror}); choose another --output_dir") from None
+        require_writable(folder, "choose another --output_dir")
     if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
         raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
     return run
