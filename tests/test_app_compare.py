@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def context(browser: Browser) -> Iterator["BrowserContext"]:
     """A visitor; their browser remembers."""
     visitor = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
@@ -48,7 +48,7 @@ def context(browser: Browser) -> Iterator["BrowserContext"]:
     visitor.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def opened(context: "BrowserContext", server: str) -> tuple["Page", list[str]]:
     """The page with the tiny pair chosen, and what was complained about in the console or loaded from elsewhere."""
     page, trouble = context.new_page(), []
@@ -344,7 +344,7 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)
     page.get_by_label("Difference", exact=True).check()
-    page.locator("#history-section li").first.get_by_role("button", name="Bring back").click()
+    unfold(page, "history-section").locator("li").first.get_by_role("button", name="Bring back").click()
     expect(page.locator("#status")).to_contain_text("2 + 2 images in")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_disabled()
     page.wait_for_timeout(1500)  # the other one would have painted again
@@ -357,7 +357,10 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
 
 
 def test_one_more_can_be_put_beside_before_the_last_one_is_sampled(page: "Page") -> None:
-    history = unfold(page, "history-section")  # the reload has closed it
+    put(page, "num-images", 2)
+    put(page, "steps", 2)
+    compare(page, "2 + 2 images in")
+    history = unfold(page, "history-section")
     id = history.locator("li").first.get_by_role("button", name="Add").get_attribute("data-id")
     add = history.locator(f'[data-do="add"][data-id="{id}"]')  # that one, also when the sampling that begins now is the first of them
     put(page, "num-images", 64)
