@@ -93,9 +93,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_memory(num_bytes: int, what: str) -> None:
-    """Raise ValueError if that many bytes are not free."""
-    free = psutil.virtual_memory().available
+def require_memory(num_bytes: int, what: str, free: int | None = None) -> None:
+    """Raise ValueError if that many bytes are not free: of this machine's memory, unless it is said how many are."""
+    if free is None:
+        free = psutil.virtual_memory().available
     if num_bytes > free:
         need, have = num_bytes / 2**30, free / 2**30
         raise ValueError(f"{what} would take about {need:,.0f} GiB of memory, and {have:.0f} GiB are free; ask for less")

@@ -39,16 +39,19 @@ def alone(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another training works in {run}; let it end, stop it, or choose another --output_dir") from None
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another training works in {run}; let it end, stop it, or choose another --output_dir") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # nothing came of it
+                run.rmdir()
     finally:
         os.close(descriptor)
-        with suppress(OSError):  # nothing came of it
-            run.rmdir()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -12,16 +12,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.files import read_json, require_writable, write_json
+from models.files import read_json, require_memory, require_writable, write_json
 from models.precision import precision
 from models.shortcut import SCHEDULES, UNSTABLE_BELOW, alpha_window, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
@@ -43,6 +43,8 @@ FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
     "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor".split()
 )
+
+P = ParamSpec("P")
 
 # f(run, model, averaged weights, what the run went through), on the main process: writes what others load
 Export = Callable[[Path, nn.Module, EMA, dict[str, Any]], None]
@@ -105,6 +107,18 @@ class LoopOptions:
         return self
 
 
+def _alone_in_its_folder(train: Callable[Concatenate["LoopOptions", P], int]) -> Callable[Concatenate["LoopOptions", P], int]:
+    """`train` with options that were checked, while no other training works in the folder of the run."""
+
+    @wraps(train)
+    def alone(options: LoopOptions, *rest: P.args, **more: P.kwargs) -> int:
+        with checkpoint_files.alone(check(options)):
+            return train(options, *rest, **more)
+
+    return alone
+
+
+@_alone_in_its_folder
 def train(
     options: LoopOptions,
     model: nn.Module,
@@ -134,26 +148,8 @@ def train(
             checkpoint that does not fit.
         FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept.
     """
-    began = time.monotonic()
-    run = check(options)
-    check_batch(options, data)
-    with checkpoint_files.alone(run):
-        return _train(run, began, options, model, data, objective, config, export, callbacks, parameters)
-
-
-def _train(
-    run: Path,
-    began: float,
-    options: LoopOptions,
-    model: nn.Module,
-    data: TrainingData,
-    objective: Objective,
-    config: dict[str, Any],
-    export: Export,
-    callbacks: Sequence[tuple[int, Callback]],
-    parameters: Iterable[Any] | None,
-) -> int:
-    """As `train`, once nobody else does in this folder."""
+    began, run = time.monotonic(), Path(options.output_dir or "")
+    check_with_data(options, data)
     batch_size, resolved = options.train_batch_size, precision(options.mixed_precision)
     zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
     accelerator = Accelerator(
@@ -363,18 +359,14 @@ def check(options: LoopOptions) -> Path:
     return run
 
 
-def check_batch(options: LoopOptions, data: TrainingData) -> None:
+def check_with_data(options: LoopOptions, data: TrainingData) -> None:
     """Raise ValueError for a batch that cannot fit into memory, and for a run that would lie among its own images."""
     run, folder = Path(options.output_dir or "").resolve(), Path(data.name).resolve()
     if folder.is_dir() and run.is_relative_to(folder):
         raise ValueError(f"--output_dir {run} lies in {data.name}, whose pictures are the data; choose a folder outside")
     needed = 2 * 4 * options.train_batch_size * math.prod(data.shape)  # the images and what is predicted of them, float32
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        raise ValueError(
-            f"--train_batch_size {options.train_batch_size} takes more than {needed / 2**30:,.0f} GiB, and {free / 2**30:,.0f} are free; "
-            "lower it, and raise --gradient_accumulation_steps instead"
-        )
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    require_memory(needed, f"--train_batch_size {options.train_batch_size}", free)
 
 
 def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
