@@ -115,6 +115,18 @@ COMPARISONS: dict[str, Comparison] = {
         {"probe": FEW_PROBE},
         250,
     ),
+    "mae-32px-long": Comparison(
+        "102 epochs with long skips, alpha_min 1 and 0.4 at the learning rates that were best in mae-32px-lr: do the curves cross?",
+        {
+            f"{alpha}": (
+                "mae-32px-decayed",
+                {"alpha_min": alpha, "base_learning_rate": rate, "max_train_steps": 20_000, "lr_warmup_steps": 1000},
+            )
+            for alpha, rate in ((1.0, 2e-3), (0.4, 5e-4))
+        },
+        {"probe": PROBE},
+        1000,
+    ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",
         _presets("demo", "plain", "decayed"),
