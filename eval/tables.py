@@ -5,12 +5,13 @@ python -m eval.tables
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
@@ -35,7 +36,21 @@ INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it; `python -m training.campaign NAME` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
 )
-CURVES = {"loss": "loss", "probe_knn": "kNN of a quick look", "effective_rank": "effective rank of the bottleneck (entropy)"}
+# label -> value in a line of the log (None where it was not asked for, or is not finite)
+CURVES: dict[str, Callable[[Result], float | None]] = {
+    "loss": lambda line: line["loss"],
+    "FD (Lite0) of a quick look": lambda line: line.get("fd"),
+    "kNN of a quick look": lambda line: line.get("probe_knn"),
+    "effective rank of the bottleneck (entropy)": lambda line: line["effective_rank"],
+    "largest RMS of a block's output": lambda line: max(line["block_norms"]),
+}
+# title -> value of a block, in the probe's rows
+BY_BLOCK: dict[str, Callable[[Result, str], float | None]] = {
+    "kNN, %": lambda row, k: 100 * row["knn"][k]["value"],
+    "linear probe, %": lambda row, _: 100 * row["linear"]["value"],
+    "effective rank (entropy)": lambda row, _: row["rank_entropy"],
+    "mean norm of the features": lambda row, _: row["norm"],
+}
 
 
 def _best(result: Result) -> Result:
@@ -120,25 +135,56 @@ def seconds_of(curves: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def draw(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
     """Curves over images seen, and over training time: a colour for each arm, a line for each seed."""
-    shown = {key: label for key, label in CURVES.items() if all(_points(result, key) for each in arms.values() for result in each.values())}
+    runs = [result for of_seeds in arms.values() for result in of_seeds.values()]
+    shown = [label for label in CURVES if all(any(points(result, label)) for result in runs)]
     figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
-    for row, (key, label) in zip(figure.subplots(len(shown), 2, squeeze=False), shown.items(), strict=True):
-        for i, (arm, of_seeds) in enumerate(arms.items()):
-            for j, result in enumerate(of_seeds.values()):
-                minutes = dict(zip((line["step"] for line in result["curves"]), seconds_of(result["curves"]), strict=True))
-                points = _points(result, key)
-                style = dict(color=f"C{i}", linewidth=1.2, label=arm if j == 0 else None)
-                row[0].plot([line["images"] for line in points], [line[key] for line in points], **style)
-                row[1].plot([minutes[line["step"]] / 60 for line in points], [line[key] for line in points], **style)
+    for row, label in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+        for style, result in _styled(arms):
+            images, values = zip(*points(result, label), strict=True)
+            minutes = dict(zip((line["images"] for line in result["curves"]), seconds_of(result["curves"]), strict=True))
+            row[0].plot(images, values, **style)
+            row[1].plot([minutes[each] / 60 for each in images], values, **style)
         for axes, below in zip(row, ("images seen", "minutes of training"), strict=True):
-            axes.set(xlabel=below, ylabel=label)
-            axes.spines[["top", "right"]].set_visible(False)
-        row[0].legend(frameon=False, fontsize=8)
+            _finish(axes, below, label)
+    _legend(figure)
     save(path, figure)
 
 
-def _points(result: Result, key: str) -> list[Mapping[str, Any]]:
-    return [line for line in result["curves"] if line.get(key) is not None]
+def draw_blocks(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
+    """The probe by block, at the time and pooling of the best place of each run: a colour for each arm, a line for each seed."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (label, value) in zip(figure.subplots(2, 2).flat, BY_BLOCK.items(), strict=True):
+        for style, result in _styled(arms):
+            best = _best(result)
+            rows = [row for row in result["probe"]["results"] if (row["time"], row["pooling"]) == (best["time"], best["pooling"])]
+            known = [(str(row["block"]), found) for row in rows if (found := value(row, _k(result))) is not None]
+            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, **style)
+        _finish(axes, "block", label)
+    axes.set_yscale("log")  # of the norms, the last panel
+    _legend(figure)
+    save(path, figure)
+
+
+def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str, Any], Result]]:
+    """Every run with how it is drawn; the first of an arm has its name."""
+    for i, (arm, of_seeds) in enumerate(arms.items()):
+        for j, result in enumerate(of_seeds.values()):
+            yield {"color": f"C{i}", "linewidth": 1.2, "label": arm if j == 0 else None}, result
+
+
+def _finish(axes: Axes, below: str, beside: str) -> None:
+    axes.set(xlabel=below, ylabel=beside)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels, above them, where it hides no curve."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+
+
+def points(result: Result, label: str) -> list[tuple[int, float]]:
+    """(images seen, value) of a curve, where it has any."""
+    return [(line["images"], value) for line in result["curves"] if (value := CURVES[label](line)) is not None]
 
 
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
@@ -161,15 +207,25 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     return "; ".join(parts) + "."
 
 
-def crossings(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> str:
-    """`crossing` of the kNN curves of --probe_every, for the seeds that both have."""
-    told = []
-    for seed in (seed for seed in ours if seed in theirs):
-        curves = [[(line["images"], line["probe_knn"]) for line in _points(each[seed], "probe_knn")] for each in (ours, theirs)]
-        if all(curves):
-            images = crossing(*curves)
-            told.append("never" if images is None else f"{images:,}")
-    return ", ".join(told)
+def crossings(arms: Mapping[str, Mapping[int, Result]], label: str, sign: int) -> str:
+    """Where every arm gets ahead of the first in a curve for good, seed by seed; empty where there is no such curve.
+
+    Args:
+        sign: -1 where less is better.
+    """
+    base, told = next(iter(arms)), []
+    for arm, of_seeds in list(arms.items())[1:]:
+        found = []
+        for seed in (seed for seed in of_seeds if seed in arms[base]):
+            ours, theirs = ([(images, sign * value) for images, value in points(arms[each][seed], label)] for each in (arm, base))
+            if ours and theirs:
+                images = crossing(ours, theirs)
+                found.append("never" if images is None else f"{images:,}")
+        if found:
+            told.append(f"{arm}: {', '.join(found)}")
+    if not told:
+        return ""
+    return f"{label}: from this many images on {'above' if sign > 0 else 'below'} {base}'s, seed by seed: {'; '.join(told)}."
 
 
 def write(folder: Path) -> list[str]:
@@ -185,10 +241,13 @@ def write(folder: Path) -> list[str]:
     for name, arms in found.items():
         draw(folder / name / "curves.png", arms)
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
-        for arm in list(arms)[1:]:
-            if told := crossings(arms[arm], arms[next(iter(arms))]):
-                lines += ["", f"The quick look's kNN of {arm} stays above the first arm's from this many images on, seed by seed: {told}."]
-        lines += ["", f"![curves]({name}/curves.png)", ""]
+        for label, sign in (("kNN of a quick look", 1), ("FD (Lite0) of a quick look", -1)):
+            if told := crossings(arms, label, sign):
+                lines += ["", told]
+        lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
+        if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):
+            draw_blocks(folder / name / "blocks.png", arms)
+            lines += [f"![by block, at the best pooling of each run]({name}/blocks.png)", ""]
     with written_aside(folder / "README.md") as aside:
         aside.write_text("\n".join(lines), encoding="utf-8")
     return list(found)

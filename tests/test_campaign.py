@@ -79,7 +79,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     tables.write(tmp_path / "results")
     text = (tmp_path / "results/README.md").read_text()
     assert "| decayed | 0.5 | 0.0071 | 12 | 1 |" in text and "linear probe, %" in text and "k = 3" in text
-    assert (tmp_path / "results/demo/curves.png").stat().st_size > 1000
+    assert all((tmp_path / f"results/demo/{name}.png").stat().st_size > 1000 for name in ("curves", "blocks"))
 
 
 def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -154,6 +154,20 @@ def test_where_curves_cross() -> None:
     assert tables.crossing([(10, 2.0), (20, 1.0), (30, 3.5), (40, 5.0)], theirs) == 30
     assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 5.0)], theirs) == 10
     assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 4.0)], theirs) is None
+
+
+def test_crossings_are_told_seed_by_seed() -> None:
+    def run(**curves: list[float]) -> dict:
+        lines = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+        return {"curves": [{"images": 10 * (i + 1), **line} for i, line in enumerate(lines)]}
+
+    plain, decayed = run(probe_knn=[0.2, 0.2, 0.2], fd=[9, 9, 9]), run(probe_knn=[0.1, 0.3, 0.3], fd=[9, 9, 8])
+    arms = {"plain": {0: plain, 1: plain}, "decayed": {0: decayed, 1: plain, 2: decayed}}
+    told = "from this many images on {} plain's, seed by seed: decayed: {}, never."
+    assert tables.crossings(arms, "kNN of a quick look", 1) == "kNN of a quick look: " + told.format("above", 20)
+    assert tables.crossings(arms, "FD (Lite0) of a quick look", -1).endswith(told.format("below", 30))
+    without = {arm: {0: run(probe_knn=[None])} for arm in arms}
+    assert tables.crossings(without, "kNN of a quick look", 1) == "", "nothing was looked at"
 
 
 def test_time_is_that_of_training() -> None:

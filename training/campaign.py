@@ -55,8 +55,8 @@ class Run:
         script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
         flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
         source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
-        look = ["--probe_every", str(every)] if (every := COMPARISONS[self.comparison].probe_every) else []
-        return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *look, *more]
+        looks = COMPARISONS[self.comparison].looks
+        return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *looks, *more]
 
     def begin(self, data: str, more: list[str]) -> None:
         """Write down the training that the folder is for, or see that one that was begun there is the same.

@@ -38,17 +38,31 @@ class Comparison:
         about: what it asks.
         arms: name -> preset, and flags beside it; the first arm is what the others are compared with.
         judges: name -> command.
-        probe_every: steps between quick looks at the features, for curves over images seen; 0 for none.
+        looks: flags of every training that measure on the way, for curves over images seen.
     """
 
     about: str
     arms: dict[str, tuple[str, dict[str, Any]]]
     judges: dict[str, Judge]
-    probe_every: int = 0
+    looks: tuple[str, ...] = ()
 
 
 def _presets(family: str, *arms: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return {arm: (f"{family}-{arm}", {}) for arm in arms}
+
+
+_FD_EVERY_1000 = ("--metrics_during_training", "1000", "--metrics_samples", "2048")
+
+
+def _features_every(steps: int) -> tuple[str, ...]:
+    return ("--probe_every", str(steps))
+
+
+def _rates(preset: str, alphas: tuple[float, ...], rates: tuple[float, ...], **flags: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The same small sweep of the learning rate for every alpha."""
+    return {
+        f"{alpha}-lr-{rate:g}": (preset, {"alpha_min": alpha, "base_learning_rate": rate, **flags}) for rate in rates for alpha in alphas
+    }
 
 
 _ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -66,17 +80,26 @@ _MAE_ROWS: dict[str, dict[str, Any]] = {
 }
 COMPARISONS: dict[str, Comparison] = {
     "mae-64px": Comparison(
-        "MAE-S/8 on 64 px photographs: do features get better?", _presets("mae-64px", "plain", "skips", "decayed"), {"probe": PROBE}, 1000
+        "MAE-S/8 on 64 px photographs: do features get better?",
+        _presets("mae-64px", "plain", "skips", "decayed"),
+        {"probe": PROBE},
+        _features_every(1000),
     ),
     "dit-64px": Comparison(
         "DiT-S/4 on 64 px photographs: do images and features get better?",
         _presets("dit-64px", "plain", "skips", "decayed", "rule"),
         {"fd": FD, "probe": DIFFUSION_PROBE},
-        500,
+        (*_features_every(500), *_FD_EVERY_1000),
     ),
-    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}),
+    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}, _FD_EVERY_1000),
     "mae-64px-alpha": Comparison(
         "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
+    ),
+    "mae-64px-lr": Comparison(
+        "MAE-S/8 at other learning rates, 20 epochs: before mae-64px, for each arm's own rate",
+        _rates("mae-64px-decayed", (1.0, 0.6), (1.5e-4, 3e-4, 6e-4, 1.2e-3), max_train_steps=4000, lr_warmup_steps=400),
+        {"probe": PROBE},
+        _features_every(1000),
     ),
     "mae-64px-ablation": Comparison(
         "the paper's ablation rows, MAE-S/8", {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()}, {"probe": PROBE}
@@ -94,26 +117,19 @@ COMPARISONS: dict[str, Comparison] = {
         "MAE-XS/8 at 32 px, small enough for a CPU: it shows curves, and proves nothing about the paper's sizes",
         _presets("mae-32px", "plain", "skips", "decayed"),
         {"probe": PROBE},
-        500,
+        _features_every(500),
     ),
     "mae-32px-alpha": Comparison(
         "MAE-XS/8 at 32 px with long skips over alpha_min, one seed on a CPU: whether a milder fading is behind as well",
         {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha}) for alpha in (1.0, 0.8, 0.6, 0.4)},
         {"probe": PROBE},
-        500,
+        _features_every(500),
     ),
     "mae-32px-lr": Comparison(
         "the ends of mae-32px-alpha at other learning rates, 5 epochs, one seed: is fading behind because of its learning rate?",
-        {
-            f"{alpha}-lr-{rate:g}": (
-                "mae-32px-decayed",
-                {"alpha_min": alpha, "base_learning_rate": rate, "max_train_steps": 1000, "lr_warmup_steps": 100},
-            )
-            for rate in (1e-3, 2.5e-4, 5e-4, 2e-3)
-            for alpha in (1.0, 0.4)
-        },
+        _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2.5e-4, 5e-4, 2e-3), max_train_steps=1000, lr_warmup_steps=100),
         {"probe": FEW_PROBE},
-        250,
+        _features_every(250),
     ),
     "mae-32px-long": Comparison(
         "102 epochs with long skips, alpha_min 1 and 0.4 at the learning rates that were best in mae-32px-lr: do the curves cross?",
@@ -125,7 +141,7 @@ COMPARISONS: dict[str, Comparison] = {
             for alpha, rate in ((1.0, 2e-3), (0.4, 5e-4))
         },
         {"probe": PROBE},
-        1000,
+        _features_every(1000),
     ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",
