@@ -41,8 +41,11 @@ class SkipLayer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
 
     def forward(self, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        skip = unshuffle(tokens, self.mask_token, places, x.shape[1])  # (N, 1 + T, D)
-        return x + self.fc(torch.cat([skip, x], dim=-1))  # (N, 1 + T, D_dec)
+        first, silu, last = self.fc
+        # the first linear of [skip, x] in two halves: that of the skip is computed once for the mask token, not for every hidden place
+        of_skip, of_x = first.weight.split([tokens.shape[-1], x.shape[-1]], dim=1)
+        skip = unshuffle(F.linear(tokens, of_skip), F.linear(self.mask_token, of_skip), places, x.shape[1])  # (N, 1 + T, D_dec)
+        return x + last(silu(F.linear(x, of_x, first.bias) + skip))  # (N, 1 + T, D_dec)
 
 
 class MAE(DecayedModel):
