@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -118,6 +119,12 @@ def test_a_compiled_network_trains_and_resumes_alike(train: Callable, tmp_path: 
     assert_same_weights(tmp_path / "compiled", tmp_path / "resumed")
     assert without_speed(tmp_path / "compiled") == without_speed(tmp_path / "resumed")
     torch.compiler.reset()
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_tracker_is_told() -> None:
+    with pytest.raises(ValueError, match="--report_to wandb needs that library; pip install wandb"):
+        check(LoopOptions(output_dir="run", max_train_steps=1, report_to="wandb"))
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
