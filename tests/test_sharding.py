@@ -75,6 +75,16 @@ def test_sharded_over_two_then_four_processes_it_is_the_training_of_one(
 
 
 @pytest.mark.slow
+def test_a_masked_autoencoder_is_sharded(image_folder: Path, sharded: Callable, run_here: Callable, tmp_path: Path) -> None:
+    alone, spread, flags = tmp_path / "alone", tmp_path / "spread", ["--patch_size", 4, "--max_train_steps", 2]
+    command = ["training/train_mae.py", "--train_data_dir", image_folder, *FLAGS.split(), *MORE.split()]
+    assert run_here(*command, *flags, "--gradient_accumulation_steps", 2, "--output_dir", alone)[0] == 0
+    done = sharded(2, "training/train_mae.py", *flags, "--output_dir", spread)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(spread), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_unet_is_sharded_block_by_block(sharded: Callable, tmp_path: Path) -> None:
     done = sharded(2, "training/train_diffusion.py", "--backbone", "unet", "--output_dir", tmp_path / "run", "--max_train_steps", 2)
     assert done.returncode == 0, done.stderr
