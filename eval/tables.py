@@ -6,13 +6,15 @@ python -m eval.tables
 import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student
 
 from eval.intervals import LEVEL, verdict
@@ -27,7 +29,7 @@ Result = Mapping[str, Any]
 NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "FD (Lite0)": (lambda result: result["fd"]["value"] if "fd" in result else None, True),
     "KD (Lite0)": (lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, True),
-    "kNN, %": (lambda result: 100 * _best(result)["knn"][_k(result)]["value"] if "probe" in result else None, False),
+    "kNN, %": (lambda result: 100 * _best(result)["knn"][_middle(_best(result))]["value"] if "probe" in result else None, False),
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
@@ -35,32 +37,52 @@ FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it; `python -m training.campaign NAME` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
+    "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
-# label -> value in a line of the log (None where it was not asked for, or is not finite)
-CURVES: dict[str, Callable[[Result], float | None]] = {
-    "loss": lambda line: line["loss"],
-    "FD (Lite0) of a quick look": lambda line: line.get("fd"),
-    "kNN of a quick look": lambda line: line.get("probe_knn"),
-    "effective rank of the bottleneck (entropy)": lambda line: line["effective_rank"],
-    "largest RMS of a block's output": lambda line: max(line["block_norms"]),
-}
-# title -> value of a block, in the probe's rows
-BY_BLOCK: dict[str, Callable[[Result, str], float | None]] = {
-    "kNN, %": lambda row, k: 100 * row["knn"][k]["value"],
-    "linear probe, %": lambda row, _: 100 * row["linear"]["value"],
-    "effective rank (entropy)": lambda row, _: row["rank_entropy"],
-    "mean norm of the features": lambda row, _: row["norm"],
-}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of a figure.
+
+    Attributes:
+        label: of its axis.
+        value: of a line of the log, or of a row of the probe; None where it was not asked for.
+        log: whether the axis is logarithmic.
+    """
+
+    label: str
+    value: Callable[[Result], float | None]
+    log: bool = False
+
+
+FD, KNN = "FD (Lite0) of a quick look", "kNN of a quick look, %"
+CURVES = (
+    Panel("loss", lambda line: line["loss"]),
+    Panel(FD, lambda line: line.get("fd")),
+    Panel(KNN, lambda line: _percent(line.get("probe_knn"))),
+    Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
+    Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True),
+)
+BY_BLOCK = (
+    Panel("kNN, %", lambda row: _percent(row["knn"][_middle(row)]["value"])),
+    Panel("linear probe, %", lambda row: _percent(row["linear"]["value"])),
+    Panel("effective rank (entropy)", lambda row: row["rank_entropy"]),
+    Panel("mean norm of the features", lambda row: row["norm"], log=True),
+)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _best(result: Result) -> Result:
     return best_row(result["probe"]["results"])
 
 
-def _k(result: Result) -> str:
-    """The middle one of those that were asked for, as in the pictures of eval/probe.py."""
-    ks = list(_best(result)["knn"])
-    return ks[len(ks) // 2]
+def _middle(row: Result) -> str:
+    """The middle k of those that were asked for, as in the pictures of eval/probe.py."""
+    return list(row["knn"])[len(row["knn"]) // 2]
 
 
 def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
@@ -92,13 +114,11 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[floa
 
 
 def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> int | None:
-    """Images after which `ours` stays above `theirs`, both as (images, value) of the same images; None if it does not."""
+    """Images after which `ours` stays above `theirs`, both as (images, value) of the same images, for two looks or more; else None."""
     values = {images: value for images, value in theirs}
     ahead = [(images, value > values[images]) for images, value in ours if images in values]
-    if not ahead or not ahead[-1][1]:
-        return None
     last_behind = max((i for i, (_, better) in enumerate(ahead) if not better), default=-1)
-    return ahead[last_behind + 1][0]
+    return ahead[last_behind + 1][0] if last_behind + 2 < len(ahead) else None
 
 
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
@@ -127,42 +147,52 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
     return lines
 
 
-def seconds_of(curves: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Training time at every line of the log, from its images per second; pauses do not count."""
-    steps = pairwise([{"images": 0}, *curves])
-    return list(accumulate((line["images"] - before["images"]) / line["images_per_s"] for before, line in steps))
+def points(result: Result, panel: Panel) -> list[tuple[int, float]]:
+    """(images seen, value) of a curve, where it has a finite one."""
+    found = [(line["images"], panel.value(line)) for line in result["curves"]]
+    return [(images, value) for images, value in found if value is not None and math.isfinite(value)]
+
+
+def images_a_minute(result: Result) -> float:
+    """Of the training, in the median over its log: other work on the machine, or a pause, counts little."""
+    return 60 * median(line["images_per_s"] for line in result["curves"])
 
 
 def draw(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
     """Curves over images seen, and over training time: a colour for each arm, a line for each seed."""
     runs = [result for of_seeds in arms.values() for result in of_seeds.values()]
-    shown = [label for label in CURVES if all(any(points(result, label)) for result in runs)]
+    shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
     figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
-    for row, label in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+    for row, panel in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
         for style, result in _styled(arms):
-            images, values = zip(*points(result, label), strict=True)
-            minutes = dict(zip((line["images"] for line in result["curves"]), seconds_of(result["curves"]), strict=True))
+            images, values = zip(*points(result, panel), strict=True)
             row[0].plot(images, values, **style)
-            row[1].plot([minutes[each] / 60 for each in images], values, **style)
-        for axes, below in zip(row, ("images seen", "minutes of training"), strict=True):
-            _finish(axes, below, label)
+            row[1].plot([each / images_a_minute(result) for each in images], values, **style)
+        for axes, below in zip(row, ("images seen", "minutes of training, at a run's median speed"), strict=True):
+            _finish(axes, below, panel)
+        row[0].xaxis.set_major_formatter(EngFormatter())
     _legend(figure)
     save(path, figure)
 
 
-def draw_blocks(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
-    """The probe by block, at the time and pooling of the best place of each run: a colour for each arm, a line for each seed."""
+def draw_blocks(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> str:
+    """The probe by block, of the mean of all tokens at one time for all: a colour for each arm, a line for each seed.
+
+    Returns:
+        In words: where that is.
+    """
+    time = _best(next(iter(next(iter(arms.values())).values())))["time"]
     figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, (label, value) in zip(figure.subplots(2, 2).flat, BY_BLOCK.items(), strict=True):
+    for axes, panel in zip(figure.subplots(2, 2).flat, BY_BLOCK, strict=True):
         for style, result in _styled(arms):
-            best = _best(result)
-            rows = [row for row in result["probe"]["results"] if (row["time"], row["pooling"]) == (best["time"], best["pooling"])]
-            known = [(str(row["block"]), found) for row in rows if (found := value(row, _k(result))) is not None]
-            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, **style)
-        _finish(axes, "block", label)
-    axes.set_yscale("log")  # of the norms, the last panel
+            rows = [row for row in result["probe"]["results"] if (row["time"], row["pooling"]) == (time, "mean")]
+            known = [(row["block"], value) for row in rows if (value := panel.value(row)) is not None]
+            axes.plot([block for block, _ in known], [value for _, value in known], marker="o", markersize=3, **style)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _finish(axes, "block", panel)
     _legend(figure)
     save(path, figure)
+    return "by block, of the mean of all tokens" + (f" at t = {time:g}" if time is not None else "")
 
 
 def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str, Any], Result]]:
@@ -172,19 +202,14 @@ def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str
             yield {"color": f"C{i}", "linewidth": 1.2, "label": arm if j == 0 else None}, result
 
 
-def _finish(axes: Axes, below: str, beside: str) -> None:
-    axes.set(xlabel=below, ylabel=beside)
+def _finish(axes: Axes, below: str, panel: Panel) -> None:
+    axes.set(xlabel=below, ylabel=panel.label, yscale="log" if panel.log else "linear")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(figure: Figure) -> None:
     """One for all panels, above them, where it hides no curve."""
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-
-
-def points(result: Result, label: str) -> list[tuple[int, float]]:
-    """(images seen, value) of a curve, where it has any."""
-    return [(line["images"], value) for line in result["curves"] if (value := CURVES[label](line)) is not None]
 
 
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
@@ -197,7 +222,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     if "probe" in result:
         probe = result["probe"]
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
-        best = f"the block (and time) that is best on held-out training images, k = {_k(result)}"
+        best = f"the block (and time) that is best on held-out training images, k = {_middle(_best(result))}"
         parts.append(f"probed on {images}, at {best}, rank over {probe['rank_images']:,} images")
     if "fd" in result:
         fd = result["fd"]
@@ -213,19 +238,19 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], label: str, sign: int) -
     Args:
         sign: -1 where less is better.
     """
+    (panel,) = (panel for panel in CURVES if panel.label == label)
     base, told = next(iter(arms)), []
     for arm, of_seeds in list(arms.items())[1:]:
         found = []
         for seed in (seed for seed in of_seeds if seed in arms[base]):
-            ours, theirs = ([(images, sign * value) for images, value in points(arms[each][seed], label)] for each in (arm, base))
+            ours, theirs = ([(images, sign * value) for images, value in points(arms[each][seed], panel)] for each in (arm, base))
             if ours and theirs:
                 images = crossing(ours, theirs)
-                found.append("never" if images is None else f"{images:,}")
+                where = "never" if images is None else "from the first look on" if images == ours[0][0] else f"from {images:,} images on"
+                found.append(f"{where} (seed {seed})")
         if found:
-            told.append(f"{arm}: {', '.join(found)}")
-    if not told:
-        return ""
-    return f"{label}: from this many images on {'above' if sign > 0 else 'below'} {base}'s, seed by seed: {'; '.join(told)}."
+            told.append(f"{arm} {', '.join(found)}")
+    return f"Ahead of {base} in {label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
 def write(folder: Path) -> list[str]:
@@ -241,13 +266,18 @@ def write(folder: Path) -> list[str]:
     for name, arms in found.items():
         draw(folder / name / "curves.png", arms)
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
-        for label, sign in (("kNN of a quick look", 1), ("FD (Lite0) of a quick look", -1)):
+        for label, sign in ((KNN, 1), (FD, -1)):
             if told := crossings(arms, label, sign):
                 lines += ["", told]
         lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
         if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):
-            draw_blocks(folder / name / "blocks.png", arms)
-            lines += [f"![by block, at the best pooling of each run]({name}/blocks.png)", ""]
+            where = draw_blocks(folder / name / "blocks.png", arms)
+            lines += [
+                f"The probe {where} (of a plain autoencoder the last block's behind the encoder's norm):",
+                "",
+                f"![{where}]({name}/blocks.png)",
+                "",
+            ]
     with written_aside(folder / "README.md") as aside:
         aside.write_text("\n".join(lines), encoding="utf-8")
     return list(found)

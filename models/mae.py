@@ -42,7 +42,8 @@ class SkipLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         first, silu, last = self.fc
-        # the first linear of [skip, x] in two halves: that of the skip is computed once for the mask token, not for every hidden place
+        # the first linear of [skip, x] in two halves: of the skip once for the mask token, not for every hidden place, and of a
+        # stream x that is the same for all images, (1, 1 + T, D_dec), once
         of_skip, of_x = first.weight.split([tokens.shape[-1], x.shape[-1]], dim=1)
         skip = unshuffle(F.linear(tokens, of_skip), F.linear(self.mask_token, of_skip), places, x.shape[1])  # (N, 1 + T, D_dec)
         return x + last(silu(F.linear(x, of_x, first.bias) + skip))  # (N, 1 + T, D_dec)
@@ -243,7 +244,7 @@ class MAE(DecayedModel):
         """The encoder's features, at places (N, 1 + V) -> a prediction (N, T, p * p * C)."""
         if self.config.long_skips:
             start = torch.cat([self.decoder_cls_token, self.decoder_positions[None, 1:]], dim=1)  # (1, 1 + T, D_dec)
-            x = self.decoder_embed(start).expand(len(places), -1, -1)  # (N, 1 + T, D_dec)
+            x = self.decoder_embed(start)  # the first skip makes it (N, 1 + T, D_dec)
         else:
             x = self.decoder_embed(self.norm(features[-1]))  # (N, 1 + V, D_dec)
             x = unshuffle(x, self.mask_token, places, 1 + self.num_patches) + self.decoder_positions  # (N, 1 + T, D_dec)

@@ -115,7 +115,11 @@ def test_a_first_visit_shows_a_finished_comparison(browser: Browser, server: str
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("#stage img").first.bounding_box()["y"] + 32 < 844, "images are seen before anything is scrolled"
     names = page.locator("#checkpoints input[role=combobox]:visible")
+    expect(names).to_have_count(2)
     assert names.evaluate_all("all => all.every(name => name.scrollWidth <= name.clientWidth)"), "the shipped names fit"
+    page.set_viewport_size({"width": 320, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    page.set_viewport_size({"width": 390, "height": 844})
     page.get_by_label("Difference", exact=True).check()
     expect(page.locator(".second .measured")).to_contain_text("of 255")
     assert page.locator(".side").evaluate_all("all => all.every(side => side.scrollWidth <= side.clientWidth)"), "captions wrap"

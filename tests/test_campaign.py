@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -137,7 +138,7 @@ def parse() -> Callable:
     def read(script: str, flags: list[str]) -> list:
         module, presets = (train_mae, MAE_PRESETS) if "mae" in script else (train_diffusion, PRESETS)
         *groups, loop = parse("", module.GROUPS, presets, flags)[1]
-        return [*groups, loop.seed, loop.max_train_steps, loop.learning_rate, getattr(loop, "base_learning_rate", None)]
+        return [*groups, loop.seed, loop.max_train_steps, loop.settled(256).learning_rate]
 
     return read
 
@@ -154,24 +155,52 @@ def test_where_curves_cross() -> None:
     assert tables.crossing([(10, 2.0), (20, 1.0), (30, 3.5), (40, 5.0)], theirs) == 30
     assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 5.0)], theirs) == 10
     assert tables.crossing([(10, 2.0), (20, 3.0), (30, 4.0), (40, 4.0)], theirs) is None
+    assert tables.crossing([(10, 0.0), (20, 0.0), (30, 0.0), (40, 5.0)], theirs) is None, "one look may be chance"
+
+
+def log(**curves: list[Any]) -> dict[str, Any]:
+    """A result with these curves, a look at every 10 images."""
+    lines = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+    return {"curves": [{"images": 10 * (i + 1), **line} for i, line in enumerate(lines)]}
 
 
 def test_crossings_are_told_seed_by_seed() -> None:
-    def run(**curves: list[float]) -> dict:
-        lines = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
-        return {"curves": [{"images": 10 * (i + 1), **line} for i, line in enumerate(lines)]}
-
-    plain, decayed = run(probe_knn=[0.2, 0.2, 0.2], fd=[9, 9, 9]), run(probe_knn=[0.1, 0.3, 0.3], fd=[9, 9, 8])
+    plain, decayed = log(probe_knn=[0.2, 0.2, 0.2], fd=[9, 9, 9]), log(probe_knn=[0.1, 0.3, 0.3], fd=[8, 8, 8])
     arms = {"plain": {0: plain, 1: plain}, "decayed": {0: decayed, 1: plain, 2: decayed}}
-    told = "from this many images on {} plain's, seed by seed: decayed: {}, never."
-    assert tables.crossings(arms, "kNN of a quick look", 1) == "kNN of a quick look: " + told.format("above", 20)
-    assert tables.crossings(arms, "FD (Lite0) of a quick look", -1).endswith(told.format("below", 30))
-    without = {arm: {0: run(probe_knn=[None])} for arm in arms}
-    assert tables.crossings(without, "kNN of a quick look", 1) == "", "nothing was looked at"
+    told = "Ahead of plain in {}, for two looks or more and to the end: decayed {} (seed 0), never (seed 1)."
+    assert tables.crossings(arms, tables.KNN, 1) == told.format(tables.KNN, "from 20 images on")
+    assert tables.crossings(arms, tables.FD, -1) == told.format(tables.FD, "from the first look on")
+    without = {arm: {0: log(probe_knn=[None])} for arm in arms}
+    assert tables.crossings(without, tables.KNN, 1) == "", "nothing was looked at"
+
+
+def test_curves_leave_out_what_is_missing_or_infinite() -> None:
+    result = log(probe_knn=[None, 0.5, math.nan], block_norms=[[1.0, 2.0], [math.inf, 1.0], None])
+    panels = {panel.label: panel for panel in tables.CURVES}
+    assert tables.points(result, panels[tables.KNN]) == [(20, 50.0)]
+    assert tables.points(result, panels["largest RMS of a block"]) == [(10, 2.0)]
+    assert tables.points(result, panels[tables.FD]) == []
+
+
+def test_blocks_are_compared_at_one_place(tmp_path: Path) -> None:
+    def run(best_time: float, missing: int | None) -> dict[str, Any]:
+        rows = [
+            {
+                "time": time, "pooling": pooling, "block": block, "knn": {"3": {"value": 0.1 * block}}, "norm": 1.0,
+                "linear": {"value": 0.5, "held_out_accuracy": float(time == best_time)},
+                "rank_entropy": None if block == missing else 1.0,
+            }
+            for time in (0.5, 0.7) for pooling in ("mean", "class") for block in range(3)
+        ]  # fmt: skip
+        return {"probe": {"results": rows}}
+
+    arms = {"plain": {0: run(0.7, missing=0)}, "decayed": {0: run(0.5, missing=None)}}
+    assert tables.draw_blocks(tmp_path / "blocks.png", arms) == "by block, of the mean of all tokens at t = 0.7"
+    assert (tmp_path / "blocks.png").stat().st_size > 1000
 
 
 def test_time_is_that_of_training() -> None:
-    assert tables.seconds_of([{"images": 10, "images_per_s": 5}, {"images": 30, "images_per_s": 10}]) == [2, 4]
+    assert tables.images_a_minute(log(images_per_s=[5, 1, 7])) == 60 * 5
 
 
 def test_folders_without_results_are_told(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -121,10 +120,11 @@ def test_a_compiled_network_trains_and_resumes_alike(train: Callable, tmp_path: 
     torch.compiler.reset()
 
 
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_missing_tracker_is_told() -> None:
-    with pytest.raises(ValueError, match="--report_to wandb needs that library; pip install wandb"):
-        check(LoopOptions(output_dir="run", max_train_steps=1, report_to="wandb"))
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_missing_tracker_is_told(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.get_available_trackers", list)
+    with pytest.raises(ValueError, match=f"--report_to {tracker} needs that library; pip install {tracker}, or give --report_to none"):
+        check(LoopOptions(output_dir="runs/x", max_train_steps=1, report_to=tracker))
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def _features_every(steps: int) -> tuple[str, ...]:
 
 
 def _rates(preset: str, alphas: tuple[float, ...], rates: tuple[float, ...], **flags: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The same small sweep of the learning rate for every alpha."""
+    """The same small sweep of the learning rate (of masked autoencoders: for 256 images) for every alpha."""
     return {
         f"{alpha}-lr-{rate:g}": (preset, {"alpha_min": alpha, "base_learning_rate": rate, **flags}) for rate in rates for alpha in alphas
     }
@@ -96,8 +96,8 @@ COMPARISONS: dict[str, Comparison] = {
         "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
     ),
     "mae-64px-lr": Comparison(
-        "MAE-S/8 at other learning rates, 20 epochs: before mae-64px, for each arm's own rate",
-        _rates("mae-64px-decayed", (1.0, 0.6), (1.5e-4, 3e-4, 6e-4, 1.2e-3), max_train_steps=4000, lr_warmup_steps=400),
+        "MAE-S/8 at other learning rates, 20 epochs: what mae-64px-skips and -decayed should have in training/presets.py",
+        _rates("mae-64px-decayed", (1.0, 0.6), (1.5e-4, 7.5e-5, 3e-4, 6e-4, 1.2e-3), max_train_steps=4000, lr_warmup_steps=400),
         {"probe": PROBE},
         _features_every(1000),
     ),
@@ -132,7 +132,7 @@ COMPARISONS: dict[str, Comparison] = {
         _features_every(250),
     ),
     "mae-32px-long": Comparison(
-        "102 epochs with long skips, alpha_min 1 and 0.4 at the learning rates that were best in mae-32px-lr: do the curves cross?",
+        "102 epochs with long skips, alpha_min 1 and 0.4, each at the rate with the best linear probe in mae-32px-lr (for 1 the largest)",
         {
             f"{alpha}": (
                 "mae-32px-decayed",

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -350,8 +350,8 @@ def check(options: LoopOptions) -> Path:
         raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
     if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile needs a C++ compiler; install one (Debian: apt-get install g++), or leave it away")
-    if options.report_to != "none" and find_spec(options.report_to) is None:
-        raise ValueError(f"--report_to {options.report_to} needs that library; pip install {options.report_to}, or leave it away")
+    if options.report_to not in ("none", *map(str, get_available_trackers())):
+        raise ValueError(f"--report_to {options.report_to} needs that library; pip install {options.report_to}, or give --report_to none")
     if asks_for_deepspeed() and options.mixed_precision == "fp16":
         raise ValueError(f"DeepSpeed's own fp16 hides the exact weights from the averages; give --mixed_precision bf16, or {FSDP2}")
     run = Path(options.output_dir)
