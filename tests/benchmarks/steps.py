@@ -1,7 +1,7 @@
 """Training steps, ours and the opponents'."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, cycle
 from typing import Any
@@ -55,11 +55,12 @@ HERE = SMALL if DEVICE == CPU else Scale("S", 2, 256)
 LARGE = Scale("XL", 2, 64)  # with the tokens of latents of 256 px
 
 
-def step_of(backbone: str, alpha_min: float, **options: Any) -> Work:
-    """A training step on images that are there, in the precision that pays here."""
+def step_of(backbone: str, alpha_min: float, **options: Any) -> tuple[nn.Module, Work]:
+    """A network, and a training step of it on images that are there, in the precision that pays here."""
     torch.manual_seed(0)
     model = HERE.create(backbone, alpha_min=alpha_min, **options).to(DEVICE)
-    return step_with(model, model, MaskedAutoencoding(model.num_patches) if backbone == "mae" else FlowMatching(CLASSES))
+    objective = MaskedAutoencoding(model.num_patches) if backbone == "mae" else FlowMatching(CLASSES)
+    return model, step_with(model, model, objective)
 
 
 def step_with(model: nn.Module, network: Callable[..., torch.Tensor], objective: Callable) -> Work:
@@ -184,16 +185,33 @@ def diffusers(_: Inputs) -> Case:
     sizes = dict(patch_size=ours["patch_size"], sample_size=IMAGE, in_channels=3, out_channels=3, num_embeds_ada_norm=CLASSES)
     model = DiTTransformer2DModel(**heads, **sizes).to(DEVICE)
     network = lambda x, t, labels: model(x, timestep=1000 * t, class_labels=labels).sample  # noqa: E731
-    steps = step_of("dit", 0.5, long_skips=False), step_with(model, network, FlowMatching(CLASSES))
+    steps = step_of("dit", 0.5, long_skips=False)[1], step_with(model, network, FlowMatching(CLASSES))
     return Case(f"DiT-{HERE.size}: our step / diffusers'", *steps, goal=1.3, parameters=size_of(model), pairs=20)
 
 
 def alpha(backbone: str, _: Inputs) -> Case:
-    """What fading costs: a decayed training step against a plain one."""
-    goal = 1 / 1.005
-    return Case(f"{backbone}: decayed step / plain step", step_of(backbone, 0.5), step_of(backbone, 1.0), goal=goal)
+    """What fading costs: a decayed training step against a plain one.
+
+    Of one network whose alphas change from turn to turn: two would differ by where they lie in memory, by up to a per cent (`control`).
+    A plain U-Net runs its library's own blocks, so there it takes two.
+    """
+    about, goal = f"{backbone}: decayed step / plain step", 1 / 1.005
+    model, step = step_of(backbone, 0.5)
+    if backbone == "unet":
+        return Case(about, step, step_of(backbone, 1.0)[1], goal=goal)
+    faded = model.alphas
+
+    def with_alphas(alphas: Sequence[float]) -> Work:
+        def run() -> None:
+            for shortcut, value in zip(model.shortcuts, alphas, strict=True):
+                shortcut.alpha = value
+            step()
+
+        return run
+
+    return Case(f"{about}, of one network", with_alphas(faded), with_alphas([1.0] * len(faded)), goal=goal)
 
 
 def control(_: Inputs) -> Case:
     """The same work on both sides: how far from 1 a ratio may lie by chance or by the order of allocation."""
-    return Case("dit: plain step / plain step", step_of("dit", 1.0), step_of("dit", 1.0))
+    return Case("dit: plain step / plain step", step_of("dit", 1.0)[1], step_of("dit", 1.0)[1])
