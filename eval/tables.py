@@ -253,6 +253,23 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], label: str, sign: int) -
     return f"Ahead of {base} in {label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
+def over_test_images(path: Path) -> list[str]:
+    """Markdown: what the probes of one seed say, paired over the test images; nothing without the file that says so."""
+    found: dict[str, list[str]] = {}
+    for each in read_json(path) if path.is_file() else ():
+        points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each[part] for part in ("difference", "low", "high")))
+        found.setdefault(each["contender"], []).append(f"{each['metric']}: {points} ({each['verdict']})")
+    if not found:
+        return []
+    seed = path.stem.rpartition("-")[2]
+    return [
+        "",
+        f"Differences from the first arm in points, of seed {seed}, with 95 % intervals over the test images alone:",
+        "",
+        *(f"- {arm}: {'; '.join(parts)}" for arm, parts in found.items()),
+    ]
+
+
 def write(folder: Path) -> list[str]:
     """Write README.md and the curves into the folder of the results; returns the names of the comparisons.
 
@@ -266,6 +283,8 @@ def write(folder: Path) -> list[str]:
     for name, arms in found.items():
         draw(folder / name / "curves.png", arms)
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
+        for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
+            lines += over_test_images(folder / name / f"compared-{seed}.json")
         for label, sign in ((KNN, 1), (FD, -1)):
             if told := crossings(arms, label, sign):
                 lines += ["", told]

@@ -28,7 +28,7 @@ TRAINING = [
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons that take seconds: the presets of the table, the judges' real scripts."""
     probe = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
-    arms = {"decayed": COMPARISONS["demo"].arms["decayed"]}
+    arms = COMPARISONS["demo"].arms
     monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
 
 
@@ -55,11 +55,15 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     ]
     monkeypatch.setattr(campaign, "SAVING_S", 0.0)
     command(monkeypatch, *flags, "--max_minutes", 0.001, *TRAINING)  # nothing, or a beginning
-    assert "0 of 1 runs are done; the same command goes on" in capsys.readouterr().out
+    assert "0 of 2 runs are done; the same command goes on" in capsys.readouterr().out
     command(monkeypatch, *flags, *TRAINING)
-    assert "1 of 1 runs are done" in capsys.readouterr().out
+    assert "2 of 2 runs are done" in capsys.readouterr().out
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/demo").glob("*.json")}
-    assert results.keys() == {"decayed-0"}
+    compared = results.pop("compared-0")
+    assert results.keys() == {"plain-0", "decayed-0"}
+    assert {(each["contender"], each["against"]) for each in compared} == {("decayed", "plain")}
+    gap = results["decayed-0"]["probe"]["value"] - results["plain-0"]["probe"]["value"]
+    assert next(each for each in compared if each["metric"] == "linear probe")["difference"] == pytest.approx(gap)
     assert str(tmp_path) not in (tmp_path / "results/demo/decayed-0.json").read_text(), "results name no machine's folders"
     for result in results.values():
         assert [line["step"] for line in result["curves"]] == [1, 2, 3]
@@ -68,7 +72,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
 
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING, "--random_flip")
-    assert "decayed-0 was begun with other flags; give the same --data and flags" in capsys.readouterr().err
+    assert "plain-0 was begun with other flags; give the same --data and flags" in capsys.readouterr().err
     with FileLock(tmp_path / "runs/.demo.lock"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING)
     assert "being worked on by another campaign" in capsys.readouterr().err
@@ -88,8 +92,8 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "demo", "--data", image_folder, "--seeds", 0, "--output", tmp_path, "--results", tmp_path, "--patch_size", 5)
     error = capsys.readouterr().err
-    assert "decayed with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
-    (run,) = runs_of("demo", [0], tmp_path, tmp_path)
+    assert "plain with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
+    run = runs_of("demo", [0], tmp_path, tmp_path)[0]
     run.begin(str(image_folder), [])  # the mended command is not refused
 
 
@@ -172,6 +176,15 @@ def test_crossings_are_told_seed_by_seed() -> None:
     assert tables.crossings(arms, tables.FD, -1) == told.format(tables.FD, "from the first look on")
     without = {arm: {0: log(probe_knn=[None])} for arm in arms}
     assert tables.crossings(without, tables.KNN, 1) == "", "nothing was looked at"
+
+
+def test_differences_over_test_images_are_told(tmp_path: Path) -> None:
+    each = {"contender": "decayed", "against": "plain", "difference": 0.012, "low": 0.0031, "high": 0.021, "verdict": "better"}
+    (tmp_path / "compared-7.json").write_text(json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}]))
+    told = tables.over_test_images(tmp_path / "compared-7.json")
+    assert "of seed 7" in told[1]
+    assert told[-1] == "- decayed: linear probe: +1.2 [+0.3, +2.1] (better); ridge: +1.2 [+0.3, +2.1] (better)"
+    assert tables.over_test_images(tmp_path / "compared-8.json") == []
 
 
 def test_curves_leave_out_what_is_missing_or_infinite() -> None:

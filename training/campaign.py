@@ -124,6 +124,22 @@ def anywhere(found: Any) -> Any:
     return Path(found).name if isinstance(found, str) and found.startswith("/") else found
 
 
+def compare(runs: list[Run], result: Path) -> None:
+    """Write what the probes of several arms with one seed say against the first, paired over the test images.
+
+    Raises:
+        ValueError: eval/compare.py failed, its last line says why.
+    """
+    folder = runs[0].folder.parent / result.stem
+    command = [sys.executable, "eval/compare.py", *(str(run.folder) for run in runs), "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+    arms = {str(run.folder): run.arm for run in runs}
+    differences = read_json(folder / "comparison.json")["differences"]
+    write_json(result, [{**each, "contender": arms[each["contender"]], "against": arms[each["against"]]} for each in differences])
+
+
 def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
@@ -259,6 +275,12 @@ def main() -> None:
                 found = read_json(run.result)
                 told = (f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges)
                 tqdm.write(f"{run.result}: {', '.join(told)}")
+        for seed in seeds:
+            arms = [run for run in runs if run.seed == seed]
+            compared = arms[0].result.parent / f"compared-{seed}.json"
+            there = all(run.result.is_file() and run.judged("probe").is_file() for run in arms)  # else they were judged elsewhere
+            if there and len(arms) > 1 and not compared.is_file():
+                compare(arms, compared)
         done = sum(run.result.is_file() for run in runs)
         print(f"{parsed.name}: {done} of {len(runs)} runs are done" + ("; the same command goes on" if done < len(runs) else ""))
 
