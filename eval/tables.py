@@ -35,7 +35,8 @@ NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
 }
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
-    "Written by `python -m eval.tables` from the JSON beside it; `python -m training.campaign NAME` repeats a comparison.",
+    "Written by `python -m eval.tables` from the JSON beside it.",
+    "`python -m training.campaign NAME --data FOLDER --results runs/results` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
     "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
