@@ -37,7 +37,7 @@ def test_benchmarks_run(run_script: Callable, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     case = read_json(tmp_path / "out.json")["alpha"]
     assert case["ratio_median"] == pytest.approx(case["ours_s_median"] / case["theirs_s_median"])
-    assert "| alpha | dit: decayed step / plain step |" in (tmp_path / "RESULTS.md").read_text()
+    assert "| alpha | dit: decayed step / plain step, of one network |" in (tmp_path / "RESULTS.md").read_text()
     for bad in (["nonsense"], ["loop", "--peer", tmp_path], ["uvit-loop"]):
         refused = run_script("-m", "tests.benchmarks", *bad)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
