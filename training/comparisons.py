@@ -134,7 +134,7 @@ COMPARISONS: dict[str, Comparison] = {
     "mae-32px-own": Comparison(
         "20 epochs as in mae-32px, but each alpha at the rate with the best linear probe in mae-32px-lr: is fading still behind?",
         {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha, "base_learning_rate": rate}) for alpha, rate in ((1.0, 2e-3), (0.4, 5e-4))},
-        {"probe": PROBE},
+        {"probe": FEW_PROBE},
         _features_every(500),
     ),
     "mae-32px-long": Comparison(
