@@ -246,10 +246,6 @@ def _packed_openmoji(resolution: int, split: str) -> ImageData:
 
 
 def _packed_dataset(name: str, resolution: int, split: str, image_column: str, label_column: str | None, skip_broken: bool) -> ImageData:
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; what came of them is told below
     table, label_column = undecoded(name, open_dataset(name, split), image_column, label_column)
     key = _hash(_identity(name, table), resolution, split, image_column, label_column, *["without broken"] * skip_broken)
 
@@ -292,6 +288,8 @@ def open_dataset(name: str, split: str, streaming: bool = False) -> Any:
     """
     import datasets
 
+    datasets.disable_progress_bars()  # ours are shown
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; what came of them is told below
     folder = Path(name)
     try:
         if folder.is_dir():
