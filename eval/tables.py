@@ -33,6 +33,7 @@ NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
+COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it.",
@@ -57,11 +58,12 @@ class Panel:
     log: bool = False
 
 
-FD, KNN = "FD (Lite0) of a quick look", "kNN of a quick look, %"
+FD = Panel("FD (Lite0) of a quick look", lambda line: line.get("fd"))
+KNN = Panel("kNN of a quick look, %", lambda line: _percent(line.get("probe_knn")))
 CURVES = (
     Panel("loss", lambda line: line["loss"]),
-    Panel(FD, lambda line: line.get("fd")),
-    Panel(KNN, lambda line: _percent(line.get("probe_knn"))),
+    FD,
+    KNN,
     Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
     Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True),
 )
@@ -233,13 +235,12 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     return "; ".join(parts) + "."
 
 
-def crossings(arms: Mapping[str, Mapping[int, Result]], label: str, sign: int) -> str:
-    """Where every arm gets ahead of the first in a curve for good, seed by seed; empty where there is no such curve.
+def crossings(arms: Mapping[str, Mapping[int, Result]], panel: Panel, sign: int) -> str:
+    """Where every arm gets ahead of the first in a panel's curve for good, seed by seed; empty where there is no such curve.
 
     Args:
         sign: -1 where less is better.
     """
-    (panel,) = (panel for panel in CURVES if panel.label == label)
     base, told = next(iter(arms)), []
     for arm, of_seeds in list(arms.items())[1:]:
         found = []
@@ -251,13 +252,19 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], label: str, sign: int) -
                 found.append(f"{where} (seed {seed})")
         if found:
             told.append(f"{arm} {', '.join(found)}")
-    return f"Ahead of {base} in {label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
+    return f"Ahead of {base} in {panel.label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
 def over_test_images(path: Path) -> list[str]:
-    """Markdown: what the probes of one seed say, paired over the test images; nothing without the file that says so."""
+    """Markdown: what the probes of one seed say, paired over the test images; nothing without the file that says so.
+
+    Raises:
+        ValueError: a file that is none of these.
+    """
     found: dict[str, list[str]] = {}
     for each in read_json(path) if path.is_file() else ():
+        if not isinstance(each, dict) or not each.keys() >= COMPARED:
+            raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
         points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each[part] for part in ("difference", "low", "high")))
         found.setdefault(each["contender"], []).append(f"{each['metric']}: {points} ({each['verdict']})")
     if not found:
@@ -286,8 +293,8 @@ def write(folder: Path) -> list[str]:
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
         for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
             lines += over_test_images(folder / name / f"compared-{seed}.json")
-        for label, sign in ((KNN, 1), (FD, -1)):
-            if told := crossings(arms, label, sign):
+        for panel, sign in ((KNN, 1), (FD, -1)):
+            if told := crossings(arms, panel, sign):
                 lines += ["", told]
         lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
         if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):

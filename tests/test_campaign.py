@@ -187,8 +187,8 @@ def test_crossings_are_told_seed_by_seed() -> None:
     plain, decayed = log(probe_knn=[0.2, 0.2, 0.2], fd=[9, 9, 9]), log(probe_knn=[0.1, 0.3, 0.3], fd=[8, 8, 8])
     arms = {"plain": {0: plain, 1: plain}, "decayed": {0: decayed, 1: plain, 2: decayed}}
     told = "Ahead of plain in {}, for two looks or more and to the end: decayed {} (seed 0), never (seed 1)."
-    assert tables.crossings(arms, tables.KNN, 1) == told.format(tables.KNN, "from 20 images on")
-    assert tables.crossings(arms, tables.FD, -1) == told.format(tables.FD, "from the first look on")
+    assert tables.crossings(arms, tables.KNN, 1) == told.format(tables.KNN.label, "from 20 images on")
+    assert tables.crossings(arms, tables.FD, -1) == told.format(tables.FD.label, "from the first look on")
     without = {arm: {0: log(probe_knn=[None])} for arm in arms}
     assert tables.crossings(without, tables.KNN, 1) == "", "nothing was looked at"
 
@@ -200,14 +200,17 @@ def test_differences_over_test_images_are_told(tmp_path: Path) -> None:
     assert "of seed 7" in told[1]
     assert told[-1] == "- decayed: linear probe: +1.2 [+0.3, +2.1] (better); ridge: +1.2 [+0.3, +2.1] (better)"
     assert tables.over_test_images(tmp_path / "compared-8.json") == []
+    (tmp_path / "compared-9.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="does not compare arms of training"):
+        tables.over_test_images(tmp_path / "compared-9.json")
 
 
 def test_curves_leave_out_what_is_missing_or_infinite() -> None:
     result = log(probe_knn=[None, 0.5, math.nan], block_norms=[[1.0, 2.0], [math.inf, 1.0], None])
-    panels = {panel.label: panel for panel in tables.CURVES}
-    assert tables.points(result, panels[tables.KNN]) == [(20, 50.0)]
-    assert tables.points(result, panels["largest RMS of a block"]) == [(10, 2.0)]
-    assert tables.points(result, panels[tables.FD]) == []
+    (largest,) = (panel for panel in tables.CURVES if panel.label == "largest RMS of a block")
+    assert tables.points(result, tables.KNN) == [(20, 50.0)]
+    assert tables.points(result, largest) == [(10, 2.0)]
+    assert tables.points(result, tables.FD) == []
 
 
 def test_blocks_are_compared_at_one_place(tmp_path: Path) -> None:

@@ -128,11 +128,14 @@ def anywhere(found: Any) -> Any:
 
 
 def compare(runs: list[Run], result: Path) -> None:
-    """Write what the probes of several arms with one seed say against the first, paired over the test images.
+    """Write what the probes of all arms with one seed say against the first, paired over the test images; once, when all were probed here.
 
     Raises:
         ValueError: eval/compare.py failed, its last line says why.
     """
+    probed = all(run.result.is_file() and run.judged("probe").is_file() for run in runs)
+    if result.is_file() or not probed or len(runs) < 2:
+        return
     folder = runs[0].folder.parent / result.stem
     command = [sys.executable, "eval/compare.py", *(str(run.folder) for run in runs), "--output", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -297,11 +300,7 @@ def main() -> None:
                 told = (f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges)
                 tqdm.write(f"{run.result}: {', '.join(told)}")
         for seed in seeds:
-            arms = [run for run in runs if run.seed == seed]
-            compared = arms[0].result.parent / f"compared-{seed}.json"
-            there = all(run.result.is_file() and run.judged("probe").is_file() for run in arms)  # else they were judged elsewhere
-            if there and len(arms) > 1 and not compared.is_file():
-                compare(arms, compared)
+            compare([run for run in runs if run.seed == seed], parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
         done = sum(run.result.is_file() for run in runs)
         print(f"{parsed.name}: {done} of {len(runs)} runs are done" + ("; the same command goes on" if done < len(runs) else ""))
 
