@@ -51,7 +51,8 @@ def _presets(family: str, *arms: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return {arm: (f"{family}-{arm}", {}) for arm in arms}
 
 
-_FD_EVERY_1000 = ("--metrics_during_training", "1000", "--metrics_samples", "2048")
+def _fd_every(steps: int, samples: int = 2048) -> tuple[str, ...]:
+    return ("--metrics_during_training", str(steps), "--metrics_samples", str(samples))
 
 
 def _features_every(steps: int) -> tuple[str, ...]:
@@ -89,9 +90,9 @@ COMPARISONS: dict[str, Comparison] = {
         "DiT-S/4 on 64 px photographs: do images and features get better?",
         _presets("dit-64px", "plain", "skips", "decayed", "rule"),
         {"fd": FD, "probe": DIFFUSION_PROBE},
-        (*_features_every(500), *_FD_EVERY_1000),
+        (*_features_every(500), *_fd_every(1000)),
     ),
-    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}, _FD_EVERY_1000),
+    "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}, _fd_every(1000)),
     "mae-64px-alpha": Comparison(
         "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
     ),
@@ -148,6 +149,12 @@ COMPARISONS: dict[str, Comparison] = {
         },
         {"probe": PROBE},
         _features_every(1000),
+    ),
+    "photographs": Comparison(
+        "DiT-XS/4 on ten classes of photographs at 32 px, small enough for a CPU: do images and features get better?",
+        _presets("photographs", "plain", "decayed"),
+        {"fd": FEW_FD, "probe": DIFFUSION_PROBE},
+        _fd_every(3000, 1024),
     ),
     "demo": Comparison(
         "the pair of `make demo`, for a try: a minute a run, and no evidence",

@@ -50,10 +50,11 @@ def _family(name: str, about: str, told: dict[str, str], alpha_min: float, **fla
     }
 
 
-_OPENMOJI = dict(
-    dataset_name="openmoji", dataset_split="all", resolution=32, backbone="dit", size="XS", patch_size=4,
+_SMALL = dict(
+    resolution=32, backbone="dit", size="XS", patch_size=4,
     train_batch_size=32, learning_rate=8e-4, adam_beta2=0.99, lr_scheduler="cosine", lr_warmup_steps=200, ema_decay=0.999,
 )  # fmt: skip
+_OPENMOJI = dict(dataset_name="openmoji", dataset_split="all", **_SMALL)
 
 PRESETS: dict[str, Preset] = {
     **_pair(
@@ -71,6 +72,15 @@ PRESETS: dict[str, Preset] = {
         max_train_steps=500,
         logging_steps=10,
         sample_steps=100,
+    ),
+    **_pair(
+        "photographs",
+        "your --train_data_dir at 32 px, the network of the emoji, 30,000 steps of 32 (192 epochs of 5,000 images)",
+        dict(alpha_min=0.5),
+        **_SMALL,
+        random_flip=True,
+        max_train_steps=30_000,
+        sample_steps=3000,
     ),
     **_arms(
         "dit-64px",
