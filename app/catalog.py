@@ -361,12 +361,12 @@ def cards(runs: Path) -> dict[str, Card]:
 def default_pair(known: dict[str, Card]) -> tuple[str, str] | None:
     """A plain and a decayed checkpoint of one family, else the first two, else the only one twice; None if there is none.
 
-    Of several the shipped ones, else those that have seen the most images, else those that are called most alike.
+    Of several the shipped ones, in their order, else those that have seen the most images, else those that are called most alike.
     """
 
     def rank(card: Card) -> tuple[bool, float]:
-        seen = card.training.get("images_seen")
-        return not card.name.startswith(RUNS_PREFIX), seen if isinstance(seen, int | float) else 0
+        shipped, seen = not card.name.startswith(RUNS_PREFIX), card.training.get("images_seen")
+        return shipped, seen if not shipped and isinstance(seen, int | float) else 0
 
     for plain in sorted((card for card in known.values() if card.is_plain), key=rank, reverse=True):
         decayed = [card for card in known.values() if not card.is_plain and card.family == plain.family]

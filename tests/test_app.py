@@ -112,6 +112,8 @@ def test_the_shipped_pair_comes_first_then_those_that_have_seen_the_most_images(
 
     noise = ("runs/x-plain", True, 9), ("runs/x-plain-2", False, 9)
     assert first(("x-decayed", False, 5), ("x-plain", True, 5), *noise) == ("x-plain", "x-decayed")
+    later = ("y-decayed", False, 90), ("y-plain", True, 90)
+    assert first(("x-decayed", False, 5), ("x-plain", True, 5), *later) == ("x-plain", "x-decayed"), "the first of the shipped ones"
     long = ("runs/long-decayed", False, 900), ("runs/long-plain", True, 900)
     assert first(*noise, *long, ("runs/old", False, None)) == ("runs/long-plain", "runs/long-decayed")
     assert first(("runs/a-plain", True, 9), ("runs/b-decayed", False, 9), ("runs/a-decayed", False, 9)) == (

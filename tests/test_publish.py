@@ -52,6 +52,9 @@ def test_it_samples_as_the_run_does_and_says_what_it_is(run: Path, tmp_path: Pat
     assert all(path.stat().st_mode & 0o400 for path in (tmp_path / "out").rglob("*"))
     with pytest.raises(ValueError, match="there already"):
         publish(run, tmp_path / "out")
+    publish(run, tmp_path / "mine", "My photographs (CC BY 4.0).")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert 'split "all": My photographs (CC BY 4.0). Fingerprint abc' in card and "OpenMoji" not in card
 
 
 def test_nothing_is_left_of_a_publication_that_failed(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run -> a checkpoint to ship: averaged weights in bf16, its evaluations, and a model card.
 
 python -m training.publish runs/openmoji-decayed models/pretrained/openmoji-decayed
+python -m training.publish runs/mine shipped/mine --data "Photographs of the harbour (CC BY 4.0)."
 """
 
 import shutil
@@ -23,8 +24,12 @@ ATTRIBUTION = {
 }
 
 
-def publish(run: Path, target: Path) -> None:
+def publish(run: Path, target: Path, data: str | None = None) -> None:
     """Write `target`, whole or not at all. It holds what `Pipeline.from_pretrained` needs (`ema/`), `eval/` and the card.
+
+    Args:
+        data: what the card says of the images: whose they are and what may be done with them. Unless given, their name, of the embedded
+            ones their attribution.
 
     Raises:
         ValueError: `run` is not a run, or `target` is there already.
@@ -42,13 +47,22 @@ def publish(run: Path, target: Path) -> None:
         for path in evaluations:
             (aside / "eval").mkdir(exist_ok=True)
             shutil.copy(path, aside / "eval" / path.name)
-        text = card(target.name, pipeline, read_json(run / CONFIG), read_metrics(run), [read_json(path) for path in evaluations])
+        read = [read_json(path) for path in evaluations]
+        text = card(target.name, pipeline, read_json(run / CONFIG), read_metrics(run), read, data)
         (aside / CARD).write_text(text, encoding="utf-8")
 
 
-def card(name: str, pipeline: Pipeline, config: dict[str, Any], metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
-    """The model card, in Markdown."""
+def card(
+    name: str,
+    pipeline: Pipeline,
+    config: dict[str, Any],
+    metrics: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    data: str | None = None,
+) -> str:
+    """The model card, in Markdown; `data` as in `publish`."""
     model, training = pipeline.model, pipeline.config.training
+    data = data or ATTRIBUTION.get(training["data"], training["data"])
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
     revision = config.get("git_revision") or "unknown"
     before = config.get("images_before", 0)
@@ -71,7 +85,7 @@ A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-laye
 
 - Model: {config["backbone"]}-{config["size"]}, {patch}{config["resolution"]} px, long skips {skips},
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
-- Data, split "{config["dataset_split"]}": {ATTRIBUTION.get(training["data"], training["data"])} Fingerprint {training["data_fingerprint"]}.
+- Data, split "{config["dataset_split"]}": {data} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
   preset `{config["preset"]}`{begun}, {hours:.1f} hours, precision {config["precision"]}, torch {config["versions"]["torch"]},
   code {revision}.
@@ -90,9 +104,10 @@ def main() -> None:
     flags = Parser(description=__doc__)
     flags.add_argument("run", type=Path, help="folder of the run")
     flags.add_argument("target", type=Path, help="folder to write")
+    flags.add_argument("--data", help="what the card says of the images: whose they are, and their licence (default: their name)")
     parsed = flags.parse_args()
     with one_line_errors():
-        publish(parsed.run, parsed.target)
+        publish(parsed.run, parsed.target, parsed.data)
 
 
 if __name__ == "__main__":
