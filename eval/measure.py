@@ -99,6 +99,11 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row["linear"]["held_out_accuracy"])
 
 
+def shown_k(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the numbers of neighbours that were asked for the one that tables and pictures show."""
+    return "20" if "20" in rows[0]["knn"] else next(iter(rows[0]["knn"]))
+
+
 def similarities(labelled: Labelled, time: float | None, pooling: str) -> dict[str, Any] | None:
     """Linear CKA of all blocks at one time and pooling, on test images; None where features are all the same."""
     places = [place for place in labelled.test if (place.time, place.pooling) == (time, pooling)]

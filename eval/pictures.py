@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # no global state, no display
 from torch import Tensor
 
+from eval.measure import shown_k
 from models.files import written_aside
 
 DPI = 120
@@ -24,7 +25,7 @@ def save(path: Path, figure: Figure) -> None:
 
 def draw_accuracies(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy by block, with its 95 % interval: a panel for each probe, a line for each time and pooling."""
-    k = _middle_k(rows)
+    k = shown_k(rows)
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     probes = {f"kNN, k = {k}": lambda row: row["knn"][k], "linear probe": lambda row: row["linear"], "ridge": lambda row: row["ridge"]}
@@ -64,7 +65,7 @@ def draw_side_by_side(path: Path, networks: Mapping[str, tuple[Sequence[Mapping[
     Args:
         networks: name -> its rows, one for each block, and the best of them.
     """
-    k = _middle_k(next(iter(networks.values()))[0])
+    k = shown_k(next(iter(networks.values()))[0])
     figure = Figure(figsize=(12, 7), layout="constrained")
     (knn, linear), (rank, spectrum) = figure.subplots(2, 2)
     by_block = {
@@ -189,11 +190,6 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[st
         label = row["pooling"] if row["time"] is None else f"t = {row['time']:g}" + (f", {row['pooling']}" if not several_times else "")
         lines.setdefault(label, []).append(row)
     return list(lines.items())
-
-
-def _middle_k(rows: Sequence[Mapping[str, Any]]) -> str:
-    ks = list(rows[0]["knn"])
-    return "20" if "20" in ks else ks[0]
 
 
 def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:

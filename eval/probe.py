@@ -50,6 +50,7 @@ from eval.measure import (
     few_shot,
     hash_of,
     measure,
+    shown_k,
     similarities,
     spread_over,
 )
@@ -255,7 +256,7 @@ def best_place(result: dict[str, Any]) -> Place:
 
 def describe(result: dict[str, Any]) -> str:
     """A table of all places, then a line: the number and its protocol."""
-    k = "20" if "20" in result["results"][0]["knn"] else str(result["k"][0])
+    k = shown_k(result["results"])
     head = ["time", "block", "pooling", f"kNN (k={k})", "linear", "95 %", "ridge", "rank", "exp(rank)", "norm"]
     rows = [head]
     for row in result["results"]:

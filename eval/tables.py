@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student
 
 from eval.intervals import LEVEL, verdict
-from eval.measure import best_row
+from eval.measure import best_row, shown_k
 from eval.pictures import save
 from models.files import Parser, one_line_errors, read_json, written_aside
 from models.shortcut import effective_alpha
@@ -29,7 +29,7 @@ Result = Mapping[str, Any]
 NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "FD (Lite0)": (lambda result: result["fd"]["value"] if "fd" in result else None, True),
     "KD (Lite0)": (lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, True),
-    "kNN, %": (lambda result: 100 * _best(result)["knn"][_middle(_best(result))]["value"] if "probe" in result else None, False),
+    "kNN, %": (lambda result: 100 * _neighbours(_best(result)) if "probe" in result else None, False),
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
@@ -68,7 +68,7 @@ CURVES = (
     Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True),
 )
 BY_BLOCK = (
-    Panel("kNN, %", lambda row: _percent(row["knn"][_middle(row)]["value"])),
+    Panel("kNN, %", lambda row: _percent(_neighbours(row))),
     Panel("linear probe, %", lambda row: _percent(row["linear"]["value"])),
     Panel("effective rank (entropy)", lambda row: row["rank_entropy"]),
     Panel("mean norm of the features", lambda row: row["norm"], log=True),
@@ -83,9 +83,8 @@ def _best(result: Result) -> Result:
     return best_row(result["probe"]["results"])
 
 
-def _middle(row: Result) -> str:
-    """The middle k of those that were asked for, as in the pictures of eval/probe.py."""
-    return list(row["knn"])[len(row["knn"]) // 2]
+def _neighbours(row: Result) -> float:
+    return row["knn"][shown_k([row])]["value"]
 
 
 def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
@@ -161,8 +160,8 @@ def images_a_minute(result: Result) -> float:
     return 60 * median(line["images_per_s"] for line in result["curves"])
 
 
-def draw(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
-    """Curves over images seen, and over training time: a colour for each arm, a line for each seed."""
+def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure:
+    """Over images seen, and over training time: a colour for each arm, a line for each seed."""
     runs = [result for of_seeds in arms.values() for result in of_seeds.values()]
     shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
     figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
@@ -175,14 +174,14 @@ def draw(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> None:
             _finish(axes, below, panel)
         row[0].xaxis.set_major_formatter(EngFormatter())
     _legend(figure)
-    save(path, figure)
+    return figure
 
 
-def draw_blocks(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> str:
+def by_block(arms: Mapping[str, Mapping[int, Result]]) -> tuple[Figure, str]:
     """The probe by block, of the mean of all tokens at one time for all: a colour for each arm, a line for each seed.
 
     Returns:
-        In words: where that is.
+        The figure, and in words where that is.
     """
     time = _best(next(iter(next(iter(arms.values())).values())))["time"]
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -194,8 +193,7 @@ def draw_blocks(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _finish(axes, "block", panel)
     _legend(figure)
-    save(path, figure)
-    return "by block, of the mean of all tokens" + (f" at t = {time:g}" if time is not None else "")
+    return figure, "by block, of the mean of all tokens" + (f" at t = {time:g}" if time is not None else "")
 
 
 def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str, Any], Result]]:
@@ -225,7 +223,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     if "probe" in result:
         probe = result["probe"]
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
-        best = f"the block (and time) that is best on held-out training images, k = {_middle(_best(result))}"
+        best = f"the block (and time) that is best on held-out training images, k = {shown_k([_best(result)])}"
         parts.append(f"probed on {images}, at {best}, rank over {probe['rank_images']:,} images")
     if "fd" in result:
         fd = result["fd"]
@@ -289,7 +287,7 @@ def write(folder: Path) -> list[str]:
         raise ValueError(f"{folder} holds no results of a campaign; python -m training.campaign writes some")
     lines = ["# What was measured", "", *INTRODUCTION, ""]
     for name, arms in found.items():
-        draw(folder / name / "curves.png", arms)
+        save(folder / name / "curves.png", curves(arms))
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
         for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
             lines += over_test_images(folder / name / f"compared-{seed}.json")
@@ -298,7 +296,8 @@ def write(folder: Path) -> list[str]:
                 lines += ["", told]
         lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
         if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):
-            where = draw_blocks(folder / name / "blocks.png", arms)
+            figure, where = by_block(arms)
+            save(folder / name / "blocks.png", figure)
             lines += [
                 f"The probe {where} (of a plain autoencoder the last block's behind the encoder's norm):",
                 "",

@@ -213,7 +213,7 @@ def test_curves_leave_out_what_is_missing_or_infinite() -> None:
     assert tables.points(result, tables.FD) == []
 
 
-def test_blocks_are_compared_at_one_place(tmp_path: Path) -> None:
+def test_blocks_are_compared_at_one_place() -> None:
     def run(best_time: float, missing: int | None) -> dict[str, Any]:
         rows = [
             {
@@ -226,8 +226,25 @@ def test_blocks_are_compared_at_one_place(tmp_path: Path) -> None:
         return {"probe": {"results": rows}}
 
     arms = {"plain": {0: run(0.7, missing=0)}, "decayed": {0: run(0.5, missing=None)}}
-    assert tables.draw_blocks(tmp_path / "blocks.png", arms) == "by block, of the mean of all tokens at t = 0.7"
-    assert (tmp_path / "blocks.png").stat().st_size > 1000
+    figure, where = tables.by_block(arms)
+    assert where == "by block, of the mean of all tokens at t = 0.7"
+    knn, _, rank, _ = figure.axes
+    assert [line.get_xydata().tolist() for line in knn.lines] == [[[0, 0], [1, 10], [2, 20]]] * 2
+    plain, decayed = rank.lines
+    assert plain.get_xdata().tolist() == [1, 2] and decayed.get_xdata().tolist() == [0, 1, 2], "a rank that is not known is left out"
+    assert plain.get_color() != decayed.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "decayed"]
+
+
+def test_curves_are_drawn_over_images_and_over_time() -> None:
+    arms = {
+        "plain": {0: log(loss=[3, 2], images_per_s=[5, 5]), 1: log(loss=[2, 1], images_per_s=[5, 5])},
+        "decayed": {0: log(loss=[4, 2], images_per_s=[10, 10])},
+    }
+    over_images, over_time = tables.curves(arms).axes  # what no run has looked at gets no panel
+    assert [line.get_xydata().tolist() for line in over_images.lines] == [[[10, 3], [20, 2]], [[10, 2], [20, 1]], [[10, 4], [20, 2]]]
+    assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 300, 20 / 300, 20 / 600])
+    assert len({line.get_color() for line in over_images.lines}) == 2, "a colour for each arm"
 
 
 def test_time_is_that_of_training() -> None:
