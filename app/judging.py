@@ -110,9 +110,8 @@ def command(options: dict[str, Any], folder: Path) -> list[str]:
     number, reference = options["num_samples"], options["reference"]
     if measure.script == "probe":
         limits = [f"--max_train_images={number}", f"--max_test_images={number}"]
-        parts = [] if reference == EMBEDDED else ["--test_share=0.2"]  # a folder may have no second split
         places = [f"--output={folder}", "--no-pictures", f"--json={folder / RESULT}"]
-        return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", *limits, *parts, *places, *measure.flags]
+        return ["eval/probe.py", *_checkpoint(paths[0]), f"--dataset={reference}", *limits, *places, *measure.flags]
     # all of the embedded set, as in the numbers of the shipped checkpoints
     split = ["--reference_split=all"] if reference == EMBEDDED else []
     common = [f"--reference={reference}", *split, f"--num_samples={number}", *measure.flags]

@@ -22,6 +22,7 @@ from training.data import EMBEDDED, ImageData, load_images
 from training.options import option
 
 POOLINGS = ("all", "mean", "patches", "class")
+TEST_SHARE = 0.2  # of images that have no validation split
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class DataOptions:
     image_column: str = option("image", "column of the images")
     label_column: str | None = option(None, 'column of the labels; "label" is found by itself')
     test_share: float | None = option(
-        None, "test on this share of the training images, for data without a validation split", least=0.01, most=0.5
+        None,
+        f"test on this share of the training images; unless given on the validation split, and where there is none on {TEST_SHARE:g}",
+        least=0.01,
+        most=0.5,
     )
     max_train_images: int | None = option(None, "use about so many of the training images, drawn from every class", least=2)
     max_test_images: int | None = option(None, "use about so many of the test images, drawn from every class", least=2)
@@ -57,9 +61,7 @@ class LookOptions:
     """Features."""
 
     blocks: str = option("all", 'which: "all", "last", or numbers from 0, such as 3,7')
-    pooling: str = option(
-        "all", "how tokens become one vector: the mean of all, of the patches, the class token", choices=("all", "mean", "patches", "class")
-    )
+    pooling: str = option("all", "how tokens become one vector: the mean of all, of the patches, the class token", choices=POOLINGS)
     times: str = option("0.5,0.7,0.9", "diffusion: where to look, 0 = noise, 1 = data; DDPMs at the same proportion of noise")
     seed: int = option(0, "of the noise, of what is held out and of what is drawn", least=0)
     batch_size: int = option(64, "images at once", least=1)
@@ -98,7 +100,7 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
     """Images to fit to and images to test on, with labels; and what, beside their labels, tells which were drawn: None if all are there.
 
     Raises:
-        ValueError: no labels, labels that do not suffice, no second split, or what `load_images` raises.
+        ValueError: no labels, labels that do not suffice, or what `load_images` raises.
     """
 
     name = options.dataset
@@ -110,25 +112,26 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
             raise ValueError(f"{data.name} has no labels, and probes need them; give --label_column, or a subfolder for each class")
         return data
 
-    train = load("train")
+    train, share = load("train"), options.test_share
     check_labels(torch.from_numpy(train.labels), train.class_names)
-    if options.test_share is not None:
-        held = torch.stack(held_out_parts(torch.from_numpy(train.labels), 100, round(100 * options.test_share), seed)).any(0)
-        test = part_of(train, held.nonzero()[:, 0].numpy())
-        train = part_of(train, (~held).nonzero()[:, 0].numpy())
-        check_labels(torch.from_numpy(train.labels), train.class_names)
-    else:
+    if share is None:
         try:
             test = load("validation")
         except ValueError as error:
             if "has no split" not in str(error):
                 raise
-            raise ValueError(f"{train.name} has no validation split; give --test_share 0.2 to test on a part of the others") from None
-        if test.class_names != train.class_names:
-            raise ValueError(f"the classes of {train.name} differ between its splits; both need the same ones")
+            share = TEST_SHARE
+        else:
+            if test.class_names != train.class_names:
+                raise ValueError(f"the classes of {train.name} differ between its splits; both need the same ones")
+    if share is not None:
+        held = torch.stack(held_out_parts(torch.from_numpy(train.labels), 100, round(100 * share), seed)).any(0)
+        test = part_of(train, held.nonzero()[:, 0].numpy())
+        train = part_of(train, (~held).nonzero()[:, 0].numpy())
+        check_labels(torch.from_numpy(train.labels), train.class_names)
     few_train, few_test = fewer(train, options.max_train_images, seed), fewer(test, options.max_test_images, seed)
-    all_there = options.test_share is None and few_train is train and few_test is test
-    return few_train, few_test, None if all_there else {"test_share": options.test_share, "seed": seed}
+    all_there = share is None and few_train is train and few_test is test
+    return few_train, few_test, None if all_there else {"test_share": share, "seed": seed}
 
 
 def fewer(data: ImageData, most: int | None, seed: int) -> ImageData:
@@ -212,7 +215,7 @@ def _notes(encoder: Encoder, train: ImageData, test: ImageData) -> list[str]:
     at_home = bool(about.get("training_data")) and os.path.realpath(about["training_data"]) == os.path.realpath(train.name)
     if "checkpoint" in about and not at_home:
         notes.append(f"the network was trained on {about['training_data']}, and is judged on {train.name}")
-    if at_home and about["training_split"] in ("all", test.split):  # --test_share tests on a part of the training split
+    if at_home and about["training_split"] in ("all", test.split):  # which is a part of the training split where one was drawn
         notes.append("the network has seen the test images in its training")
     if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.num_classes and at_home:
         notes.append("the network was trained with these labels as a condition; here it is told none")

@@ -30,6 +30,7 @@ NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "FD (Lite0)": (lambda result: result["fd"]["value"] if "fd" in result else None, True),
     "KD (Lite0)": (lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, True),
     "kNN, %": (lambda result: 100 * _neighbours(_best(result)) if "probe" in result else None, False),
+    "held out, %": (lambda result: 100 * _best(result)["linear"]["held_out_accuracy"] if "probe" in result else None, False),
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
@@ -39,6 +40,7 @@ INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it.",
     "`python -m training.campaign NAME --data FOLDER --results runs/results` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
+    "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
     "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
 

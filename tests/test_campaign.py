@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -146,20 +145,6 @@ def parse() -> Callable:
         return [*groups, loop.seed, loop.max_train_steps, loop.settled(256).learning_rate]
 
     return read
-
-
-def test_without_a_validation_split_a_part_is_tested_on(image_folder: Path, tmp_path: Path) -> None:
-    assert campaign.tested_on("openmoji") == []
-    assert campaign.tested_on(str(image_folder)) == ["--test_share", "0.2"]
-    for split in ("train", "val"):
-        shutil.copytree(image_folder, tmp_path / split)
-    assert campaign.tested_on(str(tmp_path)) == []
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
-        campaign.tested_on(str(tmp_path / "nothing"))
-    (run,) = runs_of("mae-32px", [0], tmp_path / "runs", tmp_path)[:1]
-    run.folder.mkdir(parents=True)
-    assert "--test_share" not in run.next_command("openmoji", 60, [], ["--test_share", "0.2"]), "that is no training's flag"
 
 
 def test_seeds_are_paired() -> None:

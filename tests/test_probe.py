@@ -307,12 +307,10 @@ def test_splits_that_are_drawn(dit: Path, data: Path, tmp_path: Path, probe: Cal
     result = json.loads((tmp_path / "probe.json").read_text())
     assert (result["train_num"], result["test_num"]) == (30, 12)
     assert [row["block"] for row in result["results"]] == [1]
-    code, out, err = probe(*common, "--dataset", data / "train")
-    assert (code, out) == (2, "") and "--test_share" in err
-    code, out, err = probe(*common, "--dataset", data / "train", "--test_share", 0.2)
+    code, _, err = probe(*common, "--dataset", data / "train")  # which has no validation split
     assert code == 0, err
     result = json.loads((tmp_path / "probe.json").read_text())
-    assert (result["train_num"], result["test_num"]) == (48, 12)
+    assert (result["train_num"], result["test_num"], result["drawn"]) == (48, 12, {"test_share": 0.2, "seed": 0})
     assert [path.name for path in tmp_path.iterdir()] == ["probe.json"]
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,13 @@ from tqdm import tqdm
 from models.files import Parser, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import CONFIG, checkpoints
-from training.comparisons import COMPARISONS, PROBE, RESULTS
-from training.data import EMBEDDED, open_dataset
+from training.comparisons import COMPARISONS, RESULTS
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVING_S = 20.0  # what a training needs after it was told to stop
 COMMAND = "command.json"  # in a run's folder: the training that it was made for
-TEST_SHARE = "0.2"  # of images that have no validation split
 GRACE_S = 60.0  # after which it is ended; its last checkpoint stays
 
 
@@ -90,16 +88,15 @@ class Run:
         """The file with a judge's numbers."""
         return self.folder / "eval" / f"{judge}.json"
 
-    def next_command(self, data: str, seconds: float, more: list[str], tested: Sequence[str] = ()) -> list[str] | None:
-        """What is to be done next, or None if nothing is; `tested` are the flags of `tested_on`."""
+    def next_command(self, data: str, seconds: float, more: list[str]) -> list[str] | None:
+        """What is to be done next, or None if nothing is."""
         if not self.trained:
             end = ["--max_train_minutes", f"{seconds / 60:.3f}"] if math.isfinite(seconds) else []
             resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
             return [*self.training(data, more), "--output_dir", str(self.folder), *end, *resume]
         for name, judge in COMPARISONS[self.comparison].judges.items():
             if not self.judged(name).is_file():
-                flags = [*(tested if judge.script == PROBE.script else ()), *judge.flags]
-                return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *flags, "--json", str(self.judged(name))]
+                return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
         return None
 
     def gather(self) -> None:
@@ -161,23 +158,6 @@ def runs_of(comparison: str, seeds: list[int], output: Path, results: Path) -> l
     ]
 
 
-def tested_on(data: str) -> list[str]:
-    """Flags of eval/probe.py: where there is no validation split, a part of the images is tested on.
-
-    Raises:
-        ValueError: no such data.
-    """
-    if data == EMBEDDED:
-        return []
-    try:
-        open_dataset(data, "validation")
-    except ValueError as error:
-        if "has no split" not in str(error):
-            raise
-        return ["--test_share", TEST_SHARE]
-    return []
-
-
 def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[str]) -> Iterator[Run]:
     """Train and judge, `at_once` processes side by side, until the deadline (of `time.monotonic`); yields each run that is finished.
 
@@ -187,7 +167,6 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
     Raises:
         ValueError: a command failed, its last line says why; or a run was begun with other data or flags.
     """
-    tested = tested_on(data)
     for run in runs:
         run.begin(data, more)
     waiting, busy = [run for run in runs if not run.result.is_file()], list[_Busy]()
@@ -196,7 +175,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
             left = deadline - time.monotonic()
             while waiting and len(busy) < at_once and left > 2 * SAVING_S:
                 run = waiting.pop(0)
-                if command := run.next_command(data, left - SAVING_S, more, tested):
+                if command := run.next_command(data, left - SAVING_S, more):
                     tqdm.write(f"{run.folder.name}: {Path(command[0]).name}, see {run.log}")
                     busy.append(_Busy(run, _start(command, run.log, at_once), is_training="training/" in command[0]))
                 else:
