@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import card, variants
+from app.catalog import card, shared_classes, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import from_widget, labels_of, relabel
@@ -22,7 +22,7 @@ IMAGES = 6
 CHOICES = {LEFT: "Left is better", RIGHT: "Right is better", TIE: "Equally good", BOTH_BAD: "Both bad"}
 
 
-def blind_tab(site: Site, page: gr.Blocks) -> None:
+def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     """The widgets of the tab, and what they do."""
     first = site.first_comparison()
     voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
@@ -42,6 +42,7 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
         label = gr.Dropdown(
             classes, value=classes[min(1, len(classes) - 1)], label="Label of the pictures", min_width=180, elem_id="blind-label"
         )
+        wanted = gr.State(label.value)  # see `relabel`
         start = gr.Button("Show a pair", variant="primary", min_width=140, elem_id="blind-start")
     status = gr.HTML(render.message(""), elem_id="blind-status")
     stage = gr.HTML('<p class="empty">Press <b>Show a pair</b>, look, and vote.</p>', elem_id="blind-stage", apply_default_css=False)
@@ -58,6 +59,8 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
                 raise ValueError("choose two checkpoints")
             settings = Settings(label=from_widget(label), seed=secrets.randbelow(2**31), num_images=IMAGES)
             cards = [card(name, site.runs) for name in (one, other)]
+            if all(each.class_names for each in cards) and not shared_classes(*cards):
+                raise ValueError(f"{one} and {other} share no label, so their pictures tell which is which; choose two that do")
             names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
             recipe = {**vars(settings), "checkpoints": [{"name": each.name, "sha256": each.source.hash} for each in cards]}
             ballot = site.votes.new_ballot((names[0], names[1]), recipe, voter)
@@ -93,9 +96,9 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
         with page_errors():
             return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
 
-    def labels(one: str | None, other: str | None, label: str) -> Any:
+    def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:
         with page_errors():
-            return relabel([card(name, site.runs) for name in (one, other) if name], label)
+            return relabel([card(name, site.runs) for name in (one, other) if name], label, wanted)
 
     def counted() -> tuple[str, str]:
         """The table, and the file to download."""
@@ -108,8 +111,9 @@ def blind_tab(site: Site, page: gr.Blocks) -> None:
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
         button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
-    gr.on([one.input, other.input], labels, [one, other, label], label, **LATEST)
-    page.load(refresh, [one, other], [one, other, tallies, export], **AS_SENT)
+    label.input(lambda label: label, label, wanted, **LATEST)
+    gr.on([one.input, other.input], labels, [one, other, label, wanted], label, **LATEST)
+    gr.on([page.load, tab.select], refresh, [one, other], [one, other, tallies, export], **AS_SENT)
 
 
 def unnamed(frame: Frame) -> str:

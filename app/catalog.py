@@ -47,6 +47,11 @@ class Source:
         return self.folder / "checkpoints" / f"step-{self.step}"
 
     @property
+    def is_newest(self) -> bool:
+        """Whether they are what the checkpoint stands for: the newest, averaged where there are averages."""
+        return self.step is None and self.averaged == (self.folder / "ema").is_dir()
+
+    @property
     def files(self) -> list[Path]:
         """All that decides what is sampled."""
         parts = [self.exported, self.folder / "scheduler", self.folder / "vae"]
@@ -148,7 +153,8 @@ class Card:
     @property
     def family(self) -> tuple[Any, ...]:
         """Equal for checkpoints that differ in alpha and weights alone."""
-        return self.backbone, sorted({**self.config, "alpha_min": None}.items()), self.class_names, self.training.get("data")
+        data = Path(str(self.training.get("data"))).name  # of a shipped one no more is known
+        return self.backbone, sorted({**self.config, "alpha_min": None}.items()), self.class_names, data
 
 
 def checkpoints(runs: Path) -> dict[str, Source]:

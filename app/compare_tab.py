@@ -230,16 +230,18 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             return cards_table(list(names))
 
     def choose(*values: Any) -> tuple[Any, ...]:
-        """Cards and labels of the checkpoints that are chosen now."""
+        """Cards and labels of the checkpoints that are chosen now; see `SettingsPanel.choices`."""
         with page_errors():
-            names, label, own = list(values[:MAX_SIDES]), values[MAX_SIDES], values[MAX_SIDES + 1 :]
-            return cards_table(names), *panel.label_updates(names, label, own)
+            return cards_table(list(values[:MAX_SIDES])), *panel.label_updates(values)
 
     filled.append(page.load(load, [kept, kept_view], [*restored, stage, start, view], **QUIET))
     for event in filled:
         follow(event)
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
         event(look_at_cards, panel.checkpoints, table, **AS_SENT)
-    panel.when_chosen(choose, [*panel.checkpoints, *panel.labels], [table, *panel.labels], **LATEST)
+    tab.select(
+        lambda: [gr.update(choices=panel.known()) for _ in panel.checkpoints], None, panel.checkpoints, **AT_ONCE
+    )  # runs come and go
+    panel.when_chosen(choose, panel.choices, [table, *panel.labels], **LATEST)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(lambda view: view, view, kept_view, **{**AT_ONCE, "trigger_mode": "always_last"})

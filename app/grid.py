@@ -142,7 +142,9 @@ def _number(word: str, axis: str) -> int | float:
 def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
     chosen = [card(name, runs) for name in names]
     if values.strip() in ("all", ""):
-        return list(shared_classes(*chosen)[:MAX_COLUMNS]) or [None]
+        if not (shared := shared_classes(*chosen)):
+            raise ValueError(f"{' and '.join(dict.fromkeys(names))} share no label; choose checkpoints that do, or another axis")
+        return list(shared[:MAX_COLUMNS])
     words = [None if word == NO_LABEL else word for word in words_of(values)]
     for each in chosen:
         for word in words:

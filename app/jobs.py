@@ -180,9 +180,12 @@ class Jobs:
             ValueError: as `start`, or the decayed one would be plain, too.
         """
         values = parse(self._settled(options), self.runs / "pair")
-        if values["alpha_min"] == 1 and values["alpha_eff"] is None and not values["learnable_alpha"]:
+        from models.shortcut import SCHEDULES
+
+        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
+        if not fades and not values["learnable_alpha"]:
             raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
-        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "learnable_alpha": None}
+        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
         return self._queue([(f"{name}-plain", plain_one), (f"{name}-decayed", options)])
 
     def _queue(self, trainings: list[tuple[str, dict[str, Any]]]) -> list[Status]:
@@ -491,7 +494,12 @@ class Jobs:
             if _number(options.get(option)) > most:
                 raise ValueError(f"--{option} is {options[option]}; the page starts trainings up to {most}")
         if "init_from" in options:
-            options["init_from"] = str(find(options["init_from"], self.runs).folder.resolve())
+            source = find(options["init_from"], self.runs)
+            if not source.is_newest:
+                raise ValueError(
+                    f"--init_from {options['init_from']}: trainings begin with the newest weights of a run; give its name alone"
+                )
+            options["init_from"] = str(source.folder.resolve())
         if "train_data_dir" in options:
             options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
         for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders

@@ -10,13 +10,14 @@ from app import judging, render
 from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs, Status
 from app.plots import text
-from app.site import AS_SENT, QUIET, Site, clears
+from app.site import AS_SENT, LATEST, QUIET, Site, clears
 from app.train_tab import form_errors
 from app.train_view import on_their_way
 
 SAME_PROTOCOL = (
-    *("metric", "reference", "reference_split", "reference_num", "dataset", "feature_extractor", "num_samples"),
-    *("sampler", "steps", "guidance_scale", "labels", "precision"),
+    *("metric", "reference", "reference_split", "reference_num", "reference_fingerprint", "feature_extractor", "feature_extractor_weights"),
+    *("dataset", "train_num", "test_num", "train_labels", "test_labels", "resolution", "num_samples"),
+    *("sampler", "steps", "guidance_scale", "guidance_interval", "guide", "labels", "precision"),
 )
 HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "IS")
 REFRESH_S = 3.0
@@ -53,7 +54,7 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         )
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
-        words = "openmoji, or a folder of images"
+        words = "openmoji, or the folder of images that they were trained on"
         reference = gr.Textbox(judging.EMBEDDED, label="Against", placeholder=words, max_length=500, min_width=220, elem_id="reference")
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
@@ -66,8 +67,17 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         place = f"{status.position} in the queue" if status.position else status.state
         return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
 
+    proposed = gr.State(judging.EMBEDDED)  # what stands there unless the visitor wrote something else
+
+    def propose(names: list[str], reference: str, proposed: str) -> tuple[Any, str]:
+        """What the checkpoints were trained on, where that is here."""
+        data = {judging.training_data(name, site.runs) for name in names}
+        new = data.pop() if len(data) == 1 else judging.EMBEDDED if not names else ""
+        return (gr.update(value=new) if reference == proposed else gr.skip()), new
+
     clears([start.click], told)
     start.click(ask, [chosen, measure, reference, number], told, **AS_SENT)
+    chosen.input(propose, [chosen, reference, proposed], [reference, proposed], **LATEST)
     tab.select(lambda: gr.update(choices=list(sources(site.runs))), None, chosen, **QUIET)
 
 
@@ -130,9 +140,8 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for name, result in ranked:
         low, high = result.get("low"), result.get("high")
         interval = f" [{low:.4g}, {high:.4g}]" if isinstance(low, int | float) and isinstance(high, int | float) else ""
-        weights = ("EMA, " if result["ema"] else "raw weights, ") if isinstance(result.get("ema"), bool) else ""
-        facts = f"{weights}{render.count(result.get('images_seen'))} images seen, alpha_min {result.get('alpha_min') or 1:g}"
-        lines.append(f"<tr><td>{text(name)}</td><td><b>{result['value']:.4g}</b>{interval}</td><td>{text(facts)}</td></tr>")
-    shared = {key: value for key, value in ranked[0][1].items() if key not in ("ema", "images_seen")}
+        facts = [f"alpha_min {result.get('alpha_min') or 1:g}", *render.of_a_row(result)]
+        lines.append(f"<tr><td>{text(name)}</td><td><b>{result['value']:.4g}</b>{interval}</td><td>{text(', '.join(facts))}</td></tr>")
+    shared = {key: value for key, value in ranked[0][1].items() if key not in render.OF_A_ROW}
     note = f'<p class="protocol">{text(render.protocol(shared))}</p>'
     return f"<h3>{text(metric)}</h3>{note}{render.facts_table(('Checkpoint', 'Value (95 %)', ''), lines)}"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of
+from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of, sources
 from app.render import protocol
-from models.files import read_json
+from models.files import INDEX, read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
 MAX_CHECKPOINTS = 4
@@ -68,6 +68,15 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
         raise ValueError("the reference must be openmoji or a folder of images")
     paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
     return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+
+
+def training_data(name: str, runs: Path) -> str:
+    """What a checkpoint was trained on, if it can be judged against: the embedded images or a folder that is here; else nothing."""
+    try:
+        data = read_json(sources(runs)[name].folder / INDEX)["training"]["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return data if data == EMBEDDED or (isinstance(data, str) and Path(data).is_absolute() and Path(data).is_dir()) else ""
 
 
 def versions_of(names: Sequence[str], now: dict[str, Source]) -> list[Version | None]:
@@ -149,7 +158,7 @@ def read_results(folder: Path, options: dict[str, Any]) -> tuple[list[list[dict[
             return [numbers_of(read_json(folder / RESULT))], []
         told = read_json(folder / COMPARISON)
         names = dict(zip(options["paths"], options["checkpoints"], strict=False))
-        shared = {key: value for key, value in told["entries"][0].items() if key not in ("ema", "images_seen")}
+        shared = {key: value for key, value in told["entries"][0].items() if key not in ("ema", "images_seen", "notes")}
         differences = [_difference(row, names, protocol(shared)) for row in told["differences"]]
         return [numbers_of(entry) for entry in told["entries"]], differences
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -183,4 +192,4 @@ def results_of(folder: Path, options: dict[str, Any], now: dict[str, Source]) ->
 def _difference(row: dict[str, Any], names: dict[str, str], how: str) -> str:
     one, other = (names.get(row[key], row[key]) for key in ("contender", "against"))
     interval = f"{row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
-    return f"{row['metric']}: {one} against {other} {interval}, {row['verdict']} (paired on the same noise, 95 %; {how})"
+    return f"{row['metric']}: {one} against {other} {interval}, {row['verdict']} (95 %, {row['interval']}; {how})"

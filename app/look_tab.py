@@ -42,6 +42,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         chosen = gr.Dropdown(list(variants(site.runs)), value=names, label="Checkpoints", scale=3, min_width=260, elem_id="inside", **many)
         classes = labels_of([card(name, site.runs) for name in names])
         label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
+        wanted = gr.State(label.value)  # see `relabel`
         seed = gr.Number(0, label="Seed", min_width=100, elem_id="inside-seed")
         start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
         stop = gr.Button("Stop looking", interactive=False, min_width=110, elem_id="stop-look")
@@ -71,14 +72,15 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
         yield gr.skip(), render.message(words), gr.update(interactive=True), gr.update(interactive=False)
 
-    def labels(names: list[str], label: str) -> Any:
+    def labels(names: list[str], label: str, wanted: str) -> Any:
         with page_errors():
-            return relabel([card(name, site.runs) for name in names], label)
+            return relabel([card(name, site.runs) for name in names], label, wanted)
 
     clears([start.click], status)
     start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)
-    chosen.input(labels, [chosen, label], label, **LATEST)
+    label.input(lambda label: label, label, wanted, **LATEST)
+    chosen.input(labels, [chosen, label, wanted], label, **LATEST)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 
 
@@ -109,7 +111,7 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
 
     def offer(names: list[str]) -> tuple[Any, str]:
         found = probed(site)
-        names = [name for name in names if name in found] or list(found)[:2]
+        names = [name for name in names if name in found] or _first_probed(site, found)
         return gr.update(choices=list(found), value=names), probe_curves(names, found)
 
     def curves(names: list[str]) -> str:
@@ -118,6 +120,17 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
 
     names.input(curves, names, shown, **AS_SENT)
     tab.select(offer, names, [names, shown], **AS_SENT)
+
+
+def _first_probed(site: Site, found: dict[str, dict[str, Any]]) -> list[str]:
+    """The pair that visitors see first, else two that were probed with the same images."""
+    first = site.first_comparison()
+    names = [side.checkpoint for side in first.sides if side.checkpoint in found] if first else []
+    names = names or list(found)[:1]
+    alike = (
+        name for name in found if name not in names and all(found[name].get("dataset") == found[each].get("dataset") for each in names)
+    )
+    return [*names, *alike][:2]
 
 
 def probed(site: Site) -> dict[str, dict[str, Any]]:

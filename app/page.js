@@ -23,7 +23,7 @@
   }
   window.showView = view => { root().dataset.view = view; settle() }
   setInterval(() => {
-    if (root()?.dataset.view !== 'flicker' || document.hidden) return
+    if (root()?.dataset.view !== 'flicker' || document.hidden || root().contains(document.activeElement)) return  // keys need it to stay
     shown += 1
     settle()
   }, FLICKER_MS)

@@ -97,9 +97,9 @@ def programs(site: Site) -> None:
             known = all_results(site.runs)
             for name, source in checkpoints(site.runs).items():
                 try:
-                    each = card(name, site.runs)
-                except ValueError:
-                    continue  # damaged; who asks for it is told
+                    each, hash = card(name, site.runs), source.hash
+                except (ValueError, OSError):
+                    continue  # damaged, or just being written; who asks for it is told
                 told.append(
                     {
                         "name": name,
@@ -110,7 +110,7 @@ def programs(site: Site) -> None:
                         "training": each.training,
                         "variants": [other for other in names if other.startswith(f"{name} ")],
                         "results": [*known[name], *found[name]],
-                        "sha256": source.hash,
+                        "sha256": hash,
                     }
                 )
             return told

@@ -124,12 +124,12 @@ def status(frame: Frame) -> str:
     ]
     if not recipe["same_noise"]:
         facts.append("<b>the noise is not the same: image sizes or seeds differ</b>")
-    return f'<div class="status">{" · ".join(facts)}</div>'
+    return f'<div class="status" role="status">{" · ".join(facts)}</div>'
 
 
 def message(words: str) -> str:
     """A status line of plain words."""
-    return f'<div class="status">{text(words)}</div>'
+    return f'<div class="status" role="status">{text(words)}</div>'
 
 
 def waiting(position: int) -> str:
@@ -277,20 +277,29 @@ def protocol(result: dict[str, Any]) -> str:
         facts.append(str(result.get("feature_extractor")))
     elif result.get("dataset"):
         facts.append(f"{count(result.get('test_num'))} images of {result['dataset']}, fitted to {count(result.get('train_num'))}")
-        best = result["best"] if isinstance(result.get("best"), dict) else {}
-        if "block" in best:
-            facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']}"))
-            facts += [f"chosen by {best['chosen_by']}"] if best.get("chosen_by") else []
     if result.get("sampler"):
-        facts.append(
-            f"{result['sampler']}, {steps_in_words(result.get('steps'))}, guidance {result.get('guidance_scale', 1):g}, "
-            f"seed {result.get('seed')}"
-        )
+        interval = f" from {result['guidance_interval']}" if result.get("guidance_interval") not in (None, "0 to 1") else ""
+        facts.append(f"{result['sampler']}, {steps_in_words(result.get('steps'))}, guidance {result.get('guidance_scale', 1):g}{interval}")
+    facts += [f"guided by {result['guide']}"] if result.get("guide") else []
     facts += [f"labels {result['labels']}"] if result.get("labels") else []
     facts += [str(result["precision"])] if result.get("precision") else []
-    facts += ["EMA" if result["ema"] else "raw weights"] if isinstance(result.get("ema"), bool) else []
+    return ", ".join([*facts, *of_a_row(result)])
+
+
+OF_A_ROW = ("ema", "images_seen", "seed", "best", "notes")
+
+
+def of_a_row(result: dict[str, Any]) -> list[str]:
+    """What of a protocol may differ from row to row of one table; the fields are `OF_A_ROW`."""
+    facts = ["EMA" if result["ema"] else "raw weights"] if isinstance(result.get("ema"), bool) else []
     facts += [f"{count(result['images_seen'])} images seen"] if result.get("images_seen") is not None else []
-    return ", ".join(facts)
+    facts += [f"seed {result['seed']}"] if result.get("seed") is not None else []
+    best = result["best"] if isinstance(result.get("best"), dict) else {}
+    if "block" in best:
+        facts.append(f"block {best['block']}" + ("" if best.get("time") is None else f", t = {best['time']}"))
+        facts += [f"chosen by {best['chosen_by']}"] if best.get("chosen_by") else []
+    notes = result.get("notes")
+    return facts + [str(note) for note in notes if isinstance(note, str)] if isinstance(notes, list) else facts
 
 
 # `models.pipeline` has them too, and is not imported here: it takes seconds

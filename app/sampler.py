@@ -136,6 +136,9 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
     cards = [card(side.checkpoint, runs) for side in comparison.sides]
     settings = [comparison.of(side) for side in comparison.sides]
     labels = [label_index(each, own.label) for each, own in zip(cards, settings, strict=True)]
+    shared = [(each, label) for each, label, side in zip(cards, labels, comparison.sides, strict=True) if "label" not in side.own]
+    if len(meant := {each.class_names[label] for each, label in shared if label is not None and each.class_names}) > 1:
+        raise ValueError(f"label {comparison.shared.label} stands for {' and '.join(sorted(meant))} here; give the name of one")
     pipelines = [cache.get(each.source) for each in cards]
     samplers = [
         pipeline.samplers[0] if own.sampler == OWN_SAMPLER else own.sampler for pipeline, own in zip(pipelines, settings, strict=True)

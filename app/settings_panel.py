@@ -22,6 +22,8 @@ class SettingsPanel:
 
     def __init__(self, site: Site, first: Comparison | None) -> None:
         self.site = site
+        # the shared label that was chosen last: the widget falls back to none where checkpoints share none
+        self.wanted = gr.State(_in_widget(first.shared.label) if first else None)
         self.boxes: list[gr.Column] = []
         self.checkpoints: list[gr.Dropdown] = []
         self.overrides: list[gr.Checkbox] = []
@@ -58,6 +60,7 @@ class SettingsPanel:
         with gr.Row(elem_id="settings"):
             classes = labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
             self.shared = _widgets("", classes, first.shared if first else None)
+        self.shared["label"].input(lambda label: label, self.shared["label"], self.wanted, **LATEST)
         shared = [self.shared[name] for name in OWN]
         for name, on, group, own in zip(self.checkpoints, self.overrides, self.groups, self.own, strict=True):
             begun = on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **LATEST)
@@ -72,7 +75,7 @@ class SettingsPanel:
 
     @property
     def outputs(self) -> list[Any]:
-        return [*self.inputs, *self.boxes, *self.groups]
+        return [*self.inputs, *self.boxes, *self.groups, self.wanted]
 
     def known(self) -> list[str]:
         """Names that can be chosen."""
@@ -108,8 +111,8 @@ class SettingsPanel:
         for letter, side, asked in zip(SIDES, sides, comparison.sides, strict=False):
             if side is None:
                 gr.Warning(toast(f"{asked.checkpoint} is not here any more, so {letter} is empty."))
-        chosen = [card(side.checkpoint, self.site.runs) for side in sides if side]
-        updates = [label_update(labels_of(chosen), comparison.shared.label, chosen), *list(vars(comparison.shared).values())[1:]]
+        sharing = [card(side.checkpoint, self.site.runs) for side in sides if side and "label" not in side.own]
+        updates = [label_update(labels_of(sharing), comparison.shared.label, sharing), *list(vars(comparison.shared).values())[1:]]
         sides += [None] * (MAX_SIDES - len(sides))
         for side in sides:
             own = vars(comparison.of(side) if side else comparison.shared)
@@ -117,13 +120,27 @@ class SettingsPanel:
             updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own)]
             updates += [label_update(labels_of(alone), own["label"], alone), *(own[name] for name in OWN[1:])]
         updates += [gr.update(visible=i < max(FEWEST, len(comparison.sides))) for i in range(MAX_SIDES)]
-        return updates + [gr.update(visible=bool(side and side.own)) for side in sides]
+        updates += [gr.update(visible=bool(side and side.own)) for side in sides]
+        return [*updates, _in_widget(comparison.shared.label)]
 
-    def label_updates(self, names: Sequence[str | None], label: Any, own_labels: Sequence[Any]) -> list[Any]:
-        """For the label widgets, shared and own, after another checkpoint was chosen."""
+    @property
+    def choices(self) -> list[Any]:
+        """What `label_updates` reads."""
+        return [*self.checkpoints, *self.overrides, self.wanted, *self.labels]
+
+    def label_updates(self, values: Sequence[Any]) -> list[Any]:
+        """For `labels`, after other checkpoints were chosen, or got settings of their own.
+
+        Args:
+            values: of `choices`.
+        """
+        names, overrides = values[:MAX_SIDES], values[MAX_SIDES : 2 * MAX_SIDES]
+        wanted, label, *own_labels = values[2 * MAX_SIDES :]
         chosen = [card(name, self.site.runs) if name else None for name in names]
-        there = [each for each in chosen if each]
-        updates = [relabel(there, label)]
+        sharing = [each for each, overridden in zip(chosen, overrides, strict=True) if each and not overridden]
+        if len(sharing) > 1 and all(each.class_names for each in sharing) and not shared_classes(*sharing):
+            gr.Info(toast(f"{' and '.join(dict.fromkeys(each.name for each in sharing))} share no label, so they are drawn without one."))
+        updates = [relabel(sharing, label, wanted)]
         for each, own in zip(chosen, own_labels, strict=True):
             updates.append(relabel([each] if each else [], own))
         return updates
@@ -136,22 +153,32 @@ class SettingsPanel:
         """Show the settings of a side, which begin as those of all, or hide them."""
         with page_errors():
             alone = [card(name, self.site.runs)] if name else []
-        return gr.update(visible=on), label_update(labels_of(alone), from_widget(label), alone), *values
+        return gr.update(visible=on), relabel(alone, None, label), *values
 
     def _add(self, *names: str | None) -> list[Any]:
-        """Show one more side, with a checkpoint that is not shown yet."""
+        """Show one more side, with a checkpoint that is not shown yet and has a label in common with those that are, if they have one."""
         free = next((i for i, name in enumerate(names) if not name), None)
         if free is None:
             raise gr.Error(f"A comparison shows up to {MAX_SIDES} checkpoints.", print_exception=False)
         known = self.known()
-        new = next((name for name in known if name not in names), None)
+        with page_errors():
+            there = [card(name, self.site.runs) for name in names if name]
+        new = next((name for name in known if name not in names and (not shared_classes(*there) or self._shares(name, there))), None)
         if new is None and known:
-            new = known[0]
-            words = f"All checkpoints are shown already, so {SIDES[free]} is {new} once more: give it settings of its own."
+            new = there[0].name if there else known[0]
+            words = (
+                f"All checkpoints with these labels are shown already, so {SIDES[free]} is {new} once more: give it settings of its own."
+            )
             gr.Info(toast(words))
         updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
         updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
         return updates
+
+    def _shares(self, name: str, there: Sequence[Card]) -> bool:
+        try:
+            return bool(shared_classes(*there, card(name, self.site.runs)))
+        except ValueError:  # a damaged one
+            return False
 
 
 def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> dict[str, gr.components.Component]:
@@ -162,7 +189,7 @@ def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> d
     made = {
         "label": gr.Dropdown(
             labels,
-            value=NO_LABEL if values.label is None else values.label,
+            value=_in_widget(values.label),
             label=f"Label{whose}",
             min_width=190,
             scale=3,
@@ -190,6 +217,10 @@ def from_widget(value: Any) -> Any:
     return None if value == NO_LABEL else value
 
 
+def _in_widget(label: str | int | None) -> str | int:
+    return NO_LABEL if label is None else label
+
+
 def labels_of(chosen: Sequence[Card]) -> list[str]:
     """No label, then the classes that all of them know."""
     return [NO_LABEL, *shared_classes(*chosen)]
@@ -197,15 +228,24 @@ def labels_of(chosen: Sequence[Card]) -> list[str]:
 
 def label_update(choices: list[str], label: str | int | None, chosen: Sequence[Card]) -> Any:
     """A label by its name; none where it is not known to all."""
-    if isinstance(label, int) and chosen:
+    if label is not None and label not in choices and chosen:
         try:
-            label = chosen[0].class_names[label_index(chosen[0], label)]
-        except ValueError:
+            label = chosen[0].class_names[label_index(chosen[0], label)]  # a number, maybe as a text: programs may give one
+        except (ValueError, IndexError):
             label = None
     return gr.update(choices=choices, value=label if label in choices else NO_LABEL)
 
 
-def relabel(chosen: Sequence[Card], label: Any) -> Any:
-    """For a label widget after another checkpoint was chosen; a label that stays is not sent: a newer choice would snap back."""
+def relabel(chosen: Sequence[Card], label: Any, wanted: Any = None) -> Any:
+    """For a label widget after other checkpoints were chosen: the label that is wanted, or else the first one that all of them know.
+
+    A label that stays is not sent: a newer choice would snap back.
+
+    Args:
+        label: that the widget has.
+        wanted: that the visitor chose last, if any; the widget may have fallen back to none since, where checkpoints shared none.
+    """
     choices = labels_of(chosen)
-    return gr.update(choices=choices) if label in choices else label_update(choices, from_widget(label), chosen)
+    wanted = wanted or label
+    best = wanted if wanted in choices else choices[min(1, len(choices) - 1)]
+    return gr.update(choices=choices) if label == best else gr.update(choices=choices, value=best)

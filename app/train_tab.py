@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import variants
+from app.catalog import checkpoints
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
@@ -93,8 +93,10 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
 
     def options_of(preset: str, data: str, backbone: str, size: str, skips: str, begin: str, *values: Any) -> dict[str, Any]:
         """Flags of the training script."""
-        if not preset and not (data or "").strip():
-            raise ValueError("Images is empty; give openmoji, a folder, or a name of the hub, or choose a preset")
+        own = ALL_PRESETS[preset].flags.keys() if preset in ALL_PRESETS else ()
+        if not (data or "").strip() and not {"dataset_name", "train_data_dir"} & set(own):
+            told = "this preset has none of its own" if preset else "or choose a preset"
+            raise ValueError(f"Images is empty; give openmoji, a folder, or a name of the hub; {told}")
         options = {
             "preset": preset,
             **_source(jobs, (data or "").strip()),
@@ -115,7 +117,7 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
         known = {"backbone": choices("backbone"), "size": choices("size")}
         return (
             *(gr.update(choices=[PRESETS_OWN, *((name, name) for name in names)]) for names in known.values()),
-            gr.update(choices=[NOTHING, *((name, name) for name in variants(site.runs))]),
+            gr.update(choices=[NOTHING, *((name, name) for name in checkpoints(site.runs))]),
         )
 
     def on_start(name: str, preset: str, pair: bool, *values: Any) -> tuple[Any, ...]:

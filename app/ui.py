@@ -36,8 +36,8 @@ def build(site: Site) -> gr.Blocks:
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Compare") as tab:
                 compare_tab(site, page, tab)
-            with gr.Tab("Blind test"):
-                blind_tab(site, page)
+            with gr.Tab("Blind test") as tab:
+                blind_tab(site, page, tab)
             with gr.Tab("Look inside") as tab:
                 look_tab(site, tab)
             if site.jobs is not None:

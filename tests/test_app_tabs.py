@@ -290,12 +290,13 @@ def test_judging_is_a_job_whose_result_stands_in_the_leaderboard(page: "Page", r
     about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "images_seen": 5, "alpha_min": 1.0}
     entries = [{"name": name, "metrics": {"FD": {"value": 7.5 - i, "low": 1.0, "high": 9.0}}, **about} for i, name in enumerate(PAIR)]
     row = {"contender": "/b", "against": "/a", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    row["interval"] = "paired, on the same noise"
     write_json(folder / "comparison.json", {"entries": entries, "differences": [row]})
     visit(page, "Judge")
     board = page.locator("#leaderboard")
     expect(board.locator("tr", has_text=PAIR[1])).to_contain_text("6.5 [1, 9]")
     expect(board).to_contain_text(
-        f"{PAIR[1]} against {PAIR[0]} -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+        f"{PAIR[1]} against {PAIR[0]} -1 [-2, -0.5], better (95 %, paired, on the same noise; 64 samples against 9 of openmoji"
     )
     pick(page, "judged", PAIR[0])
     write(page, "reference", "/etc")

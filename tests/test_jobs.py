@@ -30,7 +30,7 @@ from app.site import Site
 from app.train_tab import form_errors
 from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
-from models import Pipeline
+from models import Pipeline, create_model
 from models.files import sha256, write_json
 from models.progress import PROGRESS_FILE, progress_bar
 from tests.conftest import ROOT, script_environment
@@ -552,6 +552,35 @@ def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:
     assert options == {**FLAGS, "seed": 7, "max_train_minutes": 2.0} and "alpha_eff" not in options
 
 
+def test_a_training_begins_with_the_newest_weights_alone(jobs: Jobs) -> None:
+    write_pair(jobs.runs)
+    shutil.copytree(jobs.runs / "tiny-plain/model", jobs.runs / "tiny-plain/ema")
+    with pytest.raises(ValueError, match="begin with the newest weights of a run; give its name alone"):
+        jobs.check("mine", {**FLAGS, "init_from": f"{PLAIN} raw"})
+
+
+@pytest.mark.parametrize("given", [{"preset": "dit-64px-rule"}, {"dataset_name": "openmoji", "shortcut_schedule": "sqrt-half"}])
+def test_the_plain_one_of_a_pair_is_plain(given: dict, jobs: Jobs, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "launch", lambda *_: None)
+    data = {} if "dataset_name" in given else {"train_data_dir": str(image_folder)}
+    plain, decayed = jobs.start_pair("mine", {**given, **data, "max_train_steps": 1})
+    for status, is_plain in ((plain, True), (decayed, False)):
+        values = job_flags.parse(status.options, jobs.runs / "x")
+        model = create_model("dit", "XS", **{name: values[name] for name in ("alpha_min", "alpha_eff", "shortcut_schedule")})
+        assert all(alpha == 1 for alpha in model.alphas) == is_plain
+
+
+def test_what_a_checkpoint_was_trained_on_is_proposed_where_it_is_here(jobs: Jobs, image_folder: Path) -> None:
+    write_pair(jobs.runs)
+    index = jobs.runs / "tiny-plain" / "model_index.json"
+    about = json.loads(index.read_text())
+    assert judging.training_data("openmoji-plain", jobs.runs) == "openmoji"
+    for data, proposed in ((str(image_folder), str(image_folder)), ("/no/such", ""), ("tiny-imagenet-10", "")):
+        write_json(index, {**about, "training": {**about["training"], "data": data}})
+        assert judging.training_data(PLAIN, jobs.runs) == proposed
+    assert judging.training_data("nothing", jobs.runs) == ""
+
+
 def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(image_folder)
     (tmp_path / "images").mkdir()
@@ -703,11 +732,12 @@ def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Pa
     about = {"reference": "openmoji", "num_samples": 64, "reference_num": 9, "feature_extractor": "efficientnet-lite0"}
     entries = [{"name": path, "metrics": {"FD": {"value": 7.5}}, **about} for path in ("/r/x", "/r/y@raw")]
     row = {"contender": "/r/y@raw", "against": "/r/x", "metric": "FD", "difference": -1.0, "low": -2.0, "high": -0.5, "verdict": "better"}
+    row["interval"] = "of two independent numbers"
     write_json(tmp_path / judging.COMPARISON, {"entries": entries, "differences": [row]})
     options = {"checkpoints": ["runs/x", "runs/y"], "paths": ["/r/x", "/r/y@raw"]}
     (line,) = judging.read_results(tmp_path, options)[1]
     assert line.startswith(
-        "FD: runs/y against runs/x -1 [-2, -0.5], better (paired on the same noise, 95 %; 64 samples against 9 of openmoji"
+        "FD: runs/y against runs/x -1 [-2, -0.5], better (95 %, of two independent numbers; 64 samples against 9 of openmoji"
     )
     assert "efficientnet-lite0" in line
 
@@ -790,7 +820,7 @@ def test_odd_result_files_do_not_break_the_tables(jobs: Jobs, tmp_path: Path) ->
         write_json(jobs.runs / "tiny-plain" / "eval" / f"{i}.json", result)
     found = all_results(jobs.runs)[PLAIN]
     assert [each["value"] for each in found] == [1.0, 2.0, 5.0, 6.0]
-    assert all(map(result_words, found)) and "unknown images seen" in leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))
+    assert all(map(result_words, found)) and "<b>5</b>" in leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))
 
 
 def test_the_queue_moves_while_nobody_looks(
