@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,6 @@ from models.files import require_memory, written_aside
 from models.pipeline import MAX_SEED, SAMPLER_NAMES, Pipeline
 from models.precision import autocast, precision
 from models.progress import progress_bar
-from models.registry import load_backbone
 from training.data import TrainingData
 from training.options import option
 
@@ -153,14 +153,22 @@ def load_guide(pipeline: Pipeline, checkpoint: str) -> nn.Module:
     """The network of a checkpoint, where the pipeline's is.
 
     Raises:
-        ValueError: it takes other inputs than the pipeline's.
+        ValueError: it takes other inputs than the pipeline's, or predicts something else.
     """
-    guide = load_backbone(checkpoint)
-    for name in ("in_channels", "image_size", "num_classes"):
-        theirs, ours = guide.config.get(name), pipeline.model.config[name]
-        if theirs != ours:
+    guide = Pipeline.from_pretrained(checkpoint)
+    for name, theirs in _meaning(guide).items():
+        if theirs != (ours := _meaning(pipeline).get(name)):
             raise ValueError(f"--guide {checkpoint} has {name} {theirs}, and the checkpoint that it shall guide {ours}")
-    return guide.to(pipeline.device)
+    return guide.model.to(pipeline.device)
+
+
+def _meaning(pipeline: Pipeline) -> dict[str, Any]:
+    """What the inputs and the output of a pipeline's network are."""
+    network = {name: pipeline.model.config.get(name) for name in ("in_channels", "image_size", "num_classes")}
+    if pipeline.is_flow:
+        return {**network, "objective": "flow", "path": pipeline.config.path}
+    noising = {name: pipeline.scheduler.config.get(name) for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end")}
+    return {**network, "objective": "ddpm", **noising}
 
 
 def save_images(folder: str, images: np.ndarray, options: SamplingOptions) -> None:

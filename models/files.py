@@ -180,3 +180,12 @@ def _tell(line: str) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(HEARD_S)
     print(line, file=sys.stderr, flush=True)
+
+
+def anywhere(found: Any) -> Any:
+    """Of every absolute path its last part alone: results are published, and fingerprints tell what they are of."""
+    if isinstance(found, dict):
+        return {name: anywhere(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [anywhere(value) for value in found]
+    return Path(found).name if isinstance(found, str) and found.startswith("/") else found

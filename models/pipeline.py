@@ -220,7 +220,7 @@ class Pipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, state)
         images = self.decode(state.x)
-        images = images if output_type == "pt" else to_uint8(images)
+        images = images.clone() if output_type == "pt" else to_uint8(images)  # outside of inference mode: a tensor for any use
         if output_type == "pil":
             images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -318,7 +318,8 @@ class Pipeline(DiffusionPipeline):
             return None
         if not self.num_classes:
             raise ValueError("this checkpoint is unconditional; leave the label away")
-        labels = torch.tensor([class_labels] * num_images if isinstance(class_labels, int) else list(class_labels))
+        labels = torch.as_tensor(class_labels)
+        labels = labels.expand(num_images) if labels.ndim == 0 else labels
         if len(labels) != num_images:
             raise ValueError(f"there are {len(labels)} labels for {num_images} images; give one, or one for each image")
         unknown = labels[(labels < 0) | (labels >= self.num_classes)]
@@ -331,6 +332,9 @@ def _set_steps(scheduler: Any, steps: int) -> None:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # its own spacing ends at sigma = 0.001 and spends the last step on nothing
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = scheduler.sigma_max / steps  # as above
+        scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):

@@ -107,6 +107,24 @@ def test_a_run_that_takes_too_long_to_stop_is_ended(tmp_path: Path, monkeypatch:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(("code", "told"), [("os.kill(os.getpid(), 9)", "it was killed, as a machine does"), ("sys.exit(130)", "failed: ")])
+def test_a_run_that_others_ended_is_told_and_not_begun_again(code: str, told: str, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"])
+    (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
+    run.folder.mkdir(parents=True)
+    run.log.touch()
+    process.wait()
+    with pytest.raises(ValueError, match=told):
+        campaign._Busy(run, process, is_training=True).ended(left=60)
+
+
+def test_a_comparison_that_got_more_arms_is_compared_again(tmp_path: Path) -> None:
+    result = tmp_path / "compared-0.json"
+    assert not campaign._compares(result, ["decayed"])
+    result.write_text(json.dumps([{"contender": "decayed", "metric": each} for each in ("ridge", "kNN")]))
+    assert campaign._compares(result, ["decayed"]) and not campaign._compares(result, ["decayed", "more"])
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

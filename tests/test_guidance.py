@@ -1,12 +1,16 @@
 """Guidance against the formula, in its interval, and by another network."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from eval.generate import load_guide
+from models import Pipeline
 from models.guidance import Guidance
+from training.objectives import DDPM, Diffusion, FlowMatching
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -48,3 +52,19 @@ def test_another_network_guides_with_the_same_label(tiny_dit: Callable[..., nn.M
 def test_refuses(scale: float, interval: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="choose"):
         Guidance(scale, interval)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (FlowMatching(3, path="gvp"), "has path gvp, and the checkpoint that it shall guide linear"),
+        (DDPM(3), "has objective ddpm, and the checkpoint that it shall guide flow"),
+    ],
+)
+def test_a_guide_must_predict_the_same(other: Diffusion, told: str, tiny_dit: Callable[..., nn.Module], tmp_path: Path) -> None:
+    strong = Pipeline(tiny_dit(), FlowMatching(3).scheduler, ["a", "b", "c"])
+    Pipeline(tiny_dit(seed=1), other.scheduler, ["a", "b", "c"], path=other.path).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=told):
+        load_guide(strong, str(tmp_path / "other"))
+    Pipeline(tiny_dit(seed=1), FlowMatching(3).scheduler, ["a", "b", "c"]).save_pretrained(tmp_path / "weak")
+    assert load_guide(strong, str(tmp_path / "weak")).config.dim == strong.model.config.dim

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models import Pipeline
 from models.guidance import Guidance
 from models.paths import PATHS, data_from_prediction, from_sigma, interpolate, split, velocity
-from models.pipeline import DDPM_SAMPLERS, SAMPLERS, Step, to_uint8
+from models.pipeline import DDPM_SAMPLERS, SAMPLERS, Step, _set_steps, to_uint8
 from training.objectives import DDPM, PREDICTION_TYPES
 
 Make = Callable[..., nn.Module]
@@ -135,6 +135,21 @@ def test_samplers_solve_an_equation_with_a_known_answer(pipeline: Pipeline, samp
     exact = Pipeline(Gaussian(pipeline.model.config, torch.zeros(1)), FlowMatchEulerDiscreteScheduler())
     images = exact(2, seed=3, num_inference_steps=40, sampler=sampler, output_type="pt").images
     torch.testing.assert_close(images, exact.noise(2, 3) * Gaussian.spread, atol=error * 4, rtol=0)  # noise reaches about 4
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_no_step_is_spent_on_nothing(pipeline: Pipeline, sampler: str) -> None:
+    scheduler = pipeline._scheduler(sampler)
+    _set_steps(scheduler, 4)
+    assert sorted(set(scheduler.sigmas.tolist()), reverse=True) == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6)
+
+
+def test_images_as_tensors_are_for_any_use(pipeline: Pipeline) -> None:
+    images = pipeline(2, np.int64(1), num_inference_steps=1, output_type="pt").images
+    weight = torch.ones(1, requires_grad=True)
+    (images * weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(images, pipeline(2, [1, 1], num_inference_steps=1, output_type="pt").images)
 
 
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 10), ("heun", 19), ("dpm++", 10), ("unipc", 10)])

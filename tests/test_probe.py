@@ -302,7 +302,7 @@ def test_diffusion_at_several_times_whatever_the_batch_size(dit: Path, data: Pat
 
 def test_splits_that_are_drawn(dit: Path, data: Path, tmp_path: Path, probe: Callable) -> None:
     common = ("--checkpoint", dit, "--times", "1", "--k", 3, "--blocks", "last", "--no-pictures", "--output", tmp_path)
-    code, out, err = probe(*common, "--dataset", data, "--max_train_images", 31, "--max_test_images", 12)
+    code, _, err = probe(*common, "--dataset", data, "--max_train_images", 31, "--max_test_images", 12)
     assert code == 0, err
     result = json.loads((tmp_path / "probe.json").read_text())
     assert (result["train_num"], result["test_num"]) == (30, 12)

@@ -57,6 +57,20 @@ def test_it_samples_as_the_run_does_and_says_what_it_is(run: Path, tmp_path: Pat
     assert 'split "all": My photographs (CC BY 4.0). Fingerprint abc' in card and "OpenMoji" not in card
 
 
+def test_statistics_tell_no_split_and_perhaps_no_number(run: Path, tmp_path: Path) -> None:
+    found = dict(
+        metric="FID", feature_extractor="inception", value=1.0, num_samples=64, reference_num=None, reference="/data/stats.npz",
+        sampler="euler", steps=20, guidance_scale=1.0, seed=0, labels=None, precision="fp32", notes=[],
+    )  # fmt: skip
+    write_json(run / "eval/fid.json", found)
+    index = json.loads((run / "model_index.json").read_text())
+    write_json(run / "model_index.json", {**index, "training": {**index["training"], "data": "/home/me/photographs"}})
+    publish(run, tmp_path / "out")
+    assert "64 samples against stats.npz, euler" in (tmp_path / "out" / "README.md").read_text()
+    shipped = "".join((tmp_path / "out" / name).read_text() for name in ("README.md", "model_index.json", "eval/fid.json"))
+    assert "photographs" in shipped and "/home" not in shipped and "/data" not in shipped, "nobody's folders are published"
+
+
 def test_nothing_is_left_of_a_publication_that_failed(run: Path, tmp_path: Path) -> None:
     (run / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

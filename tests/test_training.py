@@ -144,16 +144,22 @@ def test_the_seed_decides_everything(train: Callable, tmp_path: Path) -> None:
 def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: Path, tmp_path: Path) -> None:
     train(tmp_path / "one", "--max_train_steps", 8, "--gradient_accumulation_steps", 2)
     train(tmp_path / "two", "--max_train_steps", 4, "--gradient_accumulation_steps", 2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--config_file", "training/configs/ddp.yaml"]
-    flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "two", *TINY, "--max_train_steps", 8]
-    flags += ["--resume_from_checkpoint", "latest"]
-    done = subprocess.run([*launch, SCRIPT, *map(str, flags)], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on with 2 processes: the same images and noise as before") == 1
-    one, two = without_speed(tmp_path / "one"), without_speed(tmp_path / "two")
+
+    def by_two(run: Path, *flags: object) -> str:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        launch += ["--config_file", "training/configs/ddp.yaml", SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY]
+        done = subprocess.run([*map(str, (*launch, *flags))], cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = by_two(tmp_path / "two", "--max_train_steps", 8, "--resume_from_checkpoint", "latest")
+    assert told.count("going on with 2 processes: the same images and noise as before") == 1
+    by_two(tmp_path / "back", "--max_train_steps", 3)  # an odd number of micro-batches for each
+    train(tmp_path / "back", "--max_train_steps", 8, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest")
+    one, two, back = (without_speed(tmp_path / name) for name in ("one", "two", "back"))
     assert len(one) == len(two) == 4
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+    assert [line["loss"] for line in one][-2:] == pytest.approx([line["loss"] for line in back][-2:], rel=1e-5)
 
 
 def test_processes_that_would_each_train_alone_are_told(

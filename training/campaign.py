@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import Parser, one_line_errors, read_json, write_json
+from models.files import Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import CONFIG, checkpoints
 from training.comparisons import COMPARISONS, RESULTS
@@ -115,23 +115,14 @@ class Run:
         write_json(self.result, anywhere(found))
 
 
-def anywhere(found: Any) -> Any:
-    """Of every absolute path its last part alone: results are published, and fingerprints tell what they are of."""
-    if isinstance(found, dict):
-        return {name: anywhere(value) for name, value in found.items()}
-    if isinstance(found, list):
-        return [anywhere(value) for value in found]
-    return Path(found).name if isinstance(found, str) and found.startswith("/") else found
-
-
 def compare(runs: list[Run], result: Path) -> None:
-    """Write what the probes of all arms with one seed say against the first, paired over the test images; once, when all were probed here.
+    """Write what the probes of all arms with one seed say against the first, paired over the test images, when all were probed here.
 
     Raises:
         ValueError: eval/compare.py failed, its last line says why.
     """
     probed = all(run.result.is_file() and run.judged("probe").is_file() for run in runs)
-    if result.is_file() or not probed or len(runs) < 2:
+    if not probed or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
         return
     folder = runs[0].folder.parent / result.stem
     command = [sys.executable, "eval/compare.py", *(str(run.folder) for run in runs), "--output", str(folder)]
@@ -141,6 +132,11 @@ def compare(runs: list[Run], result: Path) -> None:
     arms = {str(run.folder): run.arm for run in runs}
     differences = read_json(folder / "comparison.json")["differences"]
     write_json(result, [{**each, "contender": arms[each["contender"]], "against": arms[each["against"]]} for each in differences])
+
+
+def _compares(result: Path, arms: list[str]) -> bool:
+    """Whether the file is there, with all these arms: a comparison may have got more of them since."""
+    return result.is_file() and {each.get("contender") for each in read_json(result) if isinstance(each, dict)} == set(arms)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -201,6 +197,7 @@ class _Busy:
     run: Run
     process: subprocess.Popen
     is_training: bool
+    asked: bool = False  # to end
 
     def wait(self) -> None:
         """For its end, which was asked for; kill it if it takes too long, a training's last checkpoint stays."""
@@ -213,13 +210,15 @@ class _Busy:
     def ended(self, left: float) -> bool:
         """Whether it has ended, or was ended because the time is over; a training ends itself, a judge leaves nothing half-written."""
         if self.process.poll() is None and left < (-GRACE_S if self.is_training else 0):
+            self.asked = True
             self.process.send_signal(signal.SIGINT)
             self.wait()
             if not self.is_training:
                 tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
-        if self.process.poll() not in (None, 0, 130, -signal.SIGKILL):
+        if self.process.poll() not in (None, 0, *((130, -signal.SIGKILL) if self.asked else ())):
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {' '.join(last)} (see {self.run.log})")
+            killed = "it was killed, as a machine does that runs out of memory; " if self.process.returncode == -signal.SIGKILL else ""
+            raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{' '.join(last)} (see {self.run.log})")
         return self.process.poll() is not None
 
 

@@ -189,8 +189,8 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 def export_pipeline(run: Path, pipeline: Pipeline, ema: EMA) -> None:
-    """Write `model/`, `ema/`, `scheduler/`, once `vae/`, and the index: `Pipeline.from_pretrained(run)` loads them."""
-    parts = {"model": pipeline.model, "ema": averaged(pipeline.model, ema), "scheduler": pipeline.scheduler}
+    """Write `model/`, `ema/` where weights are averaged, `scheduler/`, once `vae/`, and the index, for `Pipeline.from_pretrained(run)`."""
+    parts = {"model": pipeline.model, **({"ema": averaged(pipeline.model, ema)} if ema.decay else {}), "scheduler": pipeline.scheduler}
     if pipeline.vae is not None and not (run / "vae").is_dir():
         parts["vae"] = pipeline.vae
     _write(run, parts, dict(pipeline.config))

@@ -20,7 +20,12 @@ from training.presets import Preset
 from training.stream import ImageStream, open_stream
 
 # What a preset says no more once a flag is given that says the same in another way, or that needs other values.
-EXCLUDES = {"alpha_eff": ("alpha_min",), "shortcut_schedule": ("alpha_min",), "backbone": ("patch_size",)}
+EXCLUDES = {
+    "alpha_min": ("alpha_eff",),
+    "alpha_eff": ("alpha_min",),
+    "shortcut_schedule": ("alpha_min", "alpha_eff"),
+    "backbone": ("patch_size",),
+}
 
 
 @dataclass(frozen=True)

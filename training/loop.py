@@ -42,7 +42,8 @@ MAX_SKIPPED = 20  # steps in a row that may be left out
 # another accumulation: images_a_step stays.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor".split()
+    "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor "
+    "logging_steps preset dataset_name train_data_dir".split()  # data are known by their fingerprint, wherever they lie
 )
 
 P = ParamSpec("P")
@@ -194,8 +195,11 @@ def train(
     config = {**config, **dataclasses.asdict(options), **computed}
     step = _resume_or_start(accelerator, run, options, config)
     metrics = MetricsFile(run, accelerator, step)
-    if options.report_to != "none":
-        accelerator.init_trackers("logs")
+    if options.report_to == "tensorboard":
+        accelerator.init_trackers("logs")  # a folder of the run
+    elif options.report_to != "none":
+        told = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
+        accelerator.init_trackers("fading-shortcuts", told, {"wandb": {"name": run.name}})
 
     def broken(what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
@@ -405,6 +409,7 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
         processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         accelerator.print(f"going on with {processes}: the same images and noise as before; sums have another order, so last digits differ")
     load_state(accelerator, checkpoint)
+    accelerator.step = 0  # micro-batches of a step, whose number may have been another; a checkpoint lies between two steps
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)

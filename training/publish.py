@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.files import INDEX, Parser, one_line_errors, read_json, write_json, written_aside
+from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
 from models.shortcut import describe, effective_alpha
 from training.checkpoint import CONFIG
@@ -37,18 +37,18 @@ def publish(run: Path, target: Path, data: str | None = None) -> None:
     if target.exists():
         raise ValueError(f"{target} is there already; delete it or choose another folder")
     pipeline = Pipeline.from_pretrained(run, torch_dtype=torch.bfloat16)
-    evaluations = sorted((run / "eval").glob("*.json"))
+    # whose folders these were is nobody's business
+    evaluations = {path.name: anywhere(read_json(path)) for path in sorted((run / "eval").glob("*.json"))}
+    index, config = anywhere(dict(pipeline.config)), anywhere(read_json(run / CONFIG))
     with written_aside(target) as aside:
         pipeline.model.save_pretrained(aside / "ema")
         pipeline.scheduler.save_pretrained(aside / "scheduler")
         if (run / "vae").is_dir():
             shutil.copytree(run / "vae", aside / "vae")
-        write_json(aside / INDEX, dict(pipeline.config))
-        for path in evaluations:
-            (aside / "eval").mkdir(exist_ok=True)
-            shutil.copy(path, aside / "eval" / path.name)
-        read = [read_json(path) for path in evaluations]
-        text = card(target.name, pipeline, read_json(run / CONFIG), read_metrics(run), read, data)
+        write_json(aside / INDEX, index)
+        for name, result in evaluations.items():
+            write_json(aside / "eval" / name, result)
+        text = card(target.name, pipeline, config, read_metrics(run), list(evaluations.values()), data)
         (aside / CARD).write_text(text, encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def card(
 ) -> str:
     """The model card, in Markdown; `data` as in `publish`."""
     model, training = pipeline.model, pipeline.config.training
-    data = data or ATTRIBUTION.get(training["data"], training["data"])
+    data = data or ATTRIBUTION.get(training["data"], anywhere(training["data"]))
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
     revision = config.get("git_revision") or "unknown"
     before = config.get("images_before", 0)
@@ -72,8 +72,7 @@ def card(
     hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
     numbers = "\n".join(
         f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}{_interval(result)}: "
-        f"{result['num_samples']:,} samples against {result['reference_num']:,} images of {result['reference']} "
-        f"({result['reference_split']}), {result['sampler']}, "
+        f"{result['num_samples']:,} samples against {_reference(result)}, {result['sampler']}, "
         f"{result['steps']} steps, guidance {result['guidance_scale']:g}, seeds from {result['seed']}, labels {result['labels']}, "
         f"{result['precision']}, one training seed. {' '.join(result['notes'])}"
         for result in evaluations
@@ -92,6 +91,12 @@ A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-laye
 
 {numbers or "No numbers were measured."}
 """
+
+
+def _reference(result: dict[str, Any]) -> str:
+    """What an evaluation was against; statistics that others saved tell no number and no split."""
+    num = f"{result['reference_num']:,} images of " if result.get("reference_num") else ""
+    return f"{num}{result['reference']}" + (f" ({result['reference_split']})" if result.get("reference_split") else "")
 
 
 def _interval(result: dict[str, Any]) -> str:
