@@ -34,6 +34,7 @@ NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
     "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
     "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
 }
+DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
@@ -255,8 +256,8 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], panel: Panel, sign: int)
     return f"Ahead of {base} in {panel.label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
-def over_test_images(path: Path) -> list[str]:
-    """Markdown: what the probes of one seed say, paired over the test images; nothing without the file that says so.
+def over_images(path: Path) -> list[str]:
+    """Markdown: what the arms of one seed say, paired over images; nothing without the file that says so.
 
     Raises:
         ValueError: a file that is none of these.
@@ -265,14 +266,19 @@ def over_test_images(path: Path) -> list[str]:
     for each in read_json(path) if path.is_file() else ():
         if not isinstance(each, dict) or not each.keys() >= COMPARED:
             raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
-        points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each[part] for part in ("difference", "low", "high")))
-        found.setdefault(each["contender"], []).append(f"{each['metric']}: {points} ({each['verdict']})")
+        ends = (each[part] for part in ("difference", "low", "high"))
+        if each["metric"] in DISTANCES:
+            numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)
+        else:
+            numbers = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
+        found.setdefault(each["contender"], []).append(f"{each['metric']}: {numbers} ({each['verdict']})")
     if not found:
         return []
     seed = path.stem.rpartition("-")[2]
     return [
         "",
-        f"Differences from the first arm in points, of seed {seed}, with 95 % intervals over the test images alone:",
+        f"Differences from the first arm, of seed {seed}, with 95 % intervals over images alone, drawn ones for FD and KD, tested "
+        "ones (and in points) for probes:",
         "",
         *(f"- {arm}: {'; '.join(parts)}" for arm, parts in found.items()),
     ]
@@ -292,7 +298,7 @@ def write(folder: Path) -> list[str]:
         save(folder / name / "curves.png", curves(arms))
         lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
         for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
-            lines += over_test_images(folder / name / f"compared-{seed}.json")
+            lines += over_images(folder / name / f"compared-{seed}.json")
         for panel, sign in ((KNN, 1), (FD, -1)):
             if told := crossings(arms, panel, sign):
                 lines += ["", told]

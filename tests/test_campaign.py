@@ -196,16 +196,17 @@ def test_crossings_are_told_seed_by_seed() -> None:
     assert tables.crossings(without, tables.KNN, 1) == "", "nothing was looked at"
 
 
-def test_differences_over_test_images_are_told(tmp_path: Path) -> None:
+def test_differences_over_images_are_told(tmp_path: Path) -> None:
     each = {"contender": "decayed", "against": "plain", "difference": 0.012, "low": 0.0031, "high": 0.021, "verdict": "better"}
-    (tmp_path / "compared-7.json").write_text(json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}]))
-    told = tables.over_test_images(tmp_path / "compared-7.json")
+    drawn = {**each, "metric": "FD", "difference": -5.4321, "low": -6.0, "high": -5.0}
+    (tmp_path / "compared-7.json").write_text(json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}, drawn]))
+    told = tables.over_images(tmp_path / "compared-7.json")
     assert "of seed 7" in told[1]
-    assert told[-1] == "- decayed: linear probe: +1.2 [+0.3, +2.1] (better); ridge: +1.2 [+0.3, +2.1] (better)"
-    assert tables.over_test_images(tmp_path / "compared-8.json") == []
+    assert told[-1] == "- decayed: linear probe: +1.2 [+0.3, +2.1] (better); ridge: +1.2 [+0.3, +2.1] (better); FD: -5.43 [-6, -5] (better)"
+    assert tables.over_images(tmp_path / "compared-8.json") == []
     (tmp_path / "compared-9.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):
-        tables.over_test_images(tmp_path / "compared-9.json")
+        tables.over_images(tmp_path / "compared-9.json")
 
 
 def test_curves_leave_out_what_is_missing_or_infinite() -> None:

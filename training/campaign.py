@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models.files import Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import CONFIG, checkpoints
-from training.comparisons import COMPARISONS, RESULTS
+from training.comparisons import COMPARISONS, PROBE, RESULTS
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS
 
@@ -115,22 +115,27 @@ class Run:
         write_json(self.result, anywhere(found))
 
 
-def compare(runs: list[Run], result: Path) -> None:
-    """Write what the probes of all arms with one seed say against the first, paired over the test images, when all were probed here.
+def compare(runs: list[Run], data: str, result: Path) -> None:
+    """Write what the judges of all arms with one seed say against the first, when all were judged here.
+
+    Probes are paired over the test images; images are drawn once more, from the same noise for all arms.
 
     Raises:
         ValueError: eval/compare.py failed, its last line says why.
     """
-    probed = all(run.result.is_file() and run.judged("probe").is_file() for run in runs)
-    if not probed or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
+    judges = COMPARISONS[runs[0].comparison].judges
+    judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
+    if not judged or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
         return
-    folder = runs[0].folder.parent / result.stem
-    command = [sys.executable, "eval/compare.py", *(str(run.folder) for run in runs), "--output", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-    arms = {str(run.folder): run.arm for run in runs}
-    differences = read_json(folder / "comparison.json")["differences"]
+    arms, differences = {str(run.folder): run.arm for run in runs}, []
+    for name, judge in judges.items():
+        folder = runs[0].folder.parent / f"{result.stem}-{name}"
+        sampling = () if judge.script == PROBE.script else (judge.data, data, *judge.flags)
+        command = [sys.executable, "eval/compare.py", *arms, *sampling, "--output", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+        differences += read_json(folder / "comparison.json")["differences"]
     write_json(result, [{**each, "contender": arms[each["contender"]], "against": arms[each["against"]]} for each in differences])
 
 
@@ -278,7 +283,7 @@ def main() -> None:
                 told = (f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges)
                 tqdm.write(f"{run.result}: {', '.join(told)}")
         for seed in seeds:
-            compare([run for run in runs if run.seed == seed], parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
+            compare([run for run in runs if run.seed == seed], data, parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
         done = sum(run.result.is_file() for run in runs)
         print(f"{parsed.name}: {done} of {len(runs)} runs are done" + ("; the same command goes on" if done < len(runs) else ""))
 
