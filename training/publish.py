@@ -42,6 +42,8 @@ def publish(run: Path, target: Path, data: str | None = None) -> None:
     index, config = anywhere(dict(pipeline.config)), anywhere(read_json(run / CONFIG))
     with written_aside(target) as aside:
         pipeline.model.save_pretrained(aside / "ema")
+        sizes = read_json(aside / "ema" / "config.json")
+        write_json(aside / "ema" / "config.json", {name: value for name, value in sizes.items() if name != "_name_or_path"})
         pipeline.scheduler.save_pretrained(aside / "scheduler")
         if (run / "vae").is_dir():
             shutil.copytree(run / "vae", aside / "vae")
@@ -74,7 +76,7 @@ def card(
         f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}{_interval(result)}: "
         f"{result['num_samples']:,} samples against {_reference(result)}, {result['sampler']}, "
         f"{result['steps']} steps, guidance {result['guidance_scale']:g}, seeds from {result['seed']}, labels {result['labels']}, "
-        f"{result['precision']}, one training seed. {' '.join(result['notes'])}"
+        f"{result['precision']}, one training seed. {' '.join(result['notes'])}".rstrip()
         for result in evaluations
         if "feature_extractor" in result  # probes have no line here
     )
