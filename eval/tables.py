@@ -306,8 +306,10 @@ def write(folder: Path) -> list[str]:
         if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):
             figure, where = by_block(arms)
             save(folder / name / "blocks.png", figure)
+            autoencoders = all(result["config"]["backbone"] == "mae" for of_seeds in arms.values() for result in of_seeds.values())
+            behind = " (of a plain autoencoder the last block's behind the encoder's norm)" if autoencoders else ""
             lines += [
-                f"The probe {where} (of a plain autoencoder the last block's behind the encoder's norm):",
+                f"The probe {where}{behind}:",
                 "",
                 f"![{where}]({name}/blocks.png)",
                 "",

@@ -112,6 +112,9 @@ class Run:
             "curves": read_metrics(self.folder),
             **{name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges},
         }
+        for row in found.get("probe", {}).get("results", ()):
+            if any(row[field] != value for field, value in found["probe"]["best"].items() if field in row):
+                row.pop("spectrum", None)  # most of the file; of one place it is enough
         write_json(self.result, anywhere(found))
 
 
