@@ -83,7 +83,10 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def leave(kept: dict, request: gr.Request) -> None:
         """Stop what this page was about, unless another one shows it, too."""
-        others = [each.id for page, each in list(painting.items()) if page != request.session_hash]
+        painting.pop(
+            request.session_hash, None
+        )  # its end is not this page's any more: buttons that change twice at once may stay as they were
+        others = [each.id for each in list(painting.values())]
         if kept["shown"] not in others:
             site.studio.leave(kept["shown"])
 

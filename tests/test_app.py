@@ -185,7 +185,7 @@ def two_pairs(runs: Path, tmp_path: Path) -> Path:
     for old in ("tiny-plain", "tiny-decayed"):
         shutil.copytree(runs / old, tmp_path / "runs" / old)
         other = Path(shutil.copytree(runs / old, tmp_path / "runs" / old.replace("tiny", "other"))) / "model_index.json"
-        other.write_text(json.dumps({**json.loads(other.read_text()), "class_names": ["lion", "beacon", "monarch"]}))
+        other.write_text(json.dumps({**json.loads(other.read_text()), "class_names": ["oak", "elm", "ash"]}))
     return tmp_path / "runs"
 
 
@@ -206,13 +206,13 @@ def test_a_label_comes_back_after_checkpoints_that_share_none(two_pairs: Path, m
     mixed = updates((OTHERS[0], PAIR[1], None, None), no, "squares", "squares")[0]
     assert (mixed["choices"], mixed["value"]) == ([render.NO_LABEL], render.NO_LABEL)
     assert told == [f"{OTHERS[0]} and {PAIR[1]} share no label, so they are drawn without one."]
-    assert updates((*OTHERS, None, None), no, "squares", render.NO_LABEL)[0]["value"] == "lion"
+    assert updates((*OTHERS, None, None), no, "squares", render.NO_LABEL)[0]["value"] == "oak"
     assert updates(alike, no, "squares", render.NO_LABEL)[0]["value"] == "squares"
     assert "value" not in updates((*OTHERS, None, None), no, render.NO_LABEL, render.NO_LABEL)[0], "none was chosen"
     both = updates((*PAIR, *OTHERS), (False, False, True, True), "squares", "squares")
     assert both[0]["choices"] == [render.NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
-    assert [each["value"] for each in both[3:]] == ["lion", "lion"]
-    assert panel._begin_own(True, OTHERS[0], "squares")[1]["value"] == "lion"
+    assert [each["value"] for each in both[3:]] == ["oak", "oak"]
+    assert panel._begin_own(True, OTHERS[0], "squares")[1]["value"] == "oak"
     assert panel._begin_own(True, OTHERS[0], render.NO_LABEL)[1]["value"] == render.NO_LABEL
 
 
@@ -233,16 +233,16 @@ def test_a_side_is_added_that_shares_a_label(two_pairs: Path, monkeypatch: pytes
 def test_both_pairs_come_back_with_a_label_each(two_pairs: Path) -> None:
     with gr.Blocks():
         panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
-    asked = Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "lion"})))
+    asked = Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "oak"})))
     updates = dict(zip(panel.outputs, panel.fill(asked), strict=True))
     assert updates[panel.shared["label"]]["value"] == updates[panel.wanted] == "squares"
-    assert updates[panel.own[1]["label"]]["value"] == "lion"
+    assert updates[panel.own[1]["label"]]["value"] == "oak"
     numbered = dict(zip(panel.outputs, panel.fill(Comparison(Settings(label="1"), (Side(PLAIN),))), strict=True))
     assert numbered[panel.shared["label"]]["value"] == "squares", "programs may give a number"
 
 
 def test_a_number_that_stands_for_two_classes_is_refused(two_pairs: Path) -> None:
-    with pytest.raises(ValueError, match="label 1 stands for beacon and squares here; give the name of one"):
+    with pytest.raises(ValueError, match="label 1 stands for elm and squares here; give the name of one"):
         last_frame(two_pairs, asked(PLAIN, OTHERS[0], label="1"))
 
 

@@ -190,7 +190,7 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
         page.get_by_role("button", name="Add a checkpoint").click()
         expect(page.get_by_label(f"Checkpoint {side}", exact=True)).not_to_have_value("")
     shown = [page.get_by_label(f"Checkpoint {side}", exact=True).input_value() for side in "ABCD"]
-    assert len(set(shown)) == 4, "what is added isn't shown yet"
+    assert set(shown) == {PLAIN, DECAYED}, "the shipped ones have other labels"
     choose(page, "Checkpoint C", PLAIN)
     choose(page, "Checkpoint D", PLAIN)
     expect(page.locator("table.cards thead th")).to_have_count(4)
@@ -225,11 +225,12 @@ def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
 
 
 def test_stop_stops_and_a_refresh_brings_all_back(page: "Page", server: str) -> None:
-    choose(page, "Sampler", SAMPLERS["heun"])  # it and two more take four times as long: a busy machine loads the page anew for seconds
+    choose(page, "Sampler", SAMPLERS["heun"])
     for side in "CD":
         page.get_by_role("button", name="Add a checkpoint").click()
         expect(page.get_by_label(f"Checkpoint {side}", exact=True)).not_to_have_value("")
-    expect(page.locator("table.cards thead th")).to_have_count(4)  # with it comes a label that all of them have
+    choose(page, "Checkpoint D", "openmoji-plain")  # takes minutes: the tiny ones are done before a busy machine has loaded the page anew
+    expect(page.locator("table.cards thead th").last).to_contain_text("openmoji-plain")
     put(page, "num-images", 64)
     put(page, "steps", 250)
     page.get_by_role("button", name="Compare", exact=True).click()
@@ -346,6 +347,7 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
     put(page, "steps", 3)
     compare(page, "3 steps")
     first = pixels(page.locator("#stage img").first)
+    choose(page, "Checkpoint B", "openmoji-plain")  # takes minutes: the tiny one is done in seconds
     put(page, "num-images", 64)
     put(page, "steps", 250)
     page.get_by_role("button", name="Compare", exact=True).click()
