@@ -83,11 +83,9 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def leave(kept: dict, request: gr.Request) -> None:
         """Stop what this page was about, unless another one shows it, too."""
-        painting.pop(
-            request.session_hash, None
-        )  # its end is not this page's any more: buttons that change twice at once may stay as they were
-        others = [each.id for each in list(painting.values())]
-        if kept["shown"] not in others:
+        # its end is not this page's any more: buttons that change twice at once may stay as they were
+        painting.pop(request.session_hash, None)
+        if kept["shown"] not in [each.id for each in list(painting.values())]:
             site.studio.leave(kept["shown"])
 
     async def watch(id: str | None, dropped: tuple[str, str] | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
@@ -242,9 +240,8 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         follow(event)
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
         event(look_at_cards, panel.checkpoints, table, **AS_SENT)
-    tab.select(
-        lambda: [gr.update(choices=panel.known()) for _ in panel.checkpoints], None, panel.checkpoints, **AT_ONCE
-    )  # runs come and go
+    # runs come and go
+    tab.select(lambda: [gr.update(choices=panel.known()) for _ in panel.checkpoints], None, panel.checkpoints, **AT_ONCE)
     panel.when_chosen(choose, panel.choices, [table, *panel.labels], **LATEST)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(lambda view: view, view, kept_view, **{**AT_ONCE, "trigger_mode": "always_last"})

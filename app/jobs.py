@@ -180,7 +180,7 @@ class Jobs:
             ValueError: as `start`, or the decayed one would be plain, too.
         """
         values = parse(self._settled(options), self.runs / "pair")
-        from models.shortcut import SCHEDULES
+        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
 
         fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
         if not fades and not values["learnable_alpha"]:
