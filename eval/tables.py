@@ -25,15 +25,32 @@ from models.shortcut import effective_alpha
 from training.comparisons import COMPARISONS, RESULTS
 
 Result = Mapping[str, Any]
-# name -> value in a result (None where it was not asked for), and whether less is better
-NUMBERS: dict[str, tuple[Callable[[Result], float | None], bool]] = {
-    "FD (Lite0)": (lambda result: result["fd"]["value"] if "fd" in result else None, True),
-    "KD (Lite0)": (lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, True),
-    "kNN, %": (lambda result: 100 * _neighbours(_best(result)) if "probe" in result else None, False),
-    "held out, %": (lambda result: 100 * _best(result)["linear"]["held_out_accuracy"] if "probe" in result else None, False),
-    "linear probe, %": (lambda result: 100 * result["probe"]["value"] if "probe" in result else None, False),
-    "effective rank (entropy)": (lambda result: _best(result)["rank_entropy"] if "probe" in result else None, True),
+
+
+@dataclass(frozen=True)
+class Number:
+    """A column of a table.
+
+    Attributes:
+        value: of a result; None where it was not asked for.
+        less_is_better: None where neither is.
+    """
+
+    value: Callable[[Result], float | None]
+    less_is_better: bool | None = False
+
+
+NUMBERS = {
+    "FD (Lite0)": Number(lambda result: result["fd"]["value"] if "fd" in result else None, less_is_better=True),
+    "KD (Lite0)": Number(lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, less_is_better=True),
+    "kNN, %": Number(lambda result: 100 * _neighbours(_best(result)) if "probe" in result else None),
+    "held out, %": Number(lambda result: 100 * _best(result)["linear"]["held_out_accuracy"] if "probe" in result else None),
+    "linear probe, %": Number(lambda result: 100 * result["probe"]["value"] if "probe" in result else None),
+    "kNN, last block, %": Number(lambda result: _percent(_neighbours(last)) if (last := _last(result)) else None),
+    "linear probe, last block, %": Number(lambda result: _percent(last["linear"]["value"]) if (last := _last(result)) else None),
+    "effective rank (entropy)": Number(lambda result: _best(result)["rank_entropy"] if "probe" in result else None, less_is_better=None),
 }
+SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
@@ -41,6 +58,8 @@ INTRODUCTION = (
     "Written by `python -m eval.tables` from the JSON beside it.",
     "`python -m training.campaign NAME --data FOLDER --results runs/results` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
+    "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
+    "on held-out training images. A lower rank is not better by itself.",
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
     "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
@@ -86,6 +105,13 @@ def _best(result: Result) -> Result:
     return best_row(result["probe"]["results"])
 
 
+def _last(result: Result) -> Result | None:
+    """Where the paper probes autoencoders: the mean of all tokens behind the last block. None for other networks."""
+    if "probe" not in result or result["config"]["backbone"] != "mae":
+        return None
+    return max((row for row in result["probe"]["results"] if row["pooling"] == "mean"), key=lambda row: row["block"])
+
+
 def _neighbours(row: Result) -> float:
     return row["knn"][shown_k([row])]["value"]
 
@@ -127,14 +153,23 @@ def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, floa
 
 
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
-    """Markdown: a row for each arm, with its difference from the first."""
+    """Markdown: a row for each arm, with its difference from the first; below, those of faded arms from the arm with skips alone."""
     values = {
         name: {
-            arm: {seed: value for seed, result in of_seeds.items() if (value := read(result)) is not None} for arm, of_seeds in arms.items()
+            arm: {seed: value for seed, result in of_seeds.items() if (value := number.value(result)) is not None}
+            for arm, of_seeds in arms.items()
         }
-        for name, (read, _) in NUMBERS.items()
+        for name, number in NUMBERS.items()
     }
     shown = [name for name, of_arms in values.items() if all(len(of_arms[arm]) == len(of_seeds) for arm, of_seeds in arms.items())]
+
+    def difference(name: str, arm: str, base: str) -> str:
+        found = paired(values[name][arm], values[name][base]) if arm != base else None
+        if not found:
+            return ""
+        mean, low, high = found
+        return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}], {_in_words(low, high, NUMBERS[name].less_is_better)}"
+
     base = next(iter(arms))
     lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
     for arm, of_seeds in arms.items():
@@ -142,14 +177,22 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
         seen, alphas = result["training"]["images_seen"], result["alphas"]
         cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", str(len(of_seeds))]
         for name in shown:
-            cell = f"{np.mean(list(values[name][arm].values())):.4g}"
-            difference = paired(values[name][arm], values[name][base]) if arm != base else None
-            if difference:
-                mean, low, high = difference
-                cell += f" ({mean:+.3g} [{low:+.3g}, {high:+.3g}], {verdict(low, high, NUMBERS[name][1])})"
-            cells.append(cell)
+            told = difference(name, arm, base)
+            cells.append(f"{np.mean(list(values[name][arm].values())):.4g}" + (f" ({told})" if told else ""))
         lines.append("| " + " | ".join(cells) + " |")
+    if SKIPS in arms and base != SKIPS:
+        for arm, of_seeds in arms.items():
+            told = "; ".join(f"{name} {each}" for name in shown if (each := difference(name, arm, SKIPS)))
+            if told and min(next(iter(of_seeds.values()))["alphas"]) < 1:
+                lines += ["", f"From {SKIPS}, which differs in alpha alone (and the rate, where it has its own): {arm}: {told}."]
     return lines
+
+
+def _in_words(low: float, high: float, less_is_better: bool | None) -> str:
+    """The verdict on a difference's interval."""
+    if less_is_better is None:
+        return "lower" if high < 0 else "higher" if low > 0 else "undecided"
+    return verdict(low, high, less_is_better)
 
 
 def points(result: Result, panel: Panel) -> list[tuple[int, float]]:
@@ -233,6 +276,9 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
         parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
     parts.append(f"device {result['probe' if 'probe' in result else 'fd']['device']}")
+    codes = {arm: list(dict.fromkeys(str(run["config"].get("git_revision")) for run in runs.values())) for arm, runs in arms.items()}
+    if len({code for of_arm in codes.values() for code in of_arm}) > 1:
+        parts.append("trained by different revisions: " + ", ".join(f"{arm} {' '.join(of_arm)}" for arm, of_arm in codes.items()))
     return "; ".join(parts) + "."
 
 

@@ -172,6 +172,52 @@ def test_seeds_are_paired() -> None:
     assert tables.paired({0: 1.0}, {0: 2.0}) is None
 
 
+def probed(alpha_min: float, accuracy: float, backbone: str = "mae", code: str = "abc") -> dict[str, Any]:
+    """A result of a probe whose best block is not the last."""
+    rows = [
+        {
+            "block": block, "time": None, "pooling": "mean", "knn": {"20": {"value": accuracy / (1 + block)}}, "rank_entropy": accuracy,
+            "linear": {"value": accuracy - 0.1 * block, "held_out_accuracy": 1.0 - block},
+        }
+        for block in range(2)
+    ]  # fmt: skip
+    config = {"backbone": backbone, "size": "XS", "resolution": 32, "images_a_step": 2, "precision": "bf16", "learning_rate": 1e-3}
+    probe = {"value": accuracy, "results": rows, "num_samples": 5, "train_num": 10, "rank_images": 10, "device": "cpu"}
+    return {
+        "config": {**config, "git_revision": code}, "training": {"images_seen": 1000, "data": "photographs"}, "alphas": [1.0, alpha_min],
+        "probe": probe,
+    }  # fmt: skip
+
+
+def test_tables_tell_differences_from_the_first_arm_and_what_fading_alone_does() -> None:
+    arms = {
+        "plain": {0: probed(1.0, 0.5), 1: probed(1.0, 0.6)},
+        "skips": {0: probed(1.0, 0.5), 1: probed(1.0, 0.61)},
+        "decayed": {0: probed(0.5, 0.3), 1: probed(0.5, 0.4)},
+    }
+    head, _, *rows, empty, alone = tables.table(arms)
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    cells = dict(zip(columns, (cell.strip() for cell in rows[2].strip("|").split("|")), strict=True))
+    assert (cells["arm"], cells["alpha_min"], cells["seeds"]) == ("decayed", "0.5", "2")
+    assert cells["linear probe, %"] == "35 (-20 [-20, -20], worse)"
+    assert cells["linear probe, last block, %"] == "25 (-20 [-20, -20], worse)"
+    assert cells["kNN, last block, %"] == "17.5 (-10 [-10, -10], worse)"
+    assert cells["effective rank (entropy)"] == "0.35 (-0.2 [-0.2, -0.2], lower)", "less is not better by itself"
+    assert empty == "" and alone.startswith("From skips") and "decayed: kNN, % -20.5 [-26.9, -14.1], worse;" in alone
+    assert len(tables.table({"plain": arms["plain"], "decayed": arms["decayed"]})) == 4, "without an arm of skips there is no such line"
+
+
+def test_tables_have_no_last_block_of_diffusion_models() -> None:
+    head = tables.table({"plain": {0: probed(1.0, 0.5, "dit")}})[0]
+    assert "linear probe, %" in head and "last block" not in head
+
+
+def test_protocols_tell_of_different_code() -> None:
+    arms = {"plain": {0: probed(1.0, 0.5)}, "decayed": {0: probed(0.5, 0.3), 1: probed(0.5, 0.3, code="def")}}
+    assert tables.protocol(arms).endswith("trained by different revisions: plain abc, decayed abc def.")
+    assert "revisions" not in tables.protocol({"plain": arms["plain"]})
+
+
 def test_where_curves_cross() -> None:
     theirs = [(10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)]
     assert tables.crossing([(10, 2.0), (20, 1.0), (30, 3.5), (40, 5.0)], theirs) == 30
