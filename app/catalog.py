@@ -147,7 +147,7 @@ class Card:
 
     @property
     def alpha_eff(self) -> float:
-        """Share of the input that reaches the last layer."""
+        """Share of the input that reaches the last layer by the shortcuts alone."""
         return math.prod(self.alphas)
 
     @property

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Section "depth rule" of the paper: the share of the input that should reach the last layer, and below which alpha_min
-# training was unstable whatever the depth.
+# Section "depth rule" of the paper: the share of the input that should reach the last layer by the shortcuts alone, and the alpha_min
+# up to which training was unstable whatever the depth.
 ALPHA_EFF_WINDOW = (1e-3, 1e-2)
-UNSTABLE_BELOW = 0.4
+UNSTABLE_UP_TO = 0.4
 PLACEMENTS = ("both", "attention", "mlp")
 
 
@@ -181,7 +181,7 @@ def describe(shortcuts: Sequence[Shortcut]) -> str:
 
 
 def effective_alpha(alphas: Sequence[float]) -> float:
-    """alpha_eff = prod_l alpha_l, the share of the input that reaches the last layer."""
+    """alpha_eff = prod_l alpha_l, the share of the input that reaches the last layer by the shortcuts alone."""
     return math.prod(alphas)
 
 
@@ -217,8 +217,8 @@ def alpha_window(num_sublayers: int, schedule: str = "linear") -> tuple[float, f
 def warnings_for(alphas: Sequence[float]) -> list[str]:
     """What the paper would say against these alphas: one line each, none for a plain network."""
     lines, effective, smallest = [], effective_alpha(alphas), min(alphas, default=1.0)
-    if smallest < UNSTABLE_BELOW:
-        lines.append(f"alpha falls to {smallest:.2g}; below {UNSTABLE_BELOW:g} the paper saw unstable training at any depth")
+    if smallest <= UNSTABLE_UP_TO:
+        lines.append(f"alpha falls to {smallest:.2g}; at {UNSTABLE_UP_TO:g} and less the paper saw unstable training at any depth")
     low, high = ALPHA_EFF_WINDOW
     if effective < 1 and not low <= effective < high:
         lines.append(f"alpha_eff is {effective:.2g}; the depth rule keeps it in [{low:g}, {high:g})")
@@ -229,7 +229,8 @@ def advice(num_blocks: int, alpha_min: float | None = None, schedule: str = "lin
     """The depth rule for a transformer of `num_blocks` blocks, as text: the window of alpha_min, the alphas, alpha_eff, warnings.
 
     Args:
-        alpha_min: the one to look at; None takes the middle of the window, alpha_eff = 3e-3, if that is stable.
+        alpha_min: the one to look at; None takes the middle of the window, alpha_eff = 3e-3, or 0.41 if that is more: the least that
+            was stable, to two digits.
         placement: "attention" or "mlp" let one sub-layer of each block fade, "both" both.
 
     Raises:
@@ -239,7 +240,8 @@ def advice(num_blocks: int, alpha_min: float | None = None, schedule: str = "lin
     if num_sublayers < 2:
         raise ValueError(f"{num_blocks} blocks have {max(0, num_sublayers)} shortcuts that fade; the depth rule needs at least 2")
     low, high = alpha_window(num_sublayers, schedule)
-    alpha_min = max(UNSTABLE_BELOW, alpha_min_for(num_sublayers, schedule=schedule)) if alpha_min is None else alpha_min
+    if alpha_min is None:
+        alpha_min = max(UNSTABLE_UP_TO + 0.01, alpha_min_for(num_sublayers, schedule=schedule))
     alphas = SCHEDULES[schedule].alphas(num_sublayers, alpha_min)
     lines = [
         f"{num_blocks} blocks, {num_sublayers} sub-layers that fade, schedule {schedule}",
@@ -248,9 +250,10 @@ def advice(num_blocks: int, alpha_min: float | None = None, schedule: str = "lin
         f"alphas    {' '.join(f'{alpha:.3f}' for alpha in alphas)}",
         *(f"warning:  {line}" for line in warnings_for(alphas)),
     ]
-    if low < UNSTABLE_BELOW:
-        part = f"choose {UNSTABLE_BELOW:g} to {high:.3f}" if high >= UNSTABLE_BELOW else f"choose {UNSTABLE_BELOW:g}, or more blocks"
-        lines.append(f"warning:  of the window only {UNSTABLE_BELOW:g} and more is stable: {part}")
+    if high <= UNSTABLE_UP_TO:
+        lines.append(f"warning:  the whole window is unstable, as is all up to {UNSTABLE_UP_TO:g}: choose more blocks")
+    elif low <= UNSTABLE_UP_TO:
+        lines.append(f"warning:  of the window only {UNSTABLE_UP_TO:g} < alpha_min < {high:.3f} is stable")
     return "\n".join(lines)
 
 
@@ -269,7 +272,7 @@ def main() -> None:
 
     flags = Parser(description="The depth rule: which alpha_min suits a transformer of that depth.")
     flags.add_argument("--depth", type=int, required=True, help="number of blocks, each of two sub-layers")
-    flags.add_argument("--alpha_min", type=float, help="look at this value (default: the one with alpha_eff 3e-3, if it is stable)")
+    flags.add_argument("--alpha_min", type=float, help="look at this value (default: the one with alpha_eff 3e-3, or 0.41 if that is more)")
     names = [name for name, schedule in SCHEDULES.items() if schedule.takes_alpha_min]
     flags.add_argument("--schedule", choices=names, default="linear", help="how alpha falls (default: %(default)s)")
     flags.add_argument("--placement", choices=PLACEMENTS, default="both", help="which sub-layers fade (default: %(default)s)")

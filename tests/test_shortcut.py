@@ -130,9 +130,10 @@ def test_alpha_min_for_other_schedules(name: str) -> None:
     [
         (12, None, ["alpha_min 0.527 to 0.663", "alpha_min 0.590, alpha_eff 0.003"], 0),
         (12, 0.9, ["alpha_eff 0.288"], 1),
-        (12, 0.3, ["below 0.4", "alpha_eff is 8e-06"], 2),
-        (6, 0.41, ["choose 0.4 to 0.413"], 1),
-        (4, 0.5, ["choose 0.4, or more blocks", "alpha_eff is"], 2),
+        (12, 0.3, ["at 0.4 and less", "alpha_eff is 8e-06"], 2),
+        (6, 0.41, ["only 0.4 < alpha_min < 0.413"], 1),
+        (6, 0.4, ["alpha falls to 0.4; at 0.4 and less", "only 0.4 < alpha_min < 0.413"], 2),
+        (4, 0.5, ["the whole window is unstable", "alpha_eff is"], 2),
     ],
 )
 def test_advice(depth: int, alpha_min: float | None, lines: list[str], warnings: int) -> None:

@@ -65,7 +65,9 @@ class ShortcutOptions:
     """Shortcuts."""
 
     alpha_min: float = option(1.0, "share of the shortcut kept by the last sub-layer, in (0, 1]; 1 is the plain network")
-    alpha_eff: float | None = option(None, "instead of alpha_min: share of the input that reaches the last layer, such as 3e-3")
+    alpha_eff: float | None = option(
+        None, "instead of alpha_min: share of the input that reaches the last layer by shortcuts alone, such as 3e-3"
+    )
     shortcut_schedule: str = option("linear", "how alpha falls", choices=tuple(SCHEDULES))
     shortcut_placement: str = option("both", "which sub-layers' shortcuts fade", choices=PLACEMENTS)
     learnable_alpha: bool = option(False, "train the alphas, from the schedule on")

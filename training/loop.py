@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from models.files import read_json, require_memory, require_writable, write_json
 from models.precision import precision
-from models.shortcut import SCHEDULES, UNSTABLE_BELOW, alpha_window, effective_alpha, warnings_for
+from models.shortcut import SCHEDULES, UNSTABLE_UP_TO, alpha_window, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData, seed_of
@@ -433,7 +433,7 @@ def _advised(model: nn.Module) -> list[str]:
     kinds = {shortcut.kind for shortcut in fading}
     low, high = alpha_window(sum(shortcut.kind in kinds for shortcut in model.shortcuts), schedule)
     return [
-        f"--alpha_min {max(low, UNSTABLE_BELOW):.3f} to {high:.3f} would be advised"
-        if high > UNSTABLE_BELOW
+        f"--alpha_min {max(low, UNSTABLE_UP_TO + 0.001):.3f} to {high:.3f} would be advised"
+        if high > UNSTABLE_UP_TO
         else "more blocks would be advised"
     ]
