@@ -38,6 +38,9 @@ def decay_shortcuts(
 ) -> nn.Module:
     """Let the shortcuts of a network fade with depth, in place; once more replaces what was there.
 
+    Nothing is added, and so no long skips: networks that have none lose detail by fading, and the paper's masked autoencoder without
+    them was worse than the plain one (linear probe 61.5 and 76.5 on ImageNet-100; 83.6 with them).
+
     State dicts keep their keys (learnable alphas add theirs), weights and calls stay. Saved by `save_pretrained`, a diffusers network
     comes back decayed from `type(network).from_pretrained` and from pipelines, and plain, with a warning, from its own class.
 
