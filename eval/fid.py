@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 
 from eval.features import ArrayImages, reference_features
-from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts, save_images, save_npz
+from eval.generate import (
+    SamplingOptions,
+    all_images,
+    check_guidance,
+    check_sampling,
+    generate,
+    label_counts,
+    load_guide,
+    save_images,
+    save_npz,
+)
 from eval.judge import (
     UNKNOWN,
     Judge,
@@ -87,6 +97,8 @@ def judge_checkpoint(
         raise ValueError(f"{checkpoint} draws images of {channels} channels; the extractors look at 3, or at 1 as grey")
     check_sampling(pipeline, sampling)
     check_guidance(sampling)
+    if sampling.guide:
+        load_guide(pipeline, sampling.guide)  # one that does not fit is told now
     if sampling.seed > MAX_SEED - output.repeats * sampling.num_samples:
         raise ValueError(f"--seed {sampling.seed} leaves no seeds for --repeats {output.repeats}; choose a smaller one")
     source = open_reference(inputs, resolution)
@@ -112,7 +124,7 @@ def judge_checkpoint(
         extra = {"memorisation": copying(judge, found[-1].features, images, trained_on, output.memorisation)}
     grey = ["the checkpoint draws grey images; all three channels are the same"] if channels == 1 else []
     changed = []
-    if trained_on and trained_on[0].fingerprint != pipeline.config.training.get("data_fingerprint"):
+    if trained_on and has_changed(pipeline, trained_on[0]):
         changed = [f"memorisation: {trained_on[0].name} is not quite what the checkpoint was trained on; its images or labels have changed"]
     averaged = inputs.ema and (Path(checkpoint) / "ema").is_dir()
     protocol = checkpoint_protocol(checkpoint, pipeline, sampling, averaged, counts)
@@ -148,16 +160,24 @@ def training_data(pipeline: Pipeline, resolution: int) -> tuple[ImageData, Image
     """What a checkpoint was trained on, and what of the same data it was not."""
     training = pipeline.config.training
     name, split = training.get("data"), training.get("data_split", "train")
+    columns = training.get("image_column", "image"), training.get("label_column")
     if name is None:
         raise ValueError("--memorisation needs the training data, and the checkpoint does not say what it was trained on")
     try:
-        train = load_images(name, resolution, split)
+        train = load_images(name, resolution, split, *columns)
     except ValueError as error:
         raise ValueError(f"--memorisation needs the training data, {name}: {error}") from None
     try:
-        return train, load_images(name, resolution, "validation") if split == "train" else None
+        return train, load_images(name, resolution, "validation", *columns) if split == "train" else None
     except ValueError:
         return train, None
+
+
+def has_changed(pipeline: Pipeline, data: ImageData) -> bool:
+    """Whether a checkpoint was trained on other images than these; streams, and older trainings on latents, do not tell."""
+    training = pipeline.config.training
+    trained_on = training.get("images_fingerprint", None if pipeline.vae else training.get("data_fingerprint"))
+    return trained_on is not None and trained_on != data.fingerprint
 
 
 def copying(judge: Judge, features: np.ndarray, images: np.ndarray, data: tuple[ImageData, ImageData | None], path: str) -> dict[str, Any]:

@@ -218,6 +218,16 @@ def test_faults_are_named(tmp_path: Path) -> None:
     assert not list(cache_dir().rglob("*.partial*")), "a pack was left half-written"
 
 
+def test_what_a_killed_packing_left_is_removed(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "a.png")
+    pack = Path(load_images(str(tmp_path), 4).images.filename).parent
+    shutil.rmtree(pack)
+    left = pack.with_name(f".{pack.name}.partial-1")
+    left.mkdir()
+    assert load_images(str(tmp_path), 4).images[0, 0, 0].tolist() == [0, 0, 255]
+    assert pack.is_dir() and not left.exists()
+
+
 def test_a_changed_folder_is_packed_anew(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     before = load_images(str(tmp_path), 4)

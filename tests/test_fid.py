@@ -422,16 +422,29 @@ def test_repeats_are_samplings_of_their_own(quick, checkpoint: Path, more_images
 def test_memorisation_is_drawn_and_told(quick, checkpoint: Path, more_images: tuple[Path, Path], tmp_path: Path) -> None:
     copier = tmp_path / "copier"
     pipeline = Pipeline.from_pretrained(checkpoint)
-    Pipeline(pipeline.model, pipeline.scheduler, ["a", "b", "c"], {"data": str(more_images[0]), "data_split": "train"}).save_pretrained(
-        copier
-    )
+    training = {"data": str(more_images[0]), "data_split": "train", "data_fingerprint": "of others"}
+    Pipeline(pipeline.model, pipeline.scheduler, ["a", "b", "c"], training).save_pretrained(copier)
     picture = tmp_path / "deep" / "near.png"
     result = quick("--checkpoint", copier, "--reference", more_images[0], "--num_samples", 20, "--memorisation", picture)
     assert result["memorisation"]["train_num"] == 20
     assert 0 <= result["memorisation"]["closer"]["low"] <= result["memorisation"]["closer"]["value"] <= 1
     assert result["memorisation"]["against"] == "each training image among the others"
     assert Image.open(picture).size == (16 * 8, 2 * 3 * 8 + 4)
-    assert any("not quite what the checkpoint was trained on" in note for note in result["notes"])  # it names no fingerprint
+    assert any("not quite what the checkpoint was trained on" in note for note in result["notes"])
+
+
+def test_images_are_those_of_the_training_or_others(checkpoint: Path, image_folder: Path) -> None:
+    pipeline, images = Pipeline.from_pretrained(checkpoint), load_images(str(image_folder), 16)
+    for training, changed in (
+        ({}, False),
+        ({"data_fingerprint": images.fingerprint}, False),
+        ({"data_fingerprint": "of others"}, True),
+        ({"data_fingerprint": "of their latents", "images_fingerprint": images.fingerprint}, False),
+        ({"data_fingerprint": "of a stream", "images_fingerprint": None}, False),
+        ({"images_fingerprint": "of others"}, True),
+    ):
+        pipeline.register_to_config(training=training)
+        assert fid.has_changed(pipeline, images) is changed, training
 
 
 def test_grey_images_and_broken_ones(quick, more_images: tuple[Path, Path], tmp_path: Path) -> None:
@@ -597,7 +610,7 @@ def test_the_same_images_whatever_the_number_of_processes(checkpoint: Path, fold
         ("--checkpoint {run} --reference {one} --class_label 3", "0 to 2"),
         ("--checkpoint {run} --reference {one} --num_samples 1", "--num_samples"),
         ("--checkpoint {run} --reference {one} --num_samples 1000000000000", "memory"),
-        ("--checkpoint {run} --reference {one} --seed 9223372036854775807", "--seed"),
+        ("--checkpoint {run} --reference {one} --seed 9223372036854775807", "seed is 92"),
         ("--checkpoint {run} --reference {one} --num_inference_steps 0", "--num_inference_steps"),
         ("--checkpoint {run} --reference {one} --resolution 8", "--resolution"),
         ("--input1 {one} --input2 {tmp}/none", "no folder"),

@@ -5,6 +5,7 @@ import json
 import tarfile
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -146,6 +147,8 @@ def test_what_streams_cannot_do_is_told(shards: Path, stream: ImageStream, tmp_p
     broken = open_stream(str(tmp_path), 16, "train", "image", None, 5)
     with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
         broken.order(0, 2, 1).indices(0, 2)
+    with pytest.raises(ValueError, match="an image of some is missing; mend or remove it"):
+        replace(broken, name="some").decode({"image": None})
     with pytest.raises(ValueError, match="no images for one of 3 streams"):
         broken.order(0, 2, 3).indices(4, 2)
 
@@ -183,7 +186,7 @@ def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(
     more = ["--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume_from_checkpoint", "latest"]
     assert run_here(*run_flags(shards, resumed), *more)[0] == 0
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    for steps, flags in ((4, []), (7, ["--resume_from_checkpoint", "latest"])):
+    for steps, flags in ((2, []), *((steps, ["--resume_from_checkpoint", "latest"]) for steps in (4, 7))):  # resumed, and once more
         done = run_script(*launcher, *run_flags(shards, spread), "--gradient_accumulation_steps", 2, "--max_train_steps", steps, *flags)
         assert done.returncode == 0, done.stderr
 

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
 from models.files import sha256
 from models.paths import data_from_prediction
@@ -563,6 +564,27 @@ def test_another_time_is_no_beginning(whole_run: Path, image_folder: Path, tmp_p
         assert told in capsys.readouterr().err
 
 
+def test_weights_that_would_mean_something_else_are_no_beginning(
+    train: Callable, tiny_dit: Callable, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their shapes fit."""
+    other = tiny_dit(image_size=8, depth=8, dim=192, num_heads=6, num_classes=2)
+    Pipeline(other, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "heads")
+    train(tmp_path / "noise", "--objective", "ddpm", "--prediction_type", "epsilon", "--max_train_steps", 1)
+    for source, flags, told in (
+        ("heads", [], "num_heads was 6 and is 3"),
+        (
+            "noise",
+            ["--objective", "ddpm", "--prediction_type", "v_prediction"],
+            "prediction_type epsilon, and this would train v_prediction",
+        ),
+    ):
+        command = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, *flags, "--max_train_steps", 1]
+        with pytest.raises(SystemExit, match="2"):
+            main([*map(str, command), "--init_from", str(tmp_path / source)])
+        assert told in capsys.readouterr().err
+
+
 def test_other_shortcuts_than_those_of_the_beginning_are_told(
     train: Callable, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -586,7 +608,12 @@ def test_published_weights_with_a_variance_are_a_beginning(train: Callable, tiny
 
 def test_a_flag_that_says_it_otherwise_wins_over_the_preset() -> None:
     flags = ["--preset", "demo-decayed", "--output_dir", "x"]
-    for more, alpha_min in (([], 0.5), (["--alpha_eff", "3e-3"], 1.0), (["--shortcut_schedule=sqrt-half"], 1.0)):
+    schedules = (("sqrt-half", 1.0), ("cosine", 0.5), ("constant", 0.5))
+    for more, alpha_min in (
+        ([], 0.5),
+        (["--alpha_eff", "3e-3"], 1.0),
+        *(([f"--shortcut_schedule={name}"], alpha_min) for name, alpha_min in schedules),
+    ):
         _, (_, model, shortcuts, *_) = parse("", GROUPS, PRESETS, [*flags, *more])
         assert (shortcuts.alpha_min, model.patch_size) == (alpha_min, 4)
     _, (_, model, *_) = parse("", GROUPS, PRESETS, [*flags, "--backbone", "unet"])
@@ -627,6 +654,8 @@ def test_latents_train_sample_and_are_published(train: Callable, run_script: Cal
                         latent_channels=4, norm_num_groups=2)  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
     train(tmp_path / "run", "--vae", tmp_path / "vae", "--resolution", 16, "--random_flip", "--sample_steps", 2, "--max_train_steps", 2)
+    trained = Pipeline.from_pretrained(tmp_path / "run")
+    assert not has_changed(trained, training_data(trained, 16)[0]), "the images are looked at again, not their latents"
     done = run_script("-m", "training.publish", tmp_path / "run", tmp_path / "published")
     assert done.returncode == 0, done.stderr
     for folder in ("run", "published"):

@@ -20,12 +20,10 @@ from training.presets import Preset
 from training.stream import ImageStream, open_stream
 
 # What a preset says no more once a flag is given that says the same in another way, or that needs other values.
-EXCLUDES = {
-    "alpha_min": ("alpha_eff",),
-    "alpha_eff": ("alpha_min",),
-    "shortcut_schedule": ("alpha_min", "alpha_eff"),
-    "backbone": ("patch_size",),
-}
+EXCLUDES = {"alpha_min": ("alpha_eff",), "alpha_eff": ("alpha_min",), "backbone": ("patch_size",)}
+
+# Arguments of backbones that no shape of a weight tells.
+MEANING = ("num_heads", "decoder_num_heads", "head_dim", "time_scale", "time_offset")
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,13 @@ def parse(
     flags.add_argument("--preset", choices=tuple(presets), metavar="NAME", help="a named run (listed below); other flags win over it")
     for group in groups:
         add_options(flags, group)
-    preset = flags.parse_known_args(arguments)[0].preset
-    if preset:
+    known = flags.parse_known_args(arguments)[0]
+    if preset := known.preset:
         words = sys.argv[1:] if arguments is None else arguments
         given = {word.partition("=")[0].removeprefix("--") for word in words}
         excluded = {name for flag in given for name in EXCLUDES.get(flag, ())}
+        if not SCHEDULES[known.shortcut_schedule].takes_alpha_min:
+            excluded |= {"alpha_min", "alpha_eff"}
         values = {name: value for name, value in presets[preset].flags.items() if name not in excluded}
         flags.set_defaults(output_dir=f"runs/{preset}", **values)
     parsed = flags.parse_args(arguments)
@@ -131,6 +131,9 @@ def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> 
     told = [f"{name} was {there} and is {here}" for name, there, here in differences(source, model)]
     if backbone_name(source) != backbone_name(model):
         told = [f"it is a {backbone_name(source)} and this a {backbone_name(model)}"]
+    silent = [text for text in told if text.startswith(MEANING)]  # weights of the same shapes would mean something else
+    if silent:
+        raise ValueError(f"--init_from {checkpoint} does not fit: {', '.join(silent)}; give this model the same")
     ours, weights = model.state_dict(), source.state_dict()
     differ = [name for name in {**ours, **weights} if name not in ours or name not in weights or ours[name].shape != weights[name].shape]
     fresh = [name for name in differ if name.startswith(("label_embed", "unet.class_embedding"))]

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -20,7 +21,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from models.files import read_json, require_disk, write_json, written_aside
+from models.files import read_json, remove, require_disk, write_json, written_aside
 from models.progress import progress_bar
 
 EMBEDDED = "openmoji"
@@ -54,6 +55,11 @@ class TrainingData(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
+
+    @property
+    def images_fingerprint(self) -> str | None:
+        """That of the same images as `load_images` packs them; None where they are not packed."""
+        return self.fingerprint
 
     @property
     def extent(self) -> str:
@@ -365,8 +371,11 @@ def centre_square(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS))
 
 
-def decode_image(row: dict[str, Any], what: str, resolution: int) -> np.ndarray:
-    """A file's bytes, or its path -> uint8 (resolution, resolution, 3); ValueError if it is broken."""
+def decode_image(row: dict[str, Any] | None, what: str, resolution: int) -> np.ndarray:
+    """A file's bytes, or its path -> uint8 (resolution, resolution, 3); ValueError if it is broken, by its path or `what` it is."""
+    if row is None:
+        raise ValueError(f"{what} is missing; mend or remove it")
+    what = row.get("path") or what
     try:
         with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
             return centre_square(image, resolution)
@@ -382,13 +391,13 @@ def _decode(path: Path, name: str, rows: Iterable[dict[str, Any]], count: int, r
 
     def decode(numbered: tuple[int, dict[str, Any]]) -> bytes:
         i, row = numbered
-        what = (row and row.get("path")) or f"image {i} of {name}"
+        what = f"image {i} of {name}"
         try:
             return decode_image(row, what, resolution).tobytes()
         except ValueError:
             if not skip_broken:
                 raise
-            broken[i] = what
+            broken[i] = (row and row.get("path")) or what
             return b""
 
     require_disk(path.parent, count * resolution**2 * 3, f"{count} images of {resolution} px")
@@ -422,9 +431,8 @@ Make = Callable[[Path], tuple[np.ndarray | None, list[str], list[str]]]
 def _packed(name: str, split: str, key: str, make: Make) -> ImageData:
     """Read the pack `key` from the cache, or make it."""
     folder = cache_dir() / "data" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of several processes one packs, and the others wait
-        if not (folder / "data.json").exists():
+    with made_once(folder) as missing:
+        if missing:
             _write_pack(folder, name, split, make)
     try:
         about = read_json(folder / "data.json")
@@ -437,6 +445,18 @@ def _packed(name: str, split: str, key: str, make: Make) -> ImageData:
     return ImageData(
         images=images, labels=labels, class_names=class_names, name=name, split=split, fingerprint=fingerprint, left_out=left_out
     )
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[bool]:
+    """Whether the file or folder is to be made now: of several processes one makes it, and the others wait. What a killed one left
+    half-made is removed before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        missing = not path.exists()
+        for stale in path.parent.glob(f".{path.name}.partial-*") if missing else ():
+            remove(stale)
+        yield missing
 
 
 def _write_pack(folder: Path, name: str, split: str, make: Make) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from models.files import remove, require_disk, written_aside
+from models.files import require_disk, written_aside
 from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
-from training.data import ImageData, TrainingData, cache_dir, moved
+from training.data import ImageData, TrainingData, cache_dir, made_once, moved
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
 # Of the encoder's batches: 4 images of 256 px take 0.7 GiB with Stable Diffusion's, and 32 of them on a GPU
@@ -27,10 +26,16 @@ class LatentData(TrainingData):
     Attributes:
         moments: float16 (N, 2, C, H, W), mean and standard deviation, see `models.vae.to_moments`.
         mirrored_moments: of the mirrored images, or None: a mirrored latent is not the latent of the mirrored image.
+        of_images: their fingerprint.
     """
 
     moments: np.ndarray
     mirrored_moments: np.ndarray | None
+    of_images: str
+
+    @property
+    def images_fingerprint(self) -> str:
+        return self.of_images
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -65,7 +70,7 @@ def encode(data: ImageData, vae: AutoencoderKL, flips: bool) -> LatentData:
     moments = _cached(cache_dir() / "latents" / f"{fingerprint}.npy", data, vae, shape, mirrored=False)
     mirrored = _cached(cache_dir() / "latents" / f"{fingerprint}-mirrored.npy", data, vae, shape, mirrored=True) if flips else None
     about = {field.name: getattr(data, field.name) for field in fields(TrainingData)}
-    return LatentData(moments, mirrored, **{**about, "fingerprint": fingerprint})
+    return LatentData(moments, mirrored, data.fingerprint, **{**about, "fingerprint": fingerprint})
 
 
 def _identity(vae: AutoencoderKL) -> str:
@@ -81,11 +86,8 @@ def _identity(vae: AutoencoderKL) -> str:
 
 def _cached(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple[int, int, int], mirrored: bool) -> np.ndarray:
     """The moments in the file `path`, made if needed: float16 (N, 2, *shape), mapped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # of several processes one encodes, and the others wait
-        if not path.exists():
-            for stale in path.parent.glob(f".{path.name}.partial-*"):  # of a process that was killed
-                remove(stale)
+    with made_once(path) as missing:
+        if missing:
             _write_moments(path, data, vae, (len(data), 2, *shape), mirrored)
     return np.load(path, mmap_mode="r")
 

@@ -224,7 +224,8 @@ def train(
         if accelerator.is_main_process:
             seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
             source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
-            export(run, network, averages, {**seen, **source})
+            columns: dict[str, Any] = {name: config[name] for name in ("image_column", "label_column") if name in config}
+            export(run, network, averages, {**seen, **source, "images_fingerprint": data.images_fingerprint, **columns})
 
     if step and step != checkpoint_files.exported_step(run):  # killed between the two
         publish()
@@ -326,16 +327,18 @@ class _LossMeter:
         self.reset()
 
     def reset(self) -> None:
-        self.total, self.count = torch.zeros((), device=self.accelerator.device), 0
+        self.total, self.count = torch.zeros((), device=self.accelerator.device), 0.0
 
     def add(self, loss: Tensor) -> None:
         self.total += loss.detach()
         self.count += 1
 
     def mean(self) -> float:
-        """Over all processes; every process calls this. 0 if nothing was added."""
-        self.total = self.accelerator.reduce(self.total, "mean")
-        return self.total.item() / max(1, self.count)
+        """Over all losses of all processes; every process calls this. 0 if nothing was added."""
+        # all processes hold the same from now on: a checkpoint keeps what the main one holds
+        self.total, count = self.accelerator.reduce(torch.stack([self.total, self.total.new_tensor(self.count)]), "mean")
+        self.count = count.item()
+        return self.total.item() / max(self.count, 1 / self.accelerator.num_processes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "count": self.count}
@@ -395,7 +398,7 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     before = read_json(run / checkpoint_files.CONFIG)
     free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
     if before.get("sharded", False) != config["sharded"]:
-        how = "with" if before["sharded"] else "without"
+        how = "without" if config["sharded"] else "with"
         raise ValueError(f"{run} was trained {how} --config_file training/configs/fsdp2.yaml; go on {how} it, or start another run")
     parts = before.get("deepspeed_processes", 0)  # its checkpoints have a part of the moments for each
     if parts != config["deepspeed_processes"]:

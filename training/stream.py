@@ -55,6 +55,10 @@ class ImageStream(TrainingData):
         raise TypeError("a stream has no length")
 
     @property
+    def images_fingerprint(self) -> None:
+        return None
+
+    @property
     def extent(self) -> str:
         return "a stream of images"
 
@@ -83,8 +87,7 @@ class ImageStream(TrainingData):
 
     def decode(self, row: dict[str, Any]) -> np.ndarray:
         """uint8 (H, W, 3); ValueError for an image that is broken."""
-        image = row[self.image_column]
-        return decode_image(image, image.get("path") or f"an image of {self.name}", self.resolution)
+        return decode_image(row[self.image_column], f"an image of {self.name}", self.resolution)
 
     def numbered(self, values: list[Any]) -> np.ndarray:
         """Labels as they were read -> int64 in [0, num_classes); ValueError if one is missing."""
@@ -190,8 +193,8 @@ class Streams(Order):
 
     def state_dict(self) -> dict[str, Any]:
         """Where every stream of every process stands. Every process calls this."""
-        places = self.places | {number: stream.place for number, stream in self.opened.items()}
-        return {"places": dict(gather_object(list(places.items())))}
+        opened = [(number, stream.place) for number, stream in self.opened.items()]
+        return {"places": self.places | dict(gather_object(opened))}  # where a resumed run began, all processes know alike
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.places, self.opened = dict(state["places"]), {}

@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from torch import nn
 
 from eval.while_training import WatchOptions, small_distance
-from models.files import one_line_errors
+from models.files import one_line_errors, read_json
 from models.paths import PATHS
 from models.pipeline import Pipeline
 from models.registry import backbone_name, create_model, names, read_index, sizes, takes
@@ -191,6 +191,11 @@ def check_time(checkpoint: str, objective: Diffusion) -> None:
     ours = "a DDPM" if isinstance(objective, DDPM) else f"a flow on the {objective.path} path"
     if theirs != ours:
         raise ValueError(f"--init_from {checkpoint} is {theirs}, and this would train {ours}; give its --objective and --path")
+    if isinstance(objective, DDPM):
+        config = read_json(Path(checkpoint) / "scheduler" / "scheduler_config.json")
+        for name in ("prediction_type", "beta_schedule"):
+            if (was := config.get(name)) != (now := objective.scheduler.config[name]):
+                raise ValueError(f"--init_from {checkpoint} has {name} {was}, and this would train {now}; give the same")
 
 
 def create_objective_from(options: ObjectiveOptions, num_classes: int, vae: AutoencoderKL | None) -> Diffusion:
