@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from eval.features import ArrayImages
-from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts
+from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts, load_guide
 from eval.intervals import LEVEL, Estimate, difference, verdict
 from eval.judge import COMPARABLE, SAMPLED, Judge, MetricOptions, checkpoint_protocol, reference_words, training_notes
 from eval.metrics import HIGHER_IS_BETTER
@@ -121,6 +121,8 @@ def judge_contenders(
         shapes[path] = pipeline.image_shape
         for setting in settings:
             check_sampling(pipeline, replace(sampling, **setting))
+        if sampling.guide:
+            load_guide(pipeline, sampling.guide)  # a pair that does not fit is told now
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{path} {shape[1]} px" for path, shape in shapes.items())
         raise ValueError(f"the contenders draw images of different shapes ({listed}); compare those of one")
@@ -140,7 +142,7 @@ def judge_contenders(
             made = checkpoint_protocol(folder, pipeline, each, ema and (Path(folder) / "ema").is_dir(), counts)
             result = judge.result([measured], made, training_notes(pipeline, source))
             words = ", ".join(f"{name} {setting[field]:g}" for name, (field, *_) in SWEEPABLE.items() if field in setting)
-            shown = all_images(images, each)[:STRIP] if processes().num_processes > 1 else images[:STRIP]
+            shown = all_images(images, each)[:STRIP]
             entries.append(Entry(path, words, result, measured.estimates, shown.copy()))  # the features are let go
     return entries
 

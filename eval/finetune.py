@@ -105,7 +105,7 @@ def layer_groups(network: nn.Module, rate: float, unused: int = 0) -> list[dict[
     """
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
-        block, last = re.match(r"blocks\.(\d+)\.", name), re.match(r"(?:fc_)?norm\.", name)
+        block, last = re.match(r"blocks\.(\d+)\.(?!\d)", name), re.match(r"(?:fc_)?norm\.", name)
         layers.setdefault(int(block[1]) + 1 if block else 10**6 if last else 0, []).append((name, parameter))
     depth = max((layer for layer in layers if layer < 10**6), default=0) - unused
     return [group for layer, named in layers.items() for group in _by_decay(iter(named), rate * LAYER_DECAY ** max(0, depth - layer))]

@@ -10,7 +10,8 @@ from torch import nn
 
 from eval.spread import gathered, own_batches
 from models.files import require_memory, written_aside
-from models.pipeline import MAX_SEED, SAMPLER_NAMES, Pipeline
+from models.guidance import Guidance
+from models.pipeline import SAMPLER_NAMES, Pipeline
 from models.precision import autocast, precision
 from models.progress import progress_bar
 from training.data import TrainingData
@@ -98,13 +99,11 @@ def labels_rule(num_classes: int, options: SamplingOptions, counts: np.ndarray |
 
 def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     """Raise ValueError, before anything is spent, for what `generate` could not do."""
-    if options.seed > MAX_SEED - options.num_samples:
-        raise ValueError(f"--seed is {options.seed}; choose 0 to {MAX_SEED - options.num_samples}")
-    if options.sampler not in (None, *pipeline.samplers):
-        raise ValueError(f"--sampler {options.sampler} does not suit this checkpoint; choose from {', '.join(pipeline.samplers)}")
+    labels = class_labels(pipeline.num_classes, options)
+    pipeline.check(options.num_samples, labels, options.seed, options.num_inference_steps, options.sampler)
+    Guidance(options.guidance_scale, (options.guidance_from, options.guidance_to))
     channels, height, width = pipeline.image_shape
     require_memory(options.num_samples * channels * height * width, f"{options.num_samples:,} images")
-    class_labels(pipeline.num_classes, options)
 
 
 def check_guidance(options: SamplingOptions) -> None:

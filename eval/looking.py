@@ -17,6 +17,7 @@ from eval.extractors import LITE0, create_extractor, weights_hash
 from eval.features import reference_features
 from eval.linear import held_out_parts
 from eval.measure import SIMILARITY_IMAGES, Labelled, check_labels, draw_share, spread_over
+from models.files import require_memory
 from models.precision import precision
 from training.data import EMBEDDED, ImageData, load_images
 from training.options import option
@@ -142,7 +143,8 @@ def fewer(data: ImageData, most: int | None, seed: int) -> ImageData:
 
 
 def part_of(data: ImageData, indices: np.ndarray) -> ImageData:
-    """Some of the images; their fingerprint tells which."""
+    """Some of the images, in memory; their fingerprint tells which. ValueError if they do not fit."""
+    require_memory(len(indices) * data.images[0].nbytes, f"{len(indices):,} images of {data.name}")
     fingerprint = hashlib.sha256(data.fingerprint.encode() + indices.tobytes()).hexdigest()[:16]
     return replace(data, images=data.images[indices], labels=data.labels_of(indices), fingerprint=fingerprint)
 

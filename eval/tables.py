@@ -313,7 +313,7 @@ def over_images(path: Path) -> list[str]:
         if not isinstance(each, dict) or not each.keys() >= COMPARED:
             raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
         ends = (each[part] for part in ("difference", "low", "high"))
-        if each["metric"] in DISTANCES:
+        if each["metric"].startswith(DISTANCES):
             numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)
         else:
             numbers = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))

@@ -128,7 +128,7 @@ class Pipeline(DiffusionPipeline):
             vae = load_vae(path / "vae", torch_dtype) if (path / "vae").is_dir() else None
             options = {name: index[name] for name in ("path", "guidance_channels") if name in index}
             return cls(model, scheduler, index.get("class_names", ()), index.get("training"), **options, vae=vae)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
     @property
@@ -248,7 +248,9 @@ class Pipeline(DiffusionPipeline):
             sampler: one of `samplers`, or None for the pipeline's own scheduler.
             guidance_interval, guide: the times at which guidance acts, and a weaker network to guide by; see `models.guidance`.
         """
-        labels = self._check(num_images, class_labels, seed, num_inference_steps, sampler)
+        labels = self.check(num_images, class_labels, seed, num_inference_steps, sampler)
+        if self.device.type == "cpu":  # which would swap where a GPU answers at once; twice for guidance, 4 bytes a number
+            require_memory(num_images * 2 * 4 * self.model.numbers_held, f"{num_images} images at once")
         guidance = Guidance(guidance_scale, guidance_interval, guide, self.config.guidance_channels)
         scheduler = self._scheduler(sampler)  # it has state: each sampling gets its own
         _set_steps(scheduler, num_inference_steps)
@@ -292,15 +294,8 @@ class Pipeline(DiffusionPipeline):
         preview = data_from_prediction(x, prediction, alpha_bar, scheduler.config.prediction_type)
         return output if learned else prediction, preview
 
-    def _check(
-        self,
-        num_images: int,
-        class_labels: int | Sequence[int] | None,
-        seed: int,
-        steps: int,
-        sampler: str | None,
-    ) -> Tensor | None:
-        """Validate a call; returns the labels (N,) or None."""
+    def check(self, num_images: int, class_labels: int | Sequence[int] | None, seed: int, steps: int, sampler: str | None) -> Tensor | None:
+        """Validate what `steps` is to do; returns the labels (N,) or None. ValueError says what is wrong."""
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}; ask for at least 1")
         if not 1 <= steps <= 1000:
@@ -312,8 +307,6 @@ class Pipeline(DiffusionPipeline):
         ddim = sampler == "ddim" or (sampler is None and isinstance(self.scheduler, DDIMScheduler))
         if ddim and steps > 100 and 1000 % steps:  # its steps are whole timesteps, and many rounded ones end far from the data
             raise ValueError(f"num_inference_steps is {steps}; with ddim choose at most 100, 125, 200, 250, 500 or 1000, or take dpm++")
-        if self.device.type == "cpu":  # which would swap where a GPU answers at once; twice for guidance, 4 bytes a number
-            require_memory(num_images * 2 * 4 * self.model.numbers_held, f"{num_images} images at once")
         if class_labels is None:
             return None
         if not self.num_classes:

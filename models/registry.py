@@ -157,7 +157,10 @@ def read_index(path: str | Path) -> dict[str, Any]:
     if not (path / INDEX).is_file():
         hint = "; its first checkpoint is not written yet" if (path / "config.json").is_file() else ""
         raise ValueError(f"{path} is not a checkpoint: it holds no {INDEX}{hint}; give the folder of a run or of a shipped checkpoint")
-    return read_json(path / INDEX)
+    index = read_json(path / INDEX)
+    if not isinstance(index, dict):
+        raise ValueError(f"{path / INDEX} holds a {type(index).__name__}, not names and values; take the file from the original")
+    return index
 
 
 def check_config(kind: type[nn.Module], config: Any) -> None:
@@ -202,7 +205,7 @@ def load_backbone(path: str | Path, ema: bool = True, torch_dtype: torch.dtype =
         kind = backbone_class(index["model"][1])
         check_config(kind, read_json(folder / "config.json"))
         return kind.from_pretrained(folder, torch_dtype=torch_dtype).eval()
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
 

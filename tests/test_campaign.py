@@ -245,10 +245,13 @@ def test_crossings_are_told_seed_by_seed() -> None:
 def test_differences_over_images_are_told(tmp_path: Path) -> None:
     each = {"contender": "decayed", "against": "plain", "difference": 0.012, "low": 0.0031, "high": 0.021, "verdict": "better"}
     drawn = {**each, "metric": "FD", "difference": -5.4321, "low": -6.0, "high": -5.0}
-    (tmp_path / "compared-7.json").write_text(json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}, drawn]))
+    (tmp_path / "compared-7.json").write_text(
+        json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}, drawn, {**drawn, "metric": "FD_infinity"}])
+    )
     told = tables.over_images(tmp_path / "compared-7.json")
     assert "of seed 7" in told[1]
-    assert told[-1] == "- decayed: linear probe: +1.2 [+0.3, +2.1] (better); ridge: +1.2 [+0.3, +2.1] (better); FD: -5.43 [-6, -5] (better)"
+    ours, drawn = "+1.2 [+0.3, +2.1] (better)", "-5.43 [-6, -5] (better)"
+    assert told[-1] == f"- decayed: linear probe: {ours}; ridge: {ours}; FD: {drawn}; FD_infinity: {drawn}"
     assert tables.over_images(tmp_path / "compared-8.json") == []
     (tmp_path / "compared-9.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):

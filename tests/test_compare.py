@@ -14,6 +14,7 @@ from torch import nn
 from eval.extractors import LITE0
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
+from training.objectives import DDPM
 
 ROOT = Path(__file__).parent.parent
 MODULE = runpy.run_path(str(ROOT / "eval" / "compare.py"), run_name="compare")  # a script: nothing imports it
@@ -170,6 +171,8 @@ def test_numbers_of_different_protocols_are_refused(change: dict, message: str, 
 
 def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, script) -> None:
     other_size = tiny(tmp_path / "large", 0, image_size=16)
+    noise = tmp_path / "noise"
+    Pipeline(Pipeline.from_pretrained(pair[0]).model, DDPM().scheduler).save_pretrained(noise)
     number = evaluation(tmp_path / "a.json", 1)
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "torn.json").write_text("{")
@@ -192,6 +195,9 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
         ([pair[0], *reference, "--output", number], "--output"),
         ([pair[0], *reference, "--sweep", "seeds=3"], "--sweep"),
         ([pair[0], *reference, "--guidance_to", 0.8, "--sweep", "steps=1,2"], "do nothing at --guidance_scale 1"),
+        ([pair[0], *reference, "--guidance_from", 0.8, "--guidance_to", 0.2, "--guidance_scale", 2], "the smaller first"),
+        ([pair[0], *reference, "--guide", other_size, "--guidance_scale", 2, "--sweep", "steps=1,2"], "has image_size 16"),
+        ([noise, *reference, "--sweep", "steps=20,150"], "with ddim choose at most 100, 125"),
     ]:
         code, out, err = script(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), (message, out, err)

@@ -1,6 +1,7 @@
 """Paths, samplers, guidance, seeds, saving."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,7 +297,8 @@ def test_folders_that_are_no_checkpoints_are_refused(pipeline: Pipeline, tmp_pat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="first checkpoint is not written yet"):
         Pipeline.from_pretrained(tmp_path)
-    broken = tmp_path / "broken"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pipeline.save_pretrained(whole)
     pipeline.save_pretrained(broken)
     weights = broken / "model/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -306,6 +308,16 @@ def test_folders_that_are_no_checkpoints_are_refused(pipeline: Pipeline, tmp_pat
     (broken / "model_index.json").write_text(json.dumps({**index, "model": ["os", "system"]}))
     with pytest.raises(ValueError, match="no backbone class 'system'"):
         Pipeline.from_pretrained(broken)
+    config = json.loads((whole / "model/config.json").read_text())
+    for file, content, told in (
+        ("model_index.json", "7", "holds a int, not names and values"),
+        ("scheduler/scheduler_config.json", "[]", "cannot be loaded"),
+        ("model/config.json", json.dumps({**config, "num_heads": 0}), "cannot be loaded"),
+    ):
+        damaged = shutil.copytree(whole, tmp_path / file.replace("/", "-"))
+        (damaged / file).write_text(content)
+        with pytest.raises(ValueError, match=told):
+            Pipeline.from_pretrained(damaged)
 
 
 def test_ddim_refuses_numbers_of_steps_that_it_would_round(pipeline: Pipeline) -> None:
