@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from eval.features import ArrayImages
 from eval.generate import SamplingOptions, all_images, check_guidance, check_sampling, generate, label_counts, load_guide
 from eval.intervals import LEVEL, Estimate, difference, verdict
 from eval.judge import COMPARABLE, SAMPLED, Judge, MetricOptions, checkpoint_protocol, reference_words, training_notes
 from eval.metrics import HIGHER_IS_BETTER
+from eval.pictures import save
 from eval.probed import compare_probes, result_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
 from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
-from models.files import Parser, one_line_errors, read_json, require_writable, write_json, written_aside
+from models.files import Parser, one_line_errors, read_json, require_writable, write_json
 from models.pipeline import Pipeline
 from training.data import SPLITS
 from training.options import add_options, option, read_options
@@ -222,8 +224,6 @@ def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 def draw_pareto(path: Path, entries: Sequence[Entry], metric: str) -> None:
     """Distance over cost, and precision over recall where they were asked for: a colour for each contender, its best points joined."""
-    from matplotlib.figure import Figure  # no global state, no display
-
     with_balance = "precision" in entries[0].result["metrics"]
     figure = Figure(figsize=(12 if with_balance else 6, 4), layout="constrained")
     axes = figure.subplots(1, 2 if with_balance else 1, squeeze=False)[0]
@@ -246,8 +246,7 @@ def draw_pareto(path: Path, entries: Sequence[Entry], metric: str) -> None:
     if with_balance:
         axes[1].set(xlabel="recall", ylabel="precision")
     axes[0].legend(frameon=False)
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save(path, figure)
 
 
 def number_rows(entries: Sequence[Entry]) -> list[dict[str, str]]:

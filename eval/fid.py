@@ -45,7 +45,7 @@ from eval.sources import Source, coloured, export_reference, open_source, requir
 from eval.spread import is_main, processes
 from models.files import INDEX, Parser, one_line_errors, require_writable, write_json
 from models.pipeline import MAX_SEED, Pipeline
-from training.data import SPLITS, ImageData, load_images
+from training.data import SPLITS, ImageData, NoSplit, load_images
 from training.options import add_options, option, read_options
 from training.processes import spread_over_cpu_processes
 
@@ -169,7 +169,7 @@ def training_data(pipeline: Pipeline, resolution: int) -> tuple[ImageData, Image
         raise ValueError(f"--memorisation needs the training data, {name}: {error}") from None
     try:
         return train, load_images(name, resolution, "validation", *columns) if split == "train" else None
-    except ValueError:
+    except NoSplit:
         return train, None
 
 

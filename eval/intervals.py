@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import t as student
 
 LEVEL = 0.95
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 HALVES = 50
 
 
@@ -47,9 +48,9 @@ class Estimate:
     def _of_samples(self) -> float:
         return self.spread.std(ddof=1) / len(self.spread) ** 0.5
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Both ends."""
-        reach = NormalDist().inv_cdf((1 + level) / 2) * self.standard_error
+        reach = Z * self.standard_error
         return max(self.limits[0], self.value - reach), min(self.limits[1], self.value + reach)
 
     def as_json(self) -> dict[str, Any]:
@@ -73,11 +74,11 @@ class OfHalves(Estimate):
 class Share(Estimate):
     """A share of the samples, such as a precision: Wilson's interval, which does not shrink to nothing at 0 and 1."""
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Both ends, within [0, 1]."""
-        z, num = NormalDist().inv_cdf((1 + level) / 2), len(self.spread)
-        middle = (self.value + z**2 / (2 * num)) / (1 + z**2 / num)
-        reach = z / (1 + z**2 / num) * math.sqrt(self.value * (1 - self.value) / num + z**2 / (4 * num**2))
+        num = len(self.spread)
+        middle = (self.value + Z**2 / (2 * num)) / (1 + Z**2 / num)
+        reach = Z / (1 + Z**2 / num) * math.sqrt(self.value * (1 - self.value) / num + Z**2 / (4 * num**2))
         return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
@@ -89,11 +90,11 @@ class ShareDifference(Estimate):
     because of the first few on which they do not.
     """
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Both ends, within [-1, 1]."""
         changes, num = np.rint(self.spread + self.value), len(self.spread) + 2  # -1, 0 or 1
         gained, lost = ((int((changes == sign).sum()) + 1) / num for sign in (1, -1))
-        reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((gained + lost - (gained - lost) ** 2) / num)
+        reach = Z * math.sqrt((gained + lost - (gained - lost) ** 2) / num)
         return max(-1.0, gained - lost - reach), min(1.0, gained - lost + reach)
 
 
@@ -132,10 +133,10 @@ def verdict(low: float, high: float, lower_is_better: bool) -> str:
     return "better" if (high < 0) == lower_is_better else "worse"
 
 
-def of_repeats(values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf), level: float = LEVEL) -> dict[str, Any]:
+def of_repeats(values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf)) -> dict[str, Any]:
     """Mean of the numbers of several sampling seeds, and the interval of that mean (Student's t), within the limits."""
     mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-    reach = float(student.ppf((1 + level) / 2, len(values) - 1)) * std / len(values) ** 0.5
+    reach = float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * std / len(values) ** 0.5
     how = f"Student's t over {len(values)} sampling seeds"
     low, high = max(limits[0], mean - reach), min(limits[1], mean + reach)
-    return {"value": mean, "low": low, "high": high, "level": level, "interval": how, "std": std, "repeats": list(values)}
+    return {"value": mean, "low": low, "high": high, "level": LEVEL, "interval": how, "std": std, "repeats": list(values)}

@@ -19,7 +19,7 @@ from eval.linear import held_out_parts
 from eval.measure import SIMILARITY_IMAGES, Labelled, check_labels, draw_share, spread_over
 from models.files import require_memory
 from models.precision import precision
-from training.data import EMBEDDED, ImageData, load_images
+from training.data import EMBEDDED, ImageData, NoSplit, load_images
 from training.options import option
 
 POOLINGS = ("all", "mean", "patches", "class")
@@ -118,9 +118,7 @@ def load_splits(options: DataOptions, resolution: int, seed: int) -> tuple[Image
     if share is None:
         try:
             test = load("validation")
-        except ValueError as error:
-            if "has no split" not in str(error):
-                raise
+        except NoSplit:
             share = TEST_SHARE
         else:
             if test.class_names != train.class_names:

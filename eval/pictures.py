@@ -119,11 +119,10 @@ def draw_cka(path: Path, names: Sequence[str], matrix: np.ndarray, title: str) -
 
 
 def draw_tsne(path: Path, x: Tensor, labels: np.ndarray, class_names: Sequence[str], title: str) -> None:
-    """Features (N, D) of test images in the plane, coloured by class; the first `TSNE_IMAGES`, always the same way."""
+    """Features (N, D) of test images in the plane, coloured by class; always the same way."""
     from sklearn.manifold import TSNE
 
-    x, labels = x[:TSNE_IMAGES].numpy(), labels[:TSNE_IMAGES]
-    points = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
+    points = TSNE(init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x.numpy())
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.subplots()
     present = np.unique(labels)

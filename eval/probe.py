@@ -241,9 +241,8 @@ def patch_maps(encoder: Encoder, data: ImageData, time: float | None, options: L
 @torch.no_grad()
 def reconstruct(encoder: MAEEncoder, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (N, H, W, C), twice: what the autoencoder sees of the images, and what it makes of that. The masks are always the same."""
-    network, images = encoder.network, encoder.reader(data)(np.arange(len(data)))
-    noise = torch.rand(len(images), network.num_patches, generator=torch.Generator().manual_seed(0)).to(images.device)
-    seen, painted = network.reconstruct(images, noise, MASK_RATIO)
+    images = encoder.reader(data)(np.arange(len(data)))
+    seen, painted = encoder.network.reconstruct(images, mask_ratio=MASK_RATIO, generator=torch.Generator().manual_seed(0))
     return to_uint8(seen), to_uint8(painted)
 
 

@@ -15,9 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from scipy.stats import t as student
 
-from eval.intervals import LEVEL, verdict
+from eval.intervals import of_repeats, verdict
 from eval.measure import best_row, shown_k
 from eval.pictures import save
 from models.files import Parser, one_line_errors, read_json, written_aside
@@ -139,9 +138,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[floa
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if len(differences) < 2:
         return None
-    mean, std = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    reach = float(student.ppf((1 + LEVEL) / 2, len(differences) - 1)) * std / math.sqrt(len(differences))
-    return mean, mean - reach, mean + reach
+    found = of_repeats(differences)
+    return found["value"], found["low"], found["high"]
 
 
 def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> int | None:

@@ -105,10 +105,10 @@ class Block(nn.Module):
         return x
 
 
-def sinusoids(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+def sinusoids(t: Tensor, dim: int) -> Tensor:
     """Times (N,) -> float32 (N, D), cosines first; dim is even."""
     # computed anew, in float32: a buffer of frequencies would be rounded with the weights of a bf16 model
-    exponents = -math.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    exponents = -math.log(10_000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
     angles = t[:, None].float() * exponents.exp()  # (N, D/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -116,9 +116,9 @@ def sinusoids(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Time (N,) -> sinusoids -> MLP -> (N, D)."""
 
-    def __init__(self, dim: int, num_sinusoids: int = 256) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(num_sinusoids, dim)
+        self.fc1 = nn.Linear(256, dim)
         self.fc2 = nn.Linear(dim, dim)
         nn.init.normal_(self.fc1.weight, std=0.02)
         nn.init.normal_(self.fc2.weight, std=0.02)

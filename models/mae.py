@@ -172,7 +172,7 @@ class MAE(DecayedModel):
             images: (N, C, H, W).
             noise: (N, T), decides the mask: the patches of the smallest noise stay visible. None draws it uniformly.
             mask_ratio: share of the patches that are hidden; int(T * (1 - mask_ratio)) = V stay visible.
-            generator: on the images' device; what the noise is drawn from.
+            generator: what the noise is drawn from, on its device: a CPU's gives the same masks everywhere.
             return_features: also return the output of every encoder block, a list of (N, 1 + V, D), the class token first.
 
         Returns:
@@ -187,7 +187,7 @@ class MAE(DecayedModel):
         if not 0 < num_visible < t:
             raise ValueError(f"mask_ratio {mask_ratio} leaves {num_visible} of {t} patches visible; some must be, and some not")
         if noise is None:
-            noise = torch.rand(n, t, device=images.device, generator=generator)
+            noise = torch.rand(n, t, device=generator.device if generator else images.device, generator=generator).to(images.device)
         elif noise.shape != (n, t):
             raise ValueError(f"noise has the shape {tuple(noise.shape)}; {n} images of {t} patches need {(n, t)}")
         visible = noise.argsort(dim=1)[:, :num_visible]  # (N, V)

@@ -120,7 +120,7 @@ def create_model(backbone: str, size: str | None = None, alpha_eff: float | None
     row = BACKBONES[backbone]
     if size is not None and size not in row.sizes:
         raise ValueError(f"{backbone} has no size {size!r}; choose from {', '.join(row.sizes)}")
-    backbone_class = row.load()
+    kind = row.load()
     options = {**(row.sizes[size] if size else {}), **{name: value for name, value in options.items() if value is not None}}
     unknown = [name for name in options if not takes(backbone, name)]
     if unknown:
@@ -129,10 +129,10 @@ def create_model(backbone: str, size: str | None = None, alpha_eff: float | None
         if options.get("alpha_min", 1.0) != 1:
             raise ValueError("give alpha_min or alpha_eff, not both")
         with torch.device("meta"):
-            kinds = [shortcut.kind for shortcut in backbone_class(**options).shortcuts]
-        chosen = [kind for kind in kinds if options.get("shortcut_placement", "both") in ("both", kind)]
+            kinds = [shortcut.kind for shortcut in kind(**options).shortcuts]
+        chosen = [each for each in kinds if options.get("shortcut_placement", "both") in ("both", each)]
         options["alpha_min"] = alpha_min_for(len(chosen), alpha_eff, options.get("shortcut_schedule", "linear"))
-    return backbone_class(**options)
+    return kind(**options)
 
 
 def backbone_class(class_name: str) -> type[nn.Module]:

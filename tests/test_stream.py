@@ -72,7 +72,7 @@ def test_streams_share_out_every_image_once_an_epoch_and_draw_a_new_order(stream
 
 def test_a_batch_holds_the_images_with_their_labels(stream: ImageStream) -> None:
     generator = torch.Generator().manual_seed(0)
-    order, seen = stream.order(seed=1, batch_size=8, batches_a_step=2), []
+    order, seen = stream.order(seed=1, batches_a_step=2), []
     for position in range(0, 2 * COUNT, 8):
         batch = stream.batch(order.indices(position, 8), torch.device("cpu"), generator, flip=True)
         found = numbers(((batch["images"].permute(0, 2, 3, 1) + 1) * 127.5).round().numpy())
@@ -85,7 +85,7 @@ def test_a_batch_holds_the_images_with_their_labels(stream: ImageStream) -> None
 
 def test_streams_go_on_where_they_were(stream: ImageStream) -> None:
     """Within the second epoch, whatever was read ahead."""
-    whole, begun, resumed = (stream.order(seed=3, batch_size=5, batches_a_step=2) for _ in range(3))
+    whole, begun, resumed = (stream.order(seed=3, batches_a_step=2) for _ in range(3))
     expected = [numbers(whole.indices(position, 5).images) for position in range(0, 150, 5)]
     for position in range(0, 70, 5):
         begun.indices(position, 5)
@@ -117,7 +117,7 @@ def test_folders_and_archives_stream_as_they_pack(tmp_path: Path) -> None:
         stream = open_stream(str(name), 16, "train", image_column, label_column, shuffle_buffer=100)
         packed = load_images(str(name), 16, "train", image_column, label_column)
         assert stream.class_names == packed.class_names == class_names
-        rows = stream.order(seed=0, batch_size=12, batches_a_step=1).indices(0, 12)
+        rows = stream.order(seed=0, batches_a_step=1).indices(0, 12)
         assert dict(zip(numbers(rows.images), rows.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
         assert dict(zip(numbers(packed.images), packed.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
 
@@ -146,11 +146,11 @@ def test_what_streams_cannot_do_is_told(shards: Path, stream: ImageStream, tmp_p
     (tmp_path / "bad.png").write_bytes(b"no picture")
     broken = open_stream(str(tmp_path), 16, "train", "image", None, 5)
     with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
-        broken.order(0, 2, 1).indices(0, 2)
+        broken.order(0, 1).indices(0, 2)
     with pytest.raises(ValueError, match="an image of some is missing; mend or remove it"):
         replace(broken, name="some").decode({"image": None})
     with pytest.raises(ValueError, match="no images for one of 3 streams"):
-        broken.order(0, 2, 3).indices(4, 2)
+        broken.order(0, 3).indices(4, 2)
 
 
 def test_packing_does_not_hold_the_images(tmp_path: Path) -> None:

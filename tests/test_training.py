@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -23,11 +24,12 @@ from models import Pipeline, create_model, effective_alpha
 from models.files import sha256
 from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment
+from training import train_mae
 from training.checkpoint import alone, checkpoints, find_checkpoint
 from training.command import parse
 from training.data import Order
 from training.ema import EMA
-from training.loop import LoopOptions, check, describe, learning_rate
+from training.loop import FREE_ON_RESUME, LoopOptions, check, describe, learning_rate
 from training.monitor import read_metrics
 from training.objectives import BETA_SCHEDULES, DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
 from training.presets import PRESETS
@@ -670,3 +672,8 @@ def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, r
     assert result.returncode == 2
     assert "does not fit" in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_may_differ_on_resuming_are_options() -> None:
+    names = {field.name for group in (*GROUPS, *train_mae.GROUPS) for field in fields(group)}
+    assert {*names, "preset"} >= FREE_ON_RESUME

@@ -121,8 +121,12 @@ class CroppedData(TrainingData):
     def held(self, device: torch.device) -> Self:
         return replace(self, whole=self.whole.held(device))
 
-    def order(self, seed: int, batch_size: int, batches_a_step: int) -> Order:
-        return self.whole.order(seed, batch_size, batches_a_step)
+    @property
+    def images_fingerprint(self) -> str | None:
+        return self.whole.images_fingerprint
+
+    def order(self, seed: int, batches_a_step: int) -> Order:
+        return self.whole.order(seed, batches_a_step)
 
     def labels_of(self, indices: Any) -> np.ndarray | None:
         return self.whole.labels_of(indices)

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import Parser, anywhere, one_line_errors, read_json, write_json
+from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
@@ -54,7 +54,7 @@ class Run:
         """The command that trains it, but for how long and where to begin."""
         script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
         flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
-        source = "--train_data_dir" if Path(data).is_dir() and not any(Path(data).rglob("*.parquet")) else "--dataset_name"
+        source = "--train_data_dir" if Path(data).is_dir() else "--dataset_name"
         looks = COMPARISONS[self.comparison].looks
         return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *looks, *more]
 
@@ -75,7 +75,7 @@ class Run:
     @property
     def trained(self) -> bool:
         """Whether all steps were taken."""
-        if not (self.folder / "model_index.json").is_file():
+        if not (self.folder / INDEX).is_file():
             return False
         return read_index(self.folder)["training"]["steps"] >= read_json(self.folder / CONFIG)["max_train_steps"]
 

@@ -66,7 +66,9 @@ class ShortcutOptions:
     alpha_eff: float | None = option(
         None, "instead of alpha_min: share of the input that reaches the last layer by shortcuts alone, such as 3e-3"
     )
-    shortcut_schedule: str = option("linear", "how alpha falls", choices=tuple(SCHEDULES))
+    shortcut_schedule: str = option(
+        "linear", "how alpha falls; " + "; ".join(f"{name}: {each.about}" for name, each in SCHEDULES.items()), choices=tuple(SCHEDULES)
+    )
     shortcut_placement: str = option("both", "which sub-layers' shortcuts fade", choices=PLACEMENTS)
     learnable_alpha: bool = option(False, "train the alphas, from the schedule on")
     long_skips: bool | None = option(None, "connect encoder blocks to decoder blocks; on where the backbone can do without")

@@ -30,6 +30,10 @@ IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".spl
 PACKING = 3  # raise it when images are packed differently: cached packs are then made anew
 
 
+class NoSplit(ValueError):
+    """A data set without the split that is asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingData(ABC):
     """What a training reads: a split as batches of samples, which are images, or latents of images (training/latents.py).
@@ -66,7 +70,7 @@ class TrainingData(ABC):
         """How much there is, in words."""
         return f"{len(self):,} images"
 
-    def order(self, seed: int, batch_size: int, batches_a_step: int) -> "Order":
+    def order(self, seed: int, batches_a_step: int) -> "Order":
         """In which order a training sees the samples."""
         return Order(len(self), seed)
 
@@ -290,7 +294,8 @@ def open_dataset(name: str, split: str, streaming: bool = False) -> Any:
     """The split as one `datasets.Dataset`, or `IterableDataset`.
 
     Raises:
-        ValueError: nothing there, or not this split.
+        ValueError: nothing there.
+        NoSplit: not this split.
     """
     import datasets
 
@@ -326,7 +331,7 @@ def open_dataset(name: str, split: str, streaming: bool = False) -> Any:
     for candidate in ("validation", "val", "test") if split == "validation" else (split,):
         if candidate in splits:
             return splits[candidate]
-    raise ValueError(f"{name} has no split {split!r}, only {', '.join(splits)}; choose --split all to use what is there")
+    raise NoSplit(f"{name} has no split {split!r}, only {', '.join(splits)}; choose --split all to use what is there")
 
 
 def _identity(name: str, table: Any) -> Any:

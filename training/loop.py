@@ -186,7 +186,7 @@ def train(
     bare, (model, optimizer) = model, prepare(accelerator, model, optimizer, resolved)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     data = data.held(device)
-    order = data.order(options.seed, batch_size, micro_batches)
+    order = data.order(options.seed, micro_batches)
     stateful = [order] if isinstance(order, Streams) else []
     accelerator.register_for_checkpointing(ema, losses, *stateful)
 

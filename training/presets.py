@@ -119,7 +119,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-_MAE = dict(backbone="mae", lr_scheduler="cosine", adam_beta1=0.9, adam_beta2=0.95, adam_weight_decay=0.05)
+_MAE = dict(backbone="mae", lr_scheduler="cosine")
 _IMAGENET_EPOCH = 1_281_167 / 4096  # steps
 
 MAE_PRESETS: dict[str, Preset] = {
@@ -185,7 +185,6 @@ MAE_PRESETS: dict[str, Preset] = {
         patch_size=16,
         train_batch_size=64,
         gradient_accumulation_steps=8,
-        base_learning_rate=1.5e-4,
         lr_warmup_steps=round(40 * _IMAGENET_EPOCH),
         max_train_steps=round(800 * _IMAGENET_EPOCH),
         checkpointing_steps=2500,

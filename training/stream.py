@@ -66,7 +66,7 @@ class ImageStream(TrainingData):
     def shape(self) -> tuple[int, int, int]:
         return 3, self.resolution, self.resolution
 
-    def order(self, seed: int, batch_size: int, batches_a_step: int) -> "Streams":
+    def order(self, seed: int, batches_a_step: int) -> "Streams":
         return Streams(self, seed, batches_a_step)
 
     def labels_of(self, indices: Rows) -> np.ndarray | None:

@@ -108,9 +108,9 @@ def reconstructions(model: nn.Module, images: Tensor, mask_ratio: float) -> np.n
 
     The masks are the same each time.
     """
-    noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(0))
-    images, noise = images.to(model.device), noise.to(model.device)
-    return to_uint8(torch.stack([images, *model.reconstruct(images, noise, mask_ratio)], dim=1).flatten(0, 1))
+    images = images.to(model.device)
+    seen, painted = model.reconstruct(images, mask_ratio=mask_ratio, generator=torch.Generator().manual_seed(0))
+    return to_uint8(torch.stack([images, seen, painted], dim=1).flatten(0, 1))
 
 
 def quick_probe(data: ImageData, options: MAELoopOptions) -> Callback:
