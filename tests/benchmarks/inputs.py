@@ -37,7 +37,7 @@ class Inputs:
     @property
     def theirs(self) -> str:
         """Words for the opponent of the whole steps."""
-        return f"that of {self.peer.name}" if self.peer else "the published loop's"
+        return f"that of {self.peer.name}" if self.peer else "that of the published loop, rewritten, in fp32"
 
 
 def noise_images(count: int, size_px: int) -> ImageData:
