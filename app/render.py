@@ -26,7 +26,7 @@ def png_url(image: np.ndarray, recipe: dict[str, Any] | None = None) -> str:
 
 
 def stage(frame: Frame) -> str:
-    """The galleries of a comparison, and the handle that the slider view drags."""
+    """The galleries of a comparison, and what some views need: which side, the next one, the handle that is dragged."""
     sides = frame.recipe["checkpoints"]
     galleries = "".join(
         gallery(SIDES[i], side["name"], _kind(side["alpha_min"]), images, frame, i, _own(side))
@@ -34,8 +34,9 @@ def stage(frame: Frame) -> str:
     )
     others = "".join(f'<button type="button" data-second="{side}">{side}</button>' for side in SIDES[1 : len(sides)])
     pick = f'<div class="pick" role="group" aria-label="Compare A with">A with {others}</div>' if len(sides) > 2 else ""
+    flick = '<button type="button" class="flick">Show the next one</button>' if len(sides) > 1 else ""
     divider = '<input class="divider" type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider">' if len(sides) > 1 else ""
-    return f'{pick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
+    return f'{pick}{flick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
 
 
 def empty_stage(has_checkpoints: bool) -> str:
