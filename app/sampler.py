@@ -60,12 +60,6 @@ class PipelineCache:
         self._loaded: OrderedDict[Source, tuple[Any, Pipeline]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._loaded)
-
-    def __contains__(self, source: Source) -> bool:
-        return source in self._loaded
-
     def get(self, source: Source) -> "Pipeline":
         """The pipeline of a checkpoint, on the GPU where there is one.
 
