@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from app.catalog import card, cards, label_index, shared_classes
 from app.sampler import Frame, Frames, sample
-from app.settings import Comparison, Settings, Side, steps_in_words
+from app.settings import NO_LABEL, Comparison, Settings, Side, steps_in_words
 
 SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
-NO_LABEL = "no label"
 MAX_COLUMNS = 12
 MAX_VALUES = 300  # characters
 CELL_PX = 96  # edges of enlarged images come near to that

@@ -10,13 +10,12 @@ from app import recipe as recipes
 from app.catalog import Card
 from app.plots import Line, plot, text
 from app.sampler import Frame
-from app.settings import OWN_SAMPLER, steps_in_words
+from app.settings import NO_LABEL, OWN_SAMPLER, steps_in_words
 from app.votes import Tally
 
 SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
 FEW_IMAGES = 16
-NO_LABEL = "no label"
 OWN_WORDS = {"label": "label", "seed": "seed", "steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
 
 

@@ -7,8 +7,8 @@ import gradio as gr
 
 from app.catalog import Card, card, label_index, shared_classes, variants
 from app.guard import toast
-from app.render import NO_LABEL, SAMPLERS, SIDES
-from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
+from app.render import SAMPLERS, SIDES
+from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, NO_LABEL, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
 from app.site import AS_SENT, AT_ONCE, LATEST, Site, page_errors
 
 FEWEST = 2  # sides that are always there

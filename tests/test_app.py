@@ -23,7 +23,7 @@ from app.catalog import Source
 from app.grid import AXES, draw, plan, sample_grid, varying, words_of
 from app.plots import LEFT, Line, plot
 from app.sampler import Frame, PipelineCache, sample
-from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
+from app.settings import MAX_IMAGES, MAX_SIDES, NO_LABEL, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.settings_panel import SettingsPanel
 from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
@@ -175,7 +175,7 @@ def test_a_side_stays_in_its_place_when_another_ones_checkpoint_is_gone(runs: Pa
     assert [updates[each]["value"] for each in panel.checkpoints] == [PLAIN, None, DECAYED, None]
     assert [updates[each] for each in panel.overrides] == [updates[each]["visible"] for each in panel.groups] == [False, False, True, False]
     assert [updates[each]["visible"] for each in panel.boxes] == [True, True, True, False]
-    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [render.NO_LABEL, *CLASSES]
+    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [NO_LABEL, *CLASSES]
     assert told == ["runs/&lt;gone&gt; is not here any more, so B is empty."]
 
 
@@ -204,16 +204,16 @@ def test_a_label_comes_back_after_checkpoints_that_share_none(two_pairs: Path, m
     no, alike = (False,) * MAX_SIDES, (*PAIR, None, None)
     assert "value" not in updates(alike, no, "squares", "squares")[0], "a label that stays is not sent"
     mixed = updates((OTHERS[0], PAIR[1], None, None), no, "squares", "squares")[0]
-    assert (mixed["choices"], mixed["value"]) == ([render.NO_LABEL], render.NO_LABEL)
+    assert (mixed["choices"], mixed["value"]) == ([NO_LABEL], NO_LABEL)
     assert told == [f"{OTHERS[0]} and {PAIR[1]} share no label, so they are drawn without one."]
-    assert updates((*OTHERS, None, None), no, "squares", render.NO_LABEL)[0]["value"] == "oak"
-    assert updates(alike, no, "squares", render.NO_LABEL)[0]["value"] == "squares"
-    assert "value" not in updates((*OTHERS, None, None), no, render.NO_LABEL, render.NO_LABEL)[0], "none was chosen"
+    assert updates((*OTHERS, None, None), no, "squares", NO_LABEL)[0]["value"] == "oak"
+    assert updates(alike, no, "squares", NO_LABEL)[0]["value"] == "squares"
+    assert "value" not in updates((*OTHERS, None, None), no, NO_LABEL, NO_LABEL)[0], "none was chosen"
     both = updates((*PAIR, *OTHERS), (False, False, True, True), "squares", "squares")
-    assert both[0]["choices"] == [render.NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
+    assert both[0]["choices"] == [NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
     assert [each["value"] for each in both[3:]] == ["oak", "oak"]
     assert panel._begin_own(True, OTHERS[0], "squares")[1]["value"] == "oak"
-    assert panel._begin_own(True, OTHERS[0], render.NO_LABEL)[1]["value"] == render.NO_LABEL
+    assert panel._begin_own(True, OTHERS[0], NO_LABEL)[1]["value"] == NO_LABEL
 
 
 def test_a_side_is_added_that_shares_a_label(two_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
