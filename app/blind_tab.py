@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import card, shared_classes, variants
+from app.catalog import cards_of, shared_classes, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import from_widget, labels_of, relabel
@@ -38,7 +38,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             gr.Dropdown(names, value=sides[i] if i < len(sides) else None, label=label, min_width=200, elem_id=f"blind-{i}")
             for i, label in enumerate(("One checkpoint", "The other"))
         )
-        classes = labels_of([card(name, site.runs) for name in sides])
+        classes = labels_of(cards_of(sides, site.runs))
         label = gr.Dropdown(
             classes, value=classes[min(1, len(classes) - 1)], label="Label of the pictures", min_width=180, elem_id="blind-label"
         )
@@ -58,7 +58,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             if not one or not other:
                 raise ValueError("choose two checkpoints")
             settings = Settings(label=from_widget(label), seed=secrets.randbelow(2**31), num_images=IMAGES)
-            cards = [card(name, site.runs) for name in (one, other)]
+            cards = cards_of((one, other), site.runs)
             if all(each.class_names for each in cards) and not shared_classes(*cards):
                 raise ValueError(f"{one} and {other} share no label, so their pictures tell which is which; choose two that do")
             names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
@@ -98,7 +98,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:
         with page_errors():
-            return relabel([card(name, site.runs) for name in (one, other) if name], label, wanted)
+            return relabel(cards_of(filter(None, (one, other)), site.runs), label, wanted)
 
     def counted() -> tuple[str, str]:
         """The table, and the file to download."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.catalog import card, cards, label_index, shared_classes
+from app.catalog import cards, cards_of, label_index, shared_classes
 from app.sampler import Frame, Frames, sample
 from app.settings import NO_LABEL, Comparison, Settings, Side, steps_in_words
 
@@ -83,7 +83,7 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
 
 def _family_plan(shared: Settings, names: Sequence[str], seeds: int, runs: Path) -> tuple[Any, ...]:
     """What the plan needs beside what was asked: the columns are a family's alphas, the rows seeds."""
-    chosen = [card(name, runs) for name in names]
+    chosen = cards_of(names, runs)
     by_images_seen = sorted(cards(runs).values(), key=lambda each: _number_in(each.training.get("images_seen")))
     alike = (each for each in (*by_images_seen, *reversed(chosen)) if each.family == chosen[0].family)
     family = dict(sorted({each.alpha_min: each.name for each in alike}.items(), reverse=True)[:MAX_COLUMNS])  # the last one stays
@@ -139,7 +139,7 @@ def _number(word: str, axis: str) -> int | float:
 
 
 def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
-    chosen = [card(name, runs) for name in names]
+    chosen = cards_of(names, runs)
     if values.strip() in ("all", ""):
         if not (shared := shared_classes(*chosen)):
             raise ValueError(f"{' and '.join(dict.fromkeys(names))} share no label; choose checkpoints that do, or another axis")

@@ -90,7 +90,8 @@ def test_the_folders_are_looked_through_once_for_all_cards(runs: Path, monkeypat
     monkeypatch.setattr(catalog, "folders", lambda runs: looked.append(runs) or folders(runs))
     assert len(catalog.cards(runs)) >= len(PAIR)
     assert set(catalog.all_results(runs)) >= set(PAIR)
-    assert len(looked) == 2
+    assert [card.name for card in catalog.cards_of(PAIR[::-1], runs)] == [*PAIR[::-1]]
+    assert len(looked) == 3
 
 
 def test_default_pair_is_a_plain_and_a_decayed_one_of_a_family(runs: Path) -> None:
