@@ -12,9 +12,9 @@ from app import render
 from app.catalog import cards_of, shared_classes, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
-from app.settings_panel import from_widget, labels_of, relabel
+from app.settings_panel import Updates, from_widget, labels_of, relabel
 from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors
-from app.studio import DONE, FAILED
+from app.studio import DONE
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import temporary_folder, written_aside
 
@@ -51,7 +51,10 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     tallies = gr.HTML(render.tallies([]), elem_id="tallies", apply_default_css=False)
     export = gr.DownloadButton("All votes as CSV", size="sm", elem_id="votes-csv")
 
-    def ask(one: str, other: str, label: str, voter: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def votable(yes: bool) -> Updates:
+        return dict.fromkeys(buttons, gr.update(interactive=yes))
+
+    def ask(one: str, other: str, label: str, voter: str | None, request: gr.Request) -> tuple[tuple[Ballot, str], str]:
         """A ballot, and the sampling of its pictures."""
         with page_errors():
             voter = voter if isinstance(voter, str) and voter else secrets.token_urlsafe(16)
@@ -68,43 +71,48 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             pair = Comparison(settings, tuple(map(Side, shown)))
             return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
 
-    async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[tuple[Any, ...]]:
+    async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[Updates]:
         with page_errors():
             drawn, id = asked or (None, None)
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False), None, *[gr.update(interactive=False)] * len(buttons)
+        yield {status: render.waiting(0), start: gr.update(interactive=False), shown: None, **votable(False)}
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), *[gr.skip()] * (2 + len(buttons))
+                yield {status: render.waiting(position)}
             elif not frame.done:
-                yield await asyncio.to_thread(unnamed, frame), render.progress(frame), gr.skip(), None, *[gr.skip()] * len(buttons)
-        done = sampling.state == DONE
-        words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
-        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.result), drawn) if done else (gr.skip(), None)
-        yield pictures, render.message(words), gr.update(interactive=True), ballot, *[gr.update(interactive=done)] * len(buttons)
+                yield {stage: await asyncio.to_thread(unnamed, frame), status: render.progress(frame)}
+        end = {status: render.message(sampling.ending), start: gr.update(interactive=True)}
+        if sampling.state == DONE:
+            pictures = await asyncio.to_thread(unnamed, sampling.result)
+            end |= {stage: pictures, status: render.message("Which side is better?"), shown: drawn, **votable(True)}
+        yield end
 
-    def vote(choice: str, ballot: Ballot | None) -> tuple[Any, ...]:
+    def vote(choice: str, ballot: Ballot | None) -> Updates:
         with page_errors():
             if ballot is None:
                 raise ValueError("ask for a pair of pictures first")
             cast = site.votes.vote(ballot.id, choice)
             words = f"Your vote: {CHOICES[cast.choice].lower()}. Left was {_bare(cast.left)}, right was {_bare(cast.right)}."
-            return render.message(words), *counted(), *[gr.update(interactive=False)] * len(buttons)
+            return {status: render.message(words), **counted(), **votable(False)}
 
-    def refresh(*chosen: str | None) -> tuple[Any, ...]:
+    def refresh(one_now: str | None, other_now: str | None) -> Updates:
+        """Runs come and go."""
         known = list(variants(site.runs))
         with page_errors():
-            return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
+            updates = counted()
+        for widget, name in ((one, one_now), (other, other_now)):
+            updates[widget] = gr.update(choices=known, value=name if name in known else None)
+        return updates
 
     def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:
         with page_errors():
             return relabel(cards_of(filter(None, (one, other)), site.runs), label, wanted)
 
-    def counted() -> tuple[str, str]:
+    def counted() -> Updates:
         """The table, and the file to download."""
         with csv_lock, written_aside(csv_file) as aside:  # written aside by one visitor at a time
             aside.write_text(site.votes.to_csv(), encoding="utf-8")
-        return render.tallies(site.votes.tallies()), str(csv_file)
+        return {tallies: render.tallies(site.votes.tallies()), export: str(csv_file)}
 
     start.click(ask, [one, other, label, voter], [asked, voter], **AS_SENT).success(
         watch, asked, [stage, status, start, shown, *buttons], **WATCHING

@@ -277,6 +277,14 @@ def cards_of(names: Iterable[str], runs: Path) -> list[Card]:
     return [_card(name, _in(known, name)) for name in names]
 
 
+def card_if_whole(name: str, known: Mapping[str, Source]) -> Card | None:
+    """The card of one of `variants`; None where it is not among them any more, or damaged."""
+    try:
+        return _card(name, known[name])
+    except (KeyError, ValueError):
+        return None
+
+
 def _card(name: str, source: Source) -> Card:
     """Of weights that were found already."""
     try:
@@ -310,14 +318,13 @@ def _training(source: Source, newest: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def results(name: str, runs: Path) -> list[dict[str, Any]]:
+def results(card: Card) -> list[dict[str, Any]]:
     """What a checkpoint's `eval/*.json` say: "metric", "value" and their protocol. None for other weights than the newest."""
-    folder = folders(runs).get(name)
-    return _results(folder) if folder else []
+    return _results(card.source.folder) if card.source.is_newest else []
 
 
 def all_results(runs: Path) -> dict[str, list[dict[str, Any]]]:
-    """`results` of everything that has an index."""
+    """The same of everything that has an index."""
     return {name: _results(folder) for name, folder in folders(runs).items()}
 
 

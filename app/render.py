@@ -1,7 +1,7 @@
 """Images and facts -> HTML. Every text from outside passes through `text`."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,23 +185,25 @@ def facts_table(titles: Sequence[str], rows: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------------- cards
 
 
-def table(cards: Sequence[Card], results: Sequence[Sequence[dict[str, Any]]]) -> str:
+def table(cards: Mapping[str, Card], results: Sequence[Sequence[dict[str, Any]]]) -> str:
     """The cards of checkpoints as one table; rows in which they differ stand out.
 
     Args:
+        cards: by the letters of their sides.
         results: of each checkpoint, see `catalog.results`.
     """
     if not cards:
         return ""
     heads = "".join(
-        f'<th scope="col"><span class="letter" data-side="{side}">{side}</span> {text(card.name)}</th>'
-        for side, card in zip(SIDES, cards, strict=False)
+        f'<th scope="col"><span class="letter" data-side="{side}">{side}</span> {text(card.name)}</th>' for side, card in cards.items()
     )
     rows = []
-    for fact, values in zip(FACTS, zip(*map(_facts, cards), strict=True), strict=True):
+    facts = [_facts(card) for card in cards.values()]
+    for fact in facts[0]:
+        values = [each[fact] for each in facts]
         differs = ' class="differs"' if len(set(values)) > 1 else ""
         rows.append(_row(fact, values, differs))
-    rows.append(_row("α by depth", [_alpha_curve(card, i) for i, card in enumerate(cards)]))
+    rows.append(_row("α by depth", [_alpha_curve(card, SIDES.index(side)) for side, card in cards.items()]))
     rows.append(
         _row("Results", ["".join(f'<p class="result">{result_words(each)}</p>' for each in found) or "none yet" for found in results])
     )
@@ -217,41 +219,28 @@ def _alpha_curve(card: Card, colour: int) -> str:
     return plot([Line("", range(1, len(card.alphas) + 1), card.alphas, colour)], "α of each sub-layer", "sub-layer", low=0.0)
 
 
-FACTS = (
-    "α<sub>min</sub>",
-    "Shortcuts",
-    "α<sub>eff</sub>",
-    "Backbone",
-    "Parameters",
-    "Images",
-    "Labels",
-    "Trained on",
-    "Steps of the last training",
-    "Images seen in all",
-    "Weights",
-)
-
-
-def _facts(card: Card) -> tuple[str, ...]:
+def _facts(card: Card) -> dict[str, str]:
+    """Title -> HTML."""
     config, training = card.config, card.training
     depth = (
         f"{config['depth']} blocks of width {config['dim']}" if "depth" in config else f"widths {', '.join(map(str, config['channels']))}"
     )
     patch = f", patch {config['patch_size']}" if "patch_size" in config else ""
     skips = "long skips" if config.get("long_skips", True) else "no long skips"
-    return (
-        "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
-        text(card.shortcuts),
-        f"{card.alpha_eff:.2g}",
-        text(f"{card.backbone}, {depth}{patch}, {skips}"),
-        f"{card.num_parameters / 1e6:.2f} M",
-        text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
-        f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
-        text(training.get("data", "unknown")),
-        count(training.get("steps")),
-        count(training.get("images_seen")),
-        "averaged (EMA)" if card.averaged else "as trained",
-    )
+    edge = config["image_size"]
+    return {
+        "α<sub>min</sub>": "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
+        "Shortcuts": text(card.shortcuts),
+        "α<sub>eff</sub>": f"{card.alpha_eff:.2g}",
+        "Backbone": text(f"{card.backbone}, {depth}{patch}, {skips}"),
+        "Parameters": f"{card.num_parameters / 1e6:.2f} M",
+        "Images": text(f"{edge} × {edge} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
+        "Labels": f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
+        "Trained on": text(training.get("data", "unknown")),
+        "Steps of the last training": count(training.get("steps")),
+        "Images seen in all": count(training.get("images_seen")),
+        "Weights": "averaged (EMA)" if card.averaged else "as trained",
+    }
 
 
 def count(value: Any) -> str:

@@ -60,6 +60,11 @@ class Sampling:
         return self.frame
 
     @property
+    def ending(self) -> str:
+        """How it ended, for the status line of the visitor."""
+        return {DONE: "Done.", FAILED: self.message}.get(self.state, "Stopped.")
+
+    @property
     def unwanted(self) -> bool:
         """Stopped by its visitor, or left alone."""
         return self.stop_asked or (not self.lasting and time.monotonic() - self.seen_at > GIVEN_UP_S)

@@ -1,13 +1,14 @@
 """What stands behind the page, as functions: catalogue, settings, sampling, queue, recipes, grids."""
 
 import asyncio
+import io
 import json
 import os
 import re
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from app.settings import MAX_IMAGES, MAX_SIDES, NO_LABEL, OWN_SAMPLER, RANDOM_SE
 from app.settings_panel import SettingsPanel
 from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
+from app.ui import build
 from app.votes import Votes
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
@@ -68,7 +70,7 @@ def test_every_kind_of_checkpoint_is_shown_and_sampled(
     shutil.copytree(runs / "tiny-plain", tmp_path / "tiny-plain")
     images = last_images(tmp_path, "runs/other", "runs/tiny-plain")
     assert images[0].shape == images[1].shape == (3, 16, 16, 3)
-    page = render.table([catalog.card("runs/other", tmp_path), catalog.card("runs/tiny-plain", tmp_path)], [[], []])
+    page = render.table({"A": catalog.card("runs/other", tmp_path), "B": catalog.card("runs/tiny-plain", tmp_path)}, [[], []])
     assert ("attention only" if backbone == "unet" else "learned") in page and "1 (plain)" in page
     assert catalog.card("runs/other", tmp_path).alpha_eff == pytest.approx(float(np.prod(model.alphas)))
 
@@ -166,18 +168,60 @@ def test_labels_by_name_and_number(runs: Path) -> None:
             catalog.label_index(card, label)
 
 
-def test_a_side_stays_in_its_place_when_another_ones_checkpoint_is_gone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def panel_of(runs: Path) -> SettingsPanel:
+    with gr.Blocks():
+        return SettingsPanel(Site(runs, None, Votes(runs)), None)
+
+
+class Browser(dict):
+    """The values of a panel's widgets, as a browser keeps them while updates come."""
+
+    def __init__(self, panel: SettingsPanel) -> None:
+        super().__init__({widget: getattr(widget, "value", None) for widget in panel.outputs})
+        self.panel = panel
+
+    def take(self, updates: dict) -> "Browser":
+        assert updates.keys() <= set(self.panel.outputs)
+        for widget, update in updates.items():
+            if not isinstance(update, dict):
+                self[widget] = update
+            elif "value" in update:
+                self[widget] = update["value"]
+        return self
+
+
+def test_what_is_gone_or_damaged_is_left_out_and_the_others_move_up(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Warning", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(runs, None, Votes(runs)), None)
-    filled = panel.fill(Comparison(Settings(), (Side(PLAIN), Side("runs/<gone>"), Side(DECAYED, {"steps": 6}))))
-    updates = dict(zip(panel.outputs, filled, strict=True))
-    assert [updates[each]["value"] for each in panel.checkpoints] == [PLAIN, None, DECAYED, None]
-    assert [updates[each] for each in panel.overrides] == [updates[each]["visible"] for each in panel.groups] == [False, False, True, False]
-    assert [updates[each]["visible"] for each in panel.boxes] == [True, True, True, False]
-    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [NO_LABEL, *CLASSES]
-    assert told == ["runs/&lt;gone&gt; is not here any more, so B is empty."]
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    shutil.copytree(own / "tiny-plain", own / "damaged")
+    (own / "damaged/model/config.json").unlink()
+    panel = panel_of(own)
+    asked = Side(PLAIN), Side("runs/<gone>"), Side("runs/damaged"), Side(DECAYED, {"steps": 6})
+    updates = panel.fill(Comparison(Settings(), asked))
+    assert updates.keys() == set(panel.outputs)
+    assert [updates[side.checkpoint]["value"] for side in panel.sides] == [PLAIN, DECAYED, None, None]
+    overridden = [False, True, False, False]
+    assert [updates[side.override] for side in panel.sides] == [updates[side.group]["visible"] for side in panel.sides] == overridden
+    assert [updates[side.box]["visible"] for side in panel.sides] == [True, True, False, False] and not updates[panel.remove]["visible"]
+    assert updates[panel.sides[1].own["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [NO_LABEL, *CLASSES]
+    assert told == ["runs/&lt;gone&gt; is not here any more, so it is left out.", "runs/damaged is damaged, so it is left out."]
+    read = panel.read(Browser(panel).take(updates))
+    assert [side.checkpoint for side in read.sides] == [PLAIN, DECAYED] and read.of(read.sides[1]).steps == 6
+
+
+def test_letters_of_the_widgets_are_those_that_are_drawn(runs: Path) -> None:
+    panel = panel_of(runs)
+    values = Browser(panel).take(panel.fill(Comparison.of_names([*PAIR, PLAIN, DECAYED])))
+    assert list(panel.cards(values)) == list("ABCD")
+    for letter, names in (("D", [*PAIR, PLAIN]), ("C", [*PAIR])):
+        assert values[panel.remove] == f"Remove {letter}"
+        assert [side.checkpoint for side in panel.read(values.take(panel._remove(values))).sides] == names
+    assert panel._remove(values)[panel.remove]["visible"] is False, "two stay"
+    values[panel.sides[0].checkpoint] = None
+    assert panel.cards(values)["B"].name == DECAYED
+    with pytest.raises(ValueError, match="checkpoint A is empty; choose one there"):
+        panel.read(values)
 
 
 @pytest.fixture
@@ -196,11 +240,15 @@ OTHERS = ("runs/other-plain", "runs/other-decayed")
 def test_a_label_comes_back_after_checkpoints_that_share_none(two_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Info", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
+    panel = panel_of(two_pairs)
 
     def updates(names: tuple, overrides: tuple, wanted: str, label: str) -> list[dict]:
-        return panel.label_updates([*names, *overrides, wanted, label, *["squares"] * MAX_SIDES])
+        values = {panel.wanted: wanted, **dict.fromkeys(panel.labels, "squares"), panel.shared["label"]: label}
+        for side, name, overridden in zip(panel.sides, names, overrides, strict=True):
+            values |= {side.checkpoint: name, side.override: overridden}
+        assert values.keys() == {*panel.choices}
+        found = panel.label_updates(panel.cards(values), values)
+        return [found[widget] for widget in panel.labels]
 
     no, alike = (False,) * MAX_SIDES, (*PAIR, None, None)
     assert "value" not in updates(alike, no, "squares", "squares")[0], "a label that stays is not sent"
@@ -213,32 +261,34 @@ def test_a_label_comes_back_after_checkpoints_that_share_none(two_pairs: Path, m
     both = updates((*PAIR, *OTHERS), (False, False, True, True), "squares", "squares")
     assert both[0]["choices"] == [NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
     assert [each["value"] for each in both[3:]] == ["oak", "oak"]
-    assert panel._begin_own(True, OTHERS[0], "squares")[1]["value"] == "oak"
-    assert panel._begin_own(True, OTHERS[0], NO_LABEL)[1]["value"] == NO_LABEL
+    values = Browser(panel).take({panel.sides[1].checkpoint: OTHERS[0], panel.sides[1].override: True, panel.shared["steps"]: 7})
+    for label, begun in (("squares", "oak"), (NO_LABEL, NO_LABEL)):
+        values[panel.shared["label"]] = label
+        own = panel._begin_own(panel.sides[1], values)
+        assert own[panel.sides[1].own["label"]]["value"] == begun and own[panel.sides[1].own["steps"]] == 7
 
 
 def test_a_side_is_added_that_shares_a_label(two_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Info", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
+    panel = panel_of(two_pairs)
 
     def added(*names: str | None) -> str:
-        found = panel._add(*names, *[None] * (MAX_SIDES - len(names)))
-        return found[MAX_SIDES + len(names)]["value"]
+        found = panel._add({**dict.fromkeys(panel.checkpoints), **dict(zip(panel.checkpoints, names, strict=False))})
+        side = panel.sides[len(names)]
+        assert found[side.box]["visible"] and found[panel.remove]["value"] == f"Remove {panel.sides[max(1, len(names))].letter}"
+        return found[side.checkpoint]["value"]
 
     assert added(OTHERS[0]) == OTHERS[1] and not told
     assert added(*OTHERS) == OTHERS[0] and "once more" in told[0]
 
 
 def test_both_pairs_come_back_with_a_label_each(two_pairs: Path) -> None:
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
-    asked = Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "oak"})))
-    updates = dict(zip(panel.outputs, panel.fill(asked), strict=True))
+    panel = panel_of(two_pairs)
+    updates = panel.fill(Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "oak"}))))
     assert updates[panel.shared["label"]]["value"] == updates[panel.wanted] == "squares"
-    assert updates[panel.own[1]["label"]]["value"] == "oak"
-    numbered = dict(zip(panel.outputs, panel.fill(Comparison(Settings(label="1"), (Side(PLAIN),))), strict=True))
+    assert updates[panel.sides[1].own["label"]]["value"] == "oak"
+    numbered = panel.fill(Comparison(Settings(label="1"), (Side(PLAIN),)))
     assert numbered[panel.shared["label"]]["value"] == "squares", "programs may give a number"
 
 
@@ -252,8 +302,15 @@ def test_a_grid_over_labels_needs_some(two_pairs: Path) -> None:
         plan(asked(PLAIN, OTHERS[0], label=None), "label", "all", two_pairs)
 
 
+def test_the_table_keeps_letters(two_pairs: Path) -> None:
+    few, many = catalog.card(PLAIN, two_pairs), replace(catalog.card(OTHERS[0], two_pairs), class_names=("oak", "elm", "ash", "<i>", "fir"))
+    page = render.table({"B": few, "D": many}, [[], []])
+    assert [each in page for each in ('data-side="A"', 'data-side="B"', 'data-side="D"')] == [False, True, True]
+    assert page.count('class="differs"') == 1, "the labels"
+
+
 def test_names_from_outside_stay_text(runs: Path) -> None:
-    html = render.table([catalog.card(PLAIN, runs)] * 2, [[], []])
+    html = render.table(dict.fromkeys("AB", catalog.card(PLAIN, runs)), [[], []])
     assert "<b>" not in html and "{" not in html and "$" not in html
 
 
@@ -443,8 +500,6 @@ def png_with(text: str | None = None, **chunks: bytes) -> bytes:
         info.add_text(recipe.KEY, text)
     for name, data in chunks.items():
         info.add(name.encode(), data)
-    import io
-
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png", pnginfo=info)
     return file.getvalue()
@@ -578,6 +633,52 @@ def test_the_page_offers_every_axis_and_names_every_sampler() -> None:
 
     assert tuple(offered) == AXES
     assert list(render.SAMPLERS) == [OWN_SAMPLER, *SAMPLER_NAMES]
+
+
+# ------------------------------------------------------------------------------------------------------- the page's handlers
+
+
+class Handlers:
+    """The functions behind a page's widgets, called as Gradio calls them."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.page = site, build(site)
+
+    def widget(self, id: str) -> gr.components.Component:
+        return next(block for block in self.page.blocks.values() if block.elem_id == id)
+
+    def find(self, name: str, output: str) -> Callable:
+        """By its name, and the id of a widget that it writes."""
+        return next(each.fn for each in self.page.fns.values() if each.name == name and self.widget(output) in each.outputs)
+
+    def watched(self, output: str, *values: object) -> list[dict]:
+        """All that a watcher sends."""
+
+        async def gather() -> list[dict]:
+            return [news async for news in self.find("watch", output)(*values)]
+
+        return asyncio.run(gather())
+
+
+@pytest.fixture
+def handlers(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Handlers:
+    """Of a page over the tiny pair alone."""
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    return Handlers(Site(own, None, Votes(own)))
+
+
+def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    kept = {"settings": asked().as_json(), "shown": None}
+    (handlers.site.runs / "tiny-decayed/model/config.json").unlink()
+    filled = handlers.find("load", "checkpoint-a")(kept, "slider")
+    assert [filled[handlers.widget(f"checkpoint-{letter}")]["value"] for letter in "ab"] == [PLAIN, None]
+    assert filled[handlers.widget("view")] == "slider" and filled[handlers.widget("seed")] == 5
+    assert told == [f"{DECAYED} is damaged, so it is left out."]
 
 
 # -------------------------------------------------------------------------------------------------------------- the queue
