@@ -96,12 +96,13 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             return {status: render.message(words), **counted(), **votable(False)}
 
     def refresh(one_now: str | None, other_now: str | None) -> Updates:
-        """Runs come and go."""
+        """Runs come and go. What stays chosen is not sent: a newer choice would snap back."""
         known = list(variants(site.runs))
         with page_errors():
             updates = counted()
         for widget, name in ((one, one_now), (other, other_now)):
-            updates[widget] = gr.update(choices=known, value=name if name in known else None)
+            gone = {"value": None} if name not in known else {}
+            updates[widget] = gr.update(choices=known, **gone)
         return updates
 
     def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:

@@ -234,10 +234,11 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     filled.append(page.load(load, [kept, kept_view], [*restored, stage, view], **QUIET))
     for event in filled:
         follow(event)
+    in_turn = dict(concurrency_id="cards")  # both write the table, and what was asked for last is to stay
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
-        event(look_at_cards, {*panel.checkpoints}, table, **AS_SENT)
+        event(look_at_cards, {*panel.checkpoints}, table, **AS_SENT, **in_turn)
     # runs come and go
     tab.select(lambda: dict.fromkeys(panel.checkpoints, gr.update(choices=panel.known())), None, panel.checkpoints, **AT_ONCE)
-    panel.when_chosen(choose, {*panel.choices}, [table, *panel.labels], **LATEST)
+    panel.when_chosen(choose, {*panel.choices}, [table, *panel.labels], **LATEST, **in_turn)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(lambda view: view, view, kept_view, **{**AT_ONCE, "trigger_mode": "always_last"})

@@ -681,6 +681,18 @@ def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back
     assert told == [f"{DECAYED} is damaged, so it is left out."]
 
 
+def test_what_stays_chosen_in_the_blind_test_is_not_sent(handlers: Handlers) -> None:
+    one, other = (handlers.widget(f"blind-{i}") for i in range(2))
+    found = handlers.find("refresh", "tallies")(PLAIN, "runs/gone")
+    assert "value" not in found[one] and found[other]["value"] is None
+    assert found[one]["choices"] == found[other]["choices"] == [*sorted(PAIR)]
+
+
+def test_both_that_write_the_table_of_cards_take_turns(handlers: Handlers) -> None:
+    writers = [each for each in handlers.page.fns.values() if handlers.widget("table") in each.outputs]
+    assert {each.name for each in writers} == {"look_at_cards", "choose"} and len({each.concurrency_id for each in writers}) == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- the queue
 
 
