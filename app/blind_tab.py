@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -28,7 +29,6 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
     asked = gr.State(None)  # (ballot, id of the sampling), which stay on this side
     shown = gr.State(None)  # the ballot whose finished pictures are on the page: votes are about these
-    csv_file = temporary_folder() / "votes.csv"
     csv_lock = threading.Lock()
     names = list(variants(site.runs))
     gr.Markdown("Two checkpoints draw from the same noise, on sides that are drawn by lot. Vote, and their names are shown.")
@@ -50,6 +50,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         buttons = [gr.Button(words, interactive=False, min_width=120, elem_id=f"vote-{i}") for i, words in enumerate(CHOICES.values())]
     tallies = gr.HTML(render.tallies([]), elem_id="tallies", apply_default_css=False)
     export = gr.DownloadButton("All votes as CSV", size="sm", elem_id="votes-csv")
+    csv_file = temporary_folder(Path(export.GRADIO_CACHE)) / "votes.csv"  # of files elsewhere Gradio keeps a copy of every version
 
     def votable(yes: bool) -> Updates:
         return dict.fromkeys(buttons, gr.update(interactive=yes))
@@ -122,7 +123,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
     label.input(lambda label: label, label, wanted, **LATEST)
     gr.on([one.input, other.input], labels, [one, other, label, wanted], label, **LATEST)
-    gr.on([page.load, tab.select], refresh, [one, other], [one, other, tallies, export], **AS_SENT)
+    tab.select(refresh, [one, other], [one, other, tallies, export], **AS_SENT)
 
 
 def unnamed(frame: Frame) -> str:
