@@ -59,10 +59,12 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:
                 yield {status: render.progress(frame) if frame else render.waiting(position)}
-        end = {status: render.message(sampling.ending), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        told = [sampling.ending]
+        end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
         if sampling.state == DONE:
+            told += sampling.about.notes
             end[picture] = await asyncio.to_thread(show, sampling.about, sampling.result)
-        yield end
+        yield {**end, status: render.message(" ".join(told))}
 
     clears([start.click], status)
     busy = start.click(ask, {axis, values, *panel.inputs}, id, **AS_SENT)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from app import catalog, recipe, render
 from app.catalog import Source
-from app.grid import AXES, draw, plan, sample_grid, varying, words_of
+from app.grid import AXES, MAX_COLUMNS, draw, plan, sample_grid, varying, words_of
 from app.plots import LEFT, Line, plot
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, NO_LABEL, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
@@ -563,6 +563,28 @@ def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str)
     with pytest.raises(ValueError) as error:
         plan(asked(), axis, values, runs)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_tells_what_it_leaves_out(runs: Path, tmp_path: Path) -> None:
+    overridden = Comparison(asked().shared, (Side(PLAIN), Side(DECAYED, {"steps": 6})))
+    assert plan(overridden, "label", "all", runs).notes == ("Settings of a checkpoint's own are left out.",)
+    assert plan(Comparison(asked().shared, (Side(PLAIN, {"steps": asked().shared.steps}),)), "seed", "2", runs).notes == ()
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    for i in range(MAX_COLUMNS):
+        copy = shutil.copytree(own / "tiny-decayed", own / f"copy-{i}")
+        config = copy / "model/config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "alpha_min": 0.1 + i / 100}))
+    for name in ("tiny-plain", "tiny-decayed"):
+        for file, changes in ((INDEX, {"class_names": [*map(str, range(99))]}), ("model/config.json", {"num_classes": 99})):
+            path = own / name / file
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    labels = plan(asked(label=None), "label", "all", own)
+    assert len(labels.columns) == MAX_COLUMNS and labels.notes == ("These are the first 12 of 99 labels.",)
+    family = plan(asked("runs/copy-0"), "alpha_min", "1", own)
+    assert not family.notes, "there are no more"
+    shutil.copytree(runs / "tiny-plain", own / "plain-again")
+    family = plan(asked("runs/copy-0"), "alpha_min", "1", own)
+    assert len(family.columns) == MAX_COLUMNS and family.notes == ("These are the first 12 of 13 values of alpha_min.",)
 
 
 def test_names_between_commas_may_have_quotes_and_commas_themselves() -> None:
