@@ -99,7 +99,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         painting[visitor] = sampling
         try:
             if sampling.state in (WAITING, RUNNING):  # else the buttons would change twice at once, and the browser may mix that up
-                yield {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
+                yield {start: gr.update(interactive=False), stop: gr.update(interactive=not sampling.lasting)}
             async for state, frame, position in site.studio.watch(sampling):
                 going = state in (WAITING, RUNNING)
                 told = (on_the_way, frame, position) if going else (at_the_end, sampling, file)
@@ -140,7 +140,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         watched.success(remember, [shown, kept_history], [kept_history, history], **several, **QUIET)
 
     follow(start.click(ask, {kept, *panel.inputs}, [shown, kept], **AS_SENT))
-    stop.click(site.studio.stop, shown, None, **AT_ONCE)
+    stop.click(site.studio.leave, shown, None, **AT_ONCE)
 
     # --------------------------------------------------------------------------------------------------------- bring it back
 

@@ -136,7 +136,7 @@ class Studio:
                 sampling.state = STOPPED
 
     def leave(self, id: Any) -> None:
-        """Stop a sampling whose visitor turned to another one; what was not asked for by a visitor goes on."""
+        """Stop a sampling for a visitor that it is not wanted by any more; one that nobody asked for is for all, and goes on."""
         sampling = self.find(id)
         if sampling is not None and not sampling.lasting:
             self.stop(id)

@@ -9,6 +9,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,29 @@ def test_the_greeting_shows_the_pair_that_comes_first_now(runs: Path, tmp_path: 
     new = site.welcome
     assert new and new.about == site.first_comparison() and new.about.sides[1].checkpoint == "runs/longer" and new.lasting > old.lasting
     wait_for(lambda: new.over)
+
+
+def test_a_greeting_is_the_same_for_all_is_not_left_and_tried_again_when_it_fails(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "PRETRAINED", runs / "none")
+    works = []
+    monkeypatch.setattr("app.site.sample", lambda *_: works.append(Work(9)) or works[-1]())
+    site = Site(runs, None, Votes(runs))
+    site.prepare()
+    first = site.welcome
+    wait_for(lambda: first.frame)
+    site.studio.leave(first.id)
+    assert site.welcome is first and not first.unwanted
+    works[0].error = ValueError("the disk was full")
+    works[0].go.set()
+    wait_for(lambda: first.over)
+    with ThreadPoolExecutor(8) as visitors:
+        found = {each.id: each for each in visitors.map(lambda _: site.welcome, range(16))}
+    (second,) = found.values()
+    assert (first.state, first.lasting, second.lasting) == (FAILED, False, True) and second is not first
+    wait_for(lambda: second.frame)
+    works[1].go.set()
+    wait_for(lambda: second.over)
+    assert second.state == DONE and site.welcome is second
 
 
 @pytest.mark.parametrize(
@@ -701,6 +725,20 @@ def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back
     assert [filled[handlers.widget(f"checkpoint-{letter}")]["value"] for letter in "ab"] == [PLAIN, None]
     assert filled[handlers.widget("view")] == "slider" and filled[handlers.widget("seed")] == 5
     assert told == [f"{DECAYED} is damaged, so it is left out."]
+
+
+def test_nobody_can_stop_the_greeting_that_all_see(handlers: Handlers) -> None:
+    stop, long = handlers.widget("stop"), asked(steps=200)
+    press_stop = next(each.fn for each in handlers.page.fns.values() if (stop._id, "click") in each.targets)
+    greeting, own = (
+        handlers.site.studio.ask(lambda: sample(long, handlers.site.runs), who, long, lasting=who == "the page itself")
+        for who in ("the page itself", "me")
+    )
+    for each in (greeting, own):
+        press_stop(each.id)
+    begun, *_ = handlers.watched("stage", greeting.id, None, gr.Request(session_hash="me"))
+    assert begun[stop]["interactive"] is False, "it would do nothing"
+    assert (greeting.state, own.state) == (DONE, STOPPED)
 
 
 def test_what_stays_chosen_in_the_blind_test_is_not_sent(handlers: Handlers) -> None:
