@@ -14,7 +14,7 @@ from app.catalog import cards_of, shared_classes, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import Updates, from_widget, labels_of, relabel
-from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors
+from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors, sent
 from app.studio import DONE
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import temporary_folder, written_aside
@@ -81,7 +81,9 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             if frame is None:
                 yield {status: render.waiting(position)}
             elif not frame.done:
-                yield {stage: await asyncio.to_thread(unnamed, frame), status: render.progress(frame)}
+                preview = await asyncio.to_thread(unnamed, frame)
+                yield {stage: preview, status: render.progress(frame)}
+                await sent(preview)
         end = {status: render.message(sampling.ending), start: gr.update(interactive=True)}
         if sampling.state == DONE:
             pictures = await asyncio.to_thread(unnamed, sampling.result)

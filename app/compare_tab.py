@@ -17,7 +17,7 @@ from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
 from app.settings_panel import SettingsPanel, Updates, Values
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors, sent
 from app.studio import DONE, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
@@ -107,6 +107,8 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
                 if painting.get(visitor) is not sampling:
                     break
                 yield news
+                if going:
+                    await sent(news.get(stage))
             yield gr.skip()  # Gradio sends what was yielded last once more at the end
         finally:
             if painting.get(visitor) is sampling:

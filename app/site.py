@@ -1,5 +1,6 @@
 """What all tabs of the page share."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -24,6 +25,7 @@ AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseco
 AS_SENT: dict[str, Any] = dict(**QUIET, preprocess=False)
 LATEST: dict[str, Any] = dict(**AS_SENT, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
 WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
+LINK_BYTES_PER_S = 2e6  # of a visitor; slower ones get old previews late
 
 
 @dataclass(eq=False)
@@ -84,6 +86,12 @@ def clears(events: Sequence[Any], told: gr.HTML) -> None:
     To be declared before what the events do otherwise: in this order they happen.
     """
     gr.on(events, None, None, told, js=f"() => {json.dumps(render.message(''))}", **AT_ONCE)
+
+
+async def sent(preview: str | None) -> None:
+    """Wait as long as a preview takes on its way: Gradio keeps all that is yielded until the browser has it, so the rest would pile up."""
+    if preview:
+        await asyncio.sleep(len(preview) / LINK_BYTES_PER_S)
 
 
 @contextlib.contextmanager

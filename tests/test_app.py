@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -725,6 +726,22 @@ def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back
     assert [filled[handlers.widget(f"checkpoint-{letter}")]["value"] for letter in "ab"] == [PLAIN, None]
     assert filled[handlers.widget("view")] == "slider" and filled[handlers.widget("seed")] == 5
     assert told == [f"{DECAYED} is damaged, so it is left out."]
+
+
+def test_previews_come_no_faster_than_a_link_takes_them(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, slow_link = handlers.site, 50_000
+    monkeypatch.setattr("app.site.LINK_BYTES_PER_S", slow_link)
+    pair = asked(num_images=16, steps=100)
+    ballot = site.votes.new_ballot(PAIR, {"seed": 5}, "anna")
+    for output, values in {
+        "stage": lambda id: (id, None, gr.Request(session_hash="me")),
+        "blind-stage": lambda id: ((ballot, id),),
+    }.items():
+        began = time.monotonic()
+        sent = handlers.watched(output, *values(site.studio.ask(lambda: sample(pair, site.runs), "me", pair).id))
+        previews = [len(news.get(handlers.widget(output), "")) for news in sent[: -2 if output == "stage" else -1]]
+        assert max(previews) > 10_000
+        assert sum(previews) <= slow_link * (time.monotonic() - began)
 
 
 def test_nobody_can_stop_the_greeting_that_all_see(handlers: Handlers) -> None:
