@@ -89,6 +89,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             pictures = await asyncio.to_thread(unnamed, sampling.result)
             end |= {stage: pictures, status: render.message("Which side is better?"), shown: drawn, **votable(True)}
         yield end
+        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
     def vote(choice: str, ballot: Ballot | None) -> Updates:
         with page_errors():

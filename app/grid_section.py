@@ -65,6 +65,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             told += sampling.about.notes
             end[picture] = await asyncio.to_thread(show, sampling.about, sampling.result)
         yield {**end, status: render.message(" ".join(told))}
+        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
     clears([start.click], status)
     busy = start.click(ask, {axis, values, *panel.inputs}, id, **AS_SENT)

@@ -16,6 +16,7 @@ from app.votes import Tally
 SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
 FEW_IMAGES = 16
+MAX_THUMB_PX = 96  # the history shows them at 48
 OWN_WORDS = {"label": "label", "seed": "seed", "steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
 
 
@@ -145,9 +146,7 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
     for id, frame in items:
         recipe = frame.recipe
         names = " · ".join(text(side["name"]) + (f" ({own})" if (own := _own(side)) else "") for side in recipe["checkpoints"])
-        pictures = "".join(
-            f'<img src="{png_url(images[0])}" width="{images.shape[1]}" height="{images.shape[1]}" alt="">' for images in frame.images
-        )
+        pictures = "".join(f'<img src="{png_url(_thumbnail(images[0]))}" alt="">' for images in frame.images)
         label = text(NO_LABEL if recipe["label"] is None else recipe["label"])
         facts = f"{label}, seed {recipe['seed']}, {steps_in_words(recipe['steps'])}"
         rows.append(
@@ -156,6 +155,13 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
             f'<button type="button" data-do="add" data-id="{id}">Add</button></li>'
         )
     return f'<ul class="history">{"".join(rows)}</ul>'
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, C), averaged down to what the history shows: it is sent whole after every comparison."""
+    factor = -(-image.shape[0] // MAX_THUMB_PX)
+    height, width = (edge - edge % factor for edge in image.shape[:2])
+    return image[:height, :width].reshape(height // factor, factor, width // factor, factor, -1).mean(axis=(1, 3)).astype(np.uint8)
 
 
 def tallies(pairs: Sequence[Tally]) -> str:

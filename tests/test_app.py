@@ -1,6 +1,7 @@
 """What stands behind the page, as functions: catalogue, settings, sampling, queue, recipes, grids."""
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -332,6 +333,20 @@ def test_the_table_keeps_letters(two_pairs: Path) -> None:
     page = render.table({"B": few, "D": many}, [[], []])
     assert [each in page for each in ('data-side="A"', 'data-side="B"', 'data-side="D"')] == [False, True, True]
     assert page.count('class="differs"') == 1, "the labels"
+
+
+def test_the_history_shows_small_pictures_of_large_ones() -> None:
+    def shown(edge: int, channels: int) -> np.ndarray:
+        image = np.zeros((edge, edge, channels), np.uint8)
+        image[: edge // 2] = 200
+        recipe = {"checkpoints": [{"name": "x", "own": {}}], "label": None, "seed": 0, "steps": 1}
+        html = render.history([("id", Frame((image[None],), 1, 1, 0.1, recipe, True))])
+        (url,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url))))
+
+    large, small = shown(512, 3), shown(32, 1)
+    assert large.shape == (85, 85, 3) and small.shape == (32, 32)
+    assert (large[:42] == 200).all() and (large[43:] == 0).all() and (small[:16] == 200).all()
 
 
 def test_names_from_outside_stay_text(runs: Path) -> None:
@@ -728,6 +743,20 @@ def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back
     assert told == [f"{DECAYED} is damaged, so it is left out."]
 
 
+def test_pictures_are_not_sent_twice(handlers: Handlers) -> None:
+    site, request = handlers.site, gr.Request(session_hash="me")
+    pair, grid = asked(), plan(asked(), "seed", "2", handlers.site.runs)
+    ballot = site.votes.new_ballot(PAIR, {"seed": 5}, "anna")
+    sampling, drawn = (
+        site.studio.ask(lambda: sample(pair, site.runs), "me", pair),
+        site.studio.ask(lambda: sample_grid(grid, site.runs), "me", grid),
+    )
+    for output, values in {"stage": (sampling.id, None, request), "blind-stage": ((ballot, sampling.id),), "grid": (drawn.id,)}.items():
+        *_, end, last = handlers.watched(output, *values)
+        assert end[handlers.widget(output)].count("<img") == {"stage": 6, "blind-stage": 6, "grid": 1}[output]
+        assert last == gr.skip(), "Gradio repeats what came last"
+
+
 def test_previews_come_no_faster_than_a_link_takes_them(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
     site, slow_link = handlers.site, 50_000
     monkeypatch.setattr("app.site.LINK_BYTES_PER_S", slow_link)
@@ -738,8 +767,8 @@ def test_previews_come_no_faster_than_a_link_takes_them(handlers: Handlers, monk
         "blind-stage": lambda id: ((ballot, id),),
     }.items():
         began = time.monotonic()
-        sent = handlers.watched(output, *values(site.studio.ask(lambda: sample(pair, site.runs), "me", pair).id))
-        previews = [len(news.get(handlers.widget(output), "")) for news in sent[: -2 if output == "stage" else -1]]
+        *sent, _, _ = handlers.watched(output, *values(site.studio.ask(lambda: sample(pair, site.runs), "me", pair).id))
+        previews = [len(news.get(handlers.widget(output), "")) for news in sent]
         assert max(previews) > 10_000
         assert sum(previews) <= slow_link * (time.monotonic() - began)
 
