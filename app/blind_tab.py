@@ -61,6 +61,8 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             voter = voter if isinstance(voter, str) and voter else secrets.token_urlsafe(16)
             if not one or not other:
                 raise ValueError("choose two checkpoints")
+            if one == other:
+                raise ValueError(f"{one} cannot be compared with itself; choose two checkpoints")
             settings = Settings(label=from_widget(label), seed=secrets.randbelow(2**31), num_images=IMAGES)
             cards = cards_of((one, other), site.runs)
             if all(each.class_names for each in cards) and not shared_classes(*cards):

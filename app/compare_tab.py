@@ -43,6 +43,9 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     shown = gr.State(None)  # id of a sampling
     dropped = gr.State(None)  # (id of a sampling, the PNG whose recipe it follows)
 
+    def nothing_yet(asked: Comparison | None) -> str:
+        return render.empty_stage(asked is not None, site.jobs is not None)
+
     panel = SettingsPanel(site, first)
     with gr.Row(equal_height=True):
         start = gr.Button("Compare", variant="primary", min_width=140, scale=2, elem_id="compare")
@@ -50,7 +53,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         view = gr.Radio(VIEWS, value="sides", label="View", show_label=False, container=False, min_width=300, scale=5, elem_id="view")
     status = gr.HTML(render.message(""), elem_id="status")
     with gr.Column(elem_id="comparison"):
-        stage = gr.HTML(render.empty_stage(first is not None), elem_id="stage", apply_default_css=False, js_on_load=None)
+        stage = gr.HTML(nothing_yet(first), elem_id="stage", apply_default_css=False, js_on_load=None)
     with gr.Accordion("The checkpoints", open=True):
         table = gr.HTML("", elem_id="table", apply_default_css=False)
     with gr.Accordion("Grid: one setting in many values", open=False, elem_id="grid-section") as grid:
@@ -220,7 +223,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         if asked is None:
             sampling = site.welcome
             asked = sampling.about if sampling else site.first_comparison()  # the settings of what is shown
-        back = {shown: sampling.id if sampling else None, kept: before, stage: render.empty_stage(asked is not None), view: seen}
+        back = {shown: sampling.id if sampling else None, kept: before, stage: nothing_yet(asked), view: seen}
         return {**back, **panel.fill(asked)} if asked else back
 
     def look_at_cards(values: Values) -> Updates:

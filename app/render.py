@@ -17,6 +17,7 @@ SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
 FEW_IMAGES = 16
 MAX_THUMB_PX = 96  # the history shows them at 48
+FEW_LABELS = 3
 OWN_WORDS = {"label": "label", "seed": "seed", "steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
 
 
@@ -39,12 +40,13 @@ def stage(frame: Frame) -> str:
     return f'{pick}{flick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
 
 
-def empty_stage(has_checkpoints: bool) -> str:
-    """What stands where the galleries will be."""
+def empty_stage(has_checkpoints: bool, trains: bool) -> str:
+    """What stands where the galleries will be; `trains`: this page can train some."""
     if has_checkpoints:
         return '<p class="empty">Press <b>Compare</b>: all checkpoints start from the same noise, image by image.</p>'
+    where = "under <b>Train</b> or in a shell" if trains else "in a shell"
     return (
-        '<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, under <b>Train</b> or in a shell:</p>'
+        f'<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, {where}:</p>'
         "<pre>accelerate launch --quiet training/train_diffusion.py --preset demo-plain\n"
         "accelerate launch --quiet training/train_diffusion.py --preset demo-decayed</pre>"
         "<p>Other folders of runs are shown with <code>python -m app --runs DIR</code>.</p></div>"
@@ -240,13 +242,21 @@ def _facts(card: Card) -> dict[str, str]:
         "α<sub>eff</sub>": f"{card.alpha_eff:.2g}",
         "Backbone": text(f"{card.backbone}, {depth}{patch}, {skips}"),
         "Parameters": f"{card.num_parameters / 1e6:.2f} M",
-        "Images": text(f"{edge} × {edge} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
-        "Labels": f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
+        "Image size": text(f"{edge} × {edge} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
+        "Labels": _labels(card.class_names),
         "Trained on": text(training.get("data", "unknown")),
         "Steps of the last training": count(training.get("steps")),
         "Images seen in all": count(training.get("images_seen")),
         "Weights": "averaged (EMA)" if card.averaged else "as trained",
     }
+
+
+def _labels(names: Sequence[str]) -> str:
+    """How many and the first few, which unfold to all."""
+    few = text(f"{len(names)}: {', '.join(names[:FEW_LABELS])}") if names else "none"
+    if len(names) <= FEW_LABELS:
+        return few
+    return f"<details><summary>{few}, …</summary>{text(', '.join(names[FEW_LABELS:]))}</details>"
 
 
 def count(value: Any) -> str:

@@ -328,11 +328,22 @@ def test_a_grid_over_labels_needs_some(two_pairs: Path) -> None:
         plan(asked(PLAIN, OTHERS[0], label=None), "label", "all", two_pairs)
 
 
-def test_the_table_keeps_letters(two_pairs: Path) -> None:
+def test_the_table_says_what_labels_there_are_and_keeps_letters(two_pairs: Path) -> None:
     few, many = catalog.card(PLAIN, two_pairs), replace(catalog.card(OTHERS[0], two_pairs), class_names=("oak", "elm", "ash", "<i>", "fir"))
     page = render.table({"B": few, "D": many}, [[], []])
+    assert "<summary>5: oak, elm, ash, …</summary>&lt;i&gt;, fir</details>" in page and "3: circles, squares, &lt;b&gt;" in page
     assert [each in page for each in ('data-side="A"', 'data-side="B"', 'data-side="D"')] == [False, True, True]
+    assert "Image size" in page and "16 × 16 px" in page
     assert page.count('class="differs"') == 1, "the labels"
+
+
+def test_a_page_that_cannot_train_sends_nobody_there() -> None:
+    assert [
+        ("<b>Train</b>" in render.empty_stage(False, trains), "--preset" in render.empty_stage(False, trains)) for trains in (True, False)
+    ] == [
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_the_history_shows_small_pictures_of_large_ones() -> None:

@@ -120,6 +120,11 @@ def test_votes_are_blind_counted_once_and_exported(page: "Page", runs: Path, tmp
     visit(page, "Blind test")
     for element, name in zip(("blind-0", "blind-1"), PAIR, strict=True):
         pick(page, element, name)
+    pick(page, "blind-1", PAIR[0])
+    press(page, "Show a pair")
+    expect(page.get_by_test_id("toast-text")).to_have_text(f"{PAIR[0]} cannot be compared with itself; choose two checkpoints")
+    page.get_by_test_id("toast-close").click()
+    pick(page, "blind-1", PAIR[1])
     told = page.locator("#blind-status")
     left, files = [], []
     for i in range(2):
