@@ -4,17 +4,18 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app import render
-from app.catalog import card, shared_classes, variants
+from app.catalog import cards_of, shared_classes, variants
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
-from app.settings_panel import from_widget, labels_of, relabel
-from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors
-from app.studio import DONE, FAILED
+from app.settings_panel import Updates, from_widget, labels_of, relabel
+from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors, sent
+from app.studio import DONE
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import temporary_folder, written_aside
 
@@ -28,7 +29,6 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     voter = gr.BrowserState(None, storage_key="fading-shortcuts-voter", secret="no secret")
     asked = gr.State(None)  # (ballot, id of the sampling), which stay on this side
     shown = gr.State(None)  # the ballot whose finished pictures are on the page: votes are about these
-    csv_file = temporary_folder() / "votes.csv"
     csv_lock = threading.Lock()
     names = list(variants(site.runs))
     gr.Markdown("Two checkpoints draw from the same noise, on sides that are drawn by lot. Vote, and their names are shown.")
@@ -38,7 +38,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             gr.Dropdown(names, value=sides[i] if i < len(sides) else None, label=label, min_width=200, elem_id=f"blind-{i}")
             for i, label in enumerate(("One checkpoint", "The other"))
         )
-        classes = labels_of([card(name, site.runs) for name in sides])
+        classes = labels_of(cards_of(sides, site.runs))
         label = gr.Dropdown(
             classes, value=classes[min(1, len(classes) - 1)], label="Label of the pictures", min_width=180, elem_id="blind-label"
         )
@@ -50,15 +50,21 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         buttons = [gr.Button(words, interactive=False, min_width=120, elem_id=f"vote-{i}") for i, words in enumerate(CHOICES.values())]
     tallies = gr.HTML(render.tallies([]), elem_id="tallies", apply_default_css=False)
     export = gr.DownloadButton("All votes as CSV", size="sm", elem_id="votes-csv")
+    csv_file = temporary_folder(Path(export.GRADIO_CACHE)) / "votes.csv"  # of files elsewhere Gradio keeps a copy of every version
 
-    def ask(one: str, other: str, label: str, voter: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def votable(yes: bool) -> Updates:
+        return dict.fromkeys(buttons, gr.update(interactive=yes))
+
+    def ask(one: str, other: str, label: str, voter: str | None, request: gr.Request) -> tuple[tuple[Ballot, str], str]:
         """A ballot, and the sampling of its pictures."""
         with page_errors():
             voter = voter if isinstance(voter, str) and voter else secrets.token_urlsafe(16)
             if not one or not other:
                 raise ValueError("choose two checkpoints")
+            if one == other:
+                raise ValueError(f"{one} cannot be compared with itself; choose two checkpoints")
             settings = Settings(label=from_widget(label), seed=secrets.randbelow(2**31), num_images=IMAGES)
-            cards = [card(name, site.runs) for name in (one, other)]
+            cards = cards_of((one, other), site.runs)
             if all(each.class_names for each in cards) and not shared_classes(*cards):
                 raise ValueError(f"{one} and {other} share no label, so their pictures tell which is which; choose two that do")
             names = [f"{each.name} ({each.source.hash})" for each in cards]  # a run that goes on training is another one then
@@ -68,43 +74,52 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             pair = Comparison(settings, tuple(map(Side, shown)))
             return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
 
-    async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[tuple[Any, ...]]:
+    async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[Updates]:
         with page_errors():
             drawn, id = asked or (None, None)
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False), None, *[gr.update(interactive=False)] * len(buttons)
+        yield {status: render.waiting(0), start: gr.update(interactive=False), shown: None, **votable(False)}
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), *[gr.skip()] * (2 + len(buttons))
+                yield {status: render.waiting(position)}
             elif not frame.done:
-                yield await asyncio.to_thread(unnamed, frame), render.progress(frame), gr.skip(), None, *[gr.skip()] * len(buttons)
-        done = sampling.state == DONE
-        words = "Which side is better?" if done else sampling.message if sampling.state == FAILED else "Stopped."
-        pictures, ballot = (await asyncio.to_thread(unnamed, sampling.result), drawn) if done else (gr.skip(), None)
-        yield pictures, render.message(words), gr.update(interactive=True), ballot, *[gr.update(interactive=done)] * len(buttons)
+                preview = await asyncio.to_thread(unnamed, frame)
+                yield {stage: preview, status: render.progress(frame)}
+                await sent(preview)
+        end = {status: render.message(sampling.ending), start: gr.update(interactive=True)}
+        if sampling.state == DONE:
+            pictures = await asyncio.to_thread(unnamed, sampling.result)
+            end |= {stage: pictures, status: render.message("Which side is better?"), shown: drawn, **votable(True)}
+        yield end
+        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
-    def vote(choice: str, ballot: Ballot | None) -> tuple[Any, ...]:
+    def vote(choice: str, ballot: Ballot | None) -> Updates:
         with page_errors():
             if ballot is None:
                 raise ValueError("ask for a pair of pictures first")
             cast = site.votes.vote(ballot.id, choice)
             words = f"Your vote: {CHOICES[cast.choice].lower()}. Left was {_bare(cast.left)}, right was {_bare(cast.right)}."
-            return render.message(words), *counted(), *[gr.update(interactive=False)] * len(buttons)
+            return {status: render.message(words), **counted(), **votable(False)}
 
-    def refresh(*chosen: str | None) -> tuple[Any, ...]:
+    def refresh(one_now: str | None, other_now: str | None) -> Updates:
+        """Runs come and go. What stays chosen is not sent: a newer choice would snap back."""
         known = list(variants(site.runs))
         with page_errors():
-            return *(gr.update(choices=known, value=name if name in known else None) for name in chosen), *counted()
+            updates = counted()
+        for widget, name in ((one, one_now), (other, other_now)):
+            gone = {"value": None} if name not in known else {}
+            updates[widget] = gr.update(choices=known, **gone)
+        return updates
 
     def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:
         with page_errors():
-            return relabel([card(name, site.runs) for name in (one, other) if name], label, wanted)
+            return relabel(cards_of(filter(None, (one, other)), site.runs), label, wanted)
 
-    def counted() -> tuple[str, str]:
+    def counted() -> Updates:
         """The table, and the file to download."""
         with csv_lock, written_aside(csv_file) as aside:  # written aside by one visitor at a time
             aside.write_text(site.votes.to_csv(), encoding="utf-8")
-        return render.tallies(site.votes.tallies()), str(csv_file)
+        return {tallies: render.tallies(site.votes.tallies()), export: str(csv_file)}
 
     start.click(ask, [one, other, label, voter], [asked, voter], **AS_SENT).success(
         watch, asked, [stage, status, start, shown, *buttons], **WATCHING
@@ -113,7 +128,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
     label.input(lambda label: label, label, wanted, **LATEST)
     gr.on([one.input, other.input], labels, [one, other, label, wanted], label, **LATEST)
-    gr.on([page.load, tab.select], refresh, [one, other], [one, other, tallies, export], **AS_SENT)
+    tab.select(refresh, [one, other], [one, other, tallies, export], **AS_SENT)
 
 
 def unnamed(frame: Frame) -> str:

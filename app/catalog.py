@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -244,7 +244,10 @@ def find(name: str, runs: Path) -> Source:
     Raises:
         ValueError: the catalogue has no such name.
     """
-    known = variants(runs)
+    return _in(variants(runs), name)
+
+
+def _in(known: Mapping[str, Source], name: Any) -> Source:
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"there is no checkpoint {str(name)[:100]!r}; " + (f"choose from {_few(known)}" if known else "none is there yet"))
     return known[name]
@@ -261,7 +264,25 @@ def card(name: str, runs: Path) -> Card:
     Raises:
         ValueError: the catalogue has no such name, or its files are damaged.
     """
-    return _card(name, find(name, runs))
+    return cards_of([name], runs)[0]
+
+
+def cards_of(names: Iterable[str], runs: Path) -> list[Card]:
+    """The cards of several checkpoints; the folders are looked through once.
+
+    Raises:
+        ValueError: as `card`.
+    """
+    known = variants(runs)
+    return [_card(name, _in(known, name)) for name in names]
+
+
+def card_if_whole(name: str, known: Mapping[str, Source]) -> Card | None:
+    """The card of one of `variants`; None where it is not among them any more, or damaged."""
+    try:
+        return _card(name, known[name])
+    except (KeyError, ValueError):
+        return None
 
 
 def _card(name: str, source: Source) -> Card:
@@ -297,14 +318,13 @@ def _training(source: Source, newest: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def results(name: str, runs: Path) -> list[dict[str, Any]]:
+def results(card: Card) -> list[dict[str, Any]]:
     """What a checkpoint's `eval/*.json` say: "metric", "value" and their protocol. None for other weights than the newest."""
-    folder = folders(runs).get(name)
-    return _results(folder) if folder else []
+    return _results(card.source.folder) if card.source.is_newest else []
 
 
 def all_results(runs: Path) -> dict[str, list[dict[str, Any]]]:
-    """`results` of everything that has an index."""
+    """The same of everything that has an index."""
     return {name: _results(folder) for name, folder in folders(runs).items()}
 
 

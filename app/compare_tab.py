@@ -9,16 +9,16 @@ import gradio as gr
 
 from app import recipe as recipes
 from app import render
-from app.catalog import card, results
+from app.catalog import Card, cards_of, results
 from app.grid import varying
 from app.grid_section import grid_section
 from app.guard import toast
 from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
-from app.settings_panel import SettingsPanel
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors
-from app.studio import DONE, FAILED, RUNNING, WAITING, Sampling
+from app.settings_panel import SettingsPanel, Updates, Values
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors, sent
+from app.studio import DONE, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
 MAX_HISTORY = 20
@@ -43,14 +43,17 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     shown = gr.State(None)  # id of a sampling
     dropped = gr.State(None)  # (id of a sampling, the PNG whose recipe it follows)
 
+    def nothing_yet(asked: Comparison | None) -> str:
+        return render.empty_stage(asked is not None, site.jobs is not None)
+
     panel = SettingsPanel(site, first)
     with gr.Row(equal_height=True):
-        start = gr.Button("Compare", variant="primary", interactive=first is not None, min_width=140, scale=2, elem_id="compare")
+        start = gr.Button("Compare", variant="primary", min_width=140, scale=2, elem_id="compare")
         stop = gr.Button("Stop", interactive=False, min_width=90, scale=1, elem_id="stop")
         view = gr.Radio(VIEWS, value="sides", label="View", show_label=False, container=False, min_width=300, scale=5, elem_id="view")
     status = gr.HTML(render.message(""), elem_id="status")
     with gr.Column(elem_id="comparison"):
-        stage = gr.HTML(render.empty_stage(first is not None), elem_id="stage", apply_default_css=False, js_on_load=None)
+        stage = gr.HTML(nothing_yet(first), elem_id="stage", apply_default_css=False, js_on_load=None)
     with gr.Accordion("The checkpoints", open=True):
         table = gr.HTML("", elem_id="table", apply_default_css=False)
     with gr.Accordion("Grid: one setting in many values", open=False, elem_id="grid-section") as grid:
@@ -66,65 +69,65 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     # ------------------------------------------------------------------------------------------------------------- sampling
 
-    def ask(kept: dict, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+    def ask(values: Values, request: gr.Request) -> Updates:
         """Queue what the widgets say."""
         with page_errors():
-            return queue(panel.read(values), kept, request)
+            return queue(panel.read(values), values[kept], request)
 
-    def queue(comparison: Comparison, kept: dict, request: gr.Request) -> tuple[Any, ...]:
-        for side in comparison.sides:
-            card(side.checkpoint, site.runs)  # told now and not in its turn
+    def queue(comparison: Comparison, before: dict, request: gr.Request) -> Updates:
+        cards_of([side.checkpoint for side in comparison.sides], site.runs)  # what is damaged is told now and not in its turn
         settled = comparison.settled()
         sampling = site.studio.ask(lambda: sample(settled, site.runs), request.session_hash, settled)
-        leave(kept, request)
-        return sampling.id, {"settings": comparison.as_json(), "shown": sampling.id}
+        leave(before, request)
+        return {shown: sampling.id, kept: {"settings": comparison.as_json(), "shown": sampling.id}}
 
     painting: dict[str | None, Sampling] = {}  # by page: what its stage is for
 
-    def leave(kept: dict, request: gr.Request) -> None:
+    def leave(before: dict, request: gr.Request) -> None:
         """Stop what this page was about, unless another one shows it, too."""
         # its end is not this page's any more: buttons that change twice at once may stay as they were
         painting.pop(request.session_hash, None)
-        if kept["shown"] not in [each.id for each in list(painting.values())]:
-            site.studio.leave(kept["shown"])
+        if before["shown"] not in [each.id for each in list(painting.values())]:
+            site.studio.leave(before["shown"])
 
-    async def watch(id: str | None, dropped: tuple[str, str] | None, request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
+    idle = {start: gr.update(interactive=True), stop: gr.update(interactive=False), dropped: None}
+
+    async def watch(id: str | None, repeats: tuple[str, str] | None, request: gr.Request) -> AsyncIterator[Updates]:
         """Everything that follows from a sampling, until it is over or the stage is for another one."""
         sampling, visitor = site.studio.find(id), request.session_hash
-        file = dropped[1] if dropped and dropped[0] == id else None
+        file = repeats[1] if repeats and repeats[0] == id else None
         if sampling is None:
-            yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True), gr.update(interactive=False), None
+            yield idle
             return
         painting[visitor] = sampling
         try:
             if sampling.state in (WAITING, RUNNING):  # else the buttons would change twice at once, and the browser may mix that up
-                yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False), gr.update(interactive=True), gr.skip()
+                yield {start: gr.update(interactive=False), stop: gr.update(interactive=not sampling.lasting)}
             async for state, frame, position in site.studio.watch(sampling):
-                if state in (WAITING, RUNNING):
-                    news = *await asyncio.to_thread(on_the_way, frame, position), *[gr.skip()] * 4
-                else:
-                    news = await asyncio.to_thread(at_the_end, sampling, file)
+                going = state in (WAITING, RUNNING)
+                told = (on_the_way, frame, position) if going else (at_the_end, sampling, file)
+                news = await asyncio.to_thread(*told)
                 if painting.get(visitor) is not sampling:
                     break
                 yield news
-            yield (gr.skip(),) * 6  # Gradio sends what was yielded last once more at the end
+                if going:
+                    await sent(news.get(stage))
+            yield gr.skip()  # Gradio sends what was yielded last once more at the end
         finally:
             if painting.get(visitor) is sampling:
                 del painting[visitor]
 
-    def on_the_way(frame: Frame | None, position: int) -> tuple[Any, Any]:
+    def on_the_way(frame: Frame | None, position: int) -> Updates:
         if frame is None:
-            return gr.skip(), render.waiting(position)
-        return render.stage(frame), render.progress(frame)
+            return {status: render.waiting(position)}
+        return {stage: render.stage(frame), status: render.progress(frame)}
 
-    def at_the_end(sampling: Sampling, file: str | None) -> tuple[Any, ...]:
-        idle = gr.update(interactive=True), gr.update(interactive=False)
+    def at_the_end(sampling: Sampling, file: str | None) -> Updates:
         if sampling.state != DONE:
-            words = sampling.message if sampling.state == FAILED else "Stopped."
-            return gr.skip(), render.message(words), gr.skip(), *idle, None
+            return {status: render.message(sampling.ending), **idle}
         frame = sampling.result
         told = render.status(frame) + (repeated(Path(file), frame) if file else "")
-        return render.stage(frame), told, frame.recipe, *idle, None
+        return {stage: render.stage(frame), status: told, recipe: frame.recipe, **idle}
 
     def remember(id: str | None, ids: list[str]) -> tuple[list[str], str]:
         """What is finished, in the history."""
@@ -141,18 +144,18 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
         watched = event.success(watch, [shown, dropped], [stage, status, recipe, start, stop, dropped], **several, **WATCHING)
         watched.success(remember, [shown, kept_history], [kept_history, history], **several, **QUIET)
 
-    follow(start.click(ask, [kept, *panel.inputs], [shown, kept], **AS_SENT))
-    stop.click(site.studio.stop, shown, None, **AT_ONCE)
+    follow(start.click(ask, {kept, *panel.inputs}, [shown, kept], **AS_SENT))
+    stop.click(site.studio.leave, shown, None, **AT_ONCE)
 
     # --------------------------------------------------------------------------------------------------------- bring it back
 
-    def bring_back(kept: dict, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
+    def bring_back(before: dict, request: gr.Request, event: gr.EventData) -> Updates:
         """An item of the history, with its settings."""
         sampling = found(event)
-        leave(kept, request)
-        return sampling.id, {"settings": sampling.about.as_json(), "shown": sampling.id}, *panel.fill(sampling.about)
+        leave(before, request)
+        return {shown: sampling.id, kept: {"settings": sampling.about.as_json(), "shown": sampling.id}, **panel.fill(sampling.about)}
 
-    def add(kept: dict, event: gr.EventData, request: gr.Request, *values: Any) -> tuple[Any, ...]:
+    def add(values: Values, event: gr.EventData, request: gr.Request) -> Updates:
         """An item of the history beside what the widgets say, where it differs as overrides."""
         with page_errors():
             asked, other = panel.read(values), found(event).about
@@ -164,7 +167,7 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
                 raise ValueError(f"a comparison shows up to {MAX_SIDES} checkpoints; remove one first")
             added = tuple(Side(side.checkpoint, {name: vars(other.of(side))[name] for name in OWN}) for side in new)
             asked = Comparison(asked.shared, (*asked.sides, *added)).settled()
-            return *queue(asked, kept, request), *panel.fill(asked)
+            return {**queue(asked, values[kept], request), **panel.fill(asked)}
 
     def found(event: gr.EventData) -> Sampling:
         sampling = site.studio.find(event.id)
@@ -172,24 +175,23 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             raise gr.Error("This one is not kept any more.", print_exception=False)
         return sampling
 
-    def restore(file: str, shown: str | None, kept: dict, request: gr.Request) -> tuple[Any, ...]:
+    def restore(file: str, before: dict, request: gr.Request) -> Updates:
         """Settings from a PNG; then they are sampled, but for those of a grid, which takes longer."""
         with page_errors():
-            recipe = recipes.from_png(Path(file))
-            asked, changed = recipes.comparison(recipe, site.runs)
+            told = recipes.from_png(Path(file))
+            asked, changed = recipes.comparison(told, site.runs)
             for line in changed:
                 gr.Warning(toast(line))
-            if "grid" in recipe:
-                what = varying(recipe)
+            if "grid" in told:
+                varied = dict(zip(varies, varying(told), strict=True))
                 gr.Info("These are the settings of a grid; draw it to see it again.")
-                return shown, kept, *panel.fill(asked), None, gr.update(open=True), *what
-            id, kept = queue(asked, kept, request)
-            return id, kept, *panel.fill(asked), (id, file), *[gr.skip()] * 3
+                return {**panel.fill(asked), dropped: None, grid: gr.update(open=True), **varied}
+            queued = queue(asked, before, request)
+            return {**queued, **panel.fill(asked), dropped: (queued[shown], file)}
 
-    def cards_table(names: list[str | None]) -> str:
-        there = [name for name in names if name]
-        found = measured(site.jobs, there)
-        return render.table([card(name, site.runs) for name in there], [[*results(name, site.runs), *found[name]] for name in there])
+    def cards_table(cards: dict[str, Card]) -> str:
+        found = measured(site.jobs, [each.name for each in cards.values()])
+        return render.table(cards, [[*results(each), *found[each.name]] for each in cards.values()])
 
     def repeated(file: Path, frame: Frame) -> str:
         """Whether a dropped image came out again."""
@@ -204,44 +206,44 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     restored = [shown, kept, *panel.outputs]
     filled = [
         history.bring_back(bring_back, kept, restored, **QUIET),
-        history.put_beside(add, [kept, *panel.inputs], restored, **AS_SENT),
-        drop.upload(restore, [drop, shown, kept], [*restored, dropped, grid, *varies], **QUIET),
+        history.put_beside(add, {kept, *panel.inputs}, restored, **AS_SENT),
+        drop.upload(restore, [drop, kept], [*restored, dropped, grid, *varies], **QUIET),
     ]
 
     # -------------------------------------------------------------------------------------------------------- first and again
 
-    def load(kept: dict, view: str) -> tuple[Any, ...]:
+    def load(before: Any, seen: str) -> Updates:
         """Runs that came or went since the page was built; what this visitor left, else the first comparison."""
-        kept = {**NOTHING_KEPT, **(kept if isinstance(kept, dict) else {})}
-        sampling = site.studio.find(kept["shown"])
+        before = {**NOTHING_KEPT, **(before if isinstance(before, dict) else {})}
+        sampling = site.studio.find(before["shown"])
         try:
-            asked = Comparison.from_json(kept["settings"])
+            asked = Comparison.from_json(before["settings"])
         except (ValueError, TypeError):
             asked = None
         if asked is None:
             sampling = site.welcome
             asked = sampling.about if sampling else site.first_comparison()  # the settings of what is shown
-        if asked is None:
-            return None, kept, *[gr.skip()] * len(panel.outputs), render.empty_stage(False), gr.update(interactive=False), "sides"
-        back = sampling.id if sampling else None
-        return back, kept, *panel.fill(asked), render.empty_stage(True), gr.update(interactive=True), view
+        back = {shown: sampling.id if sampling else None, kept: before, stage: nothing_yet(asked), view: seen}
+        return {**back, **panel.fill(asked)} if asked else back
 
-    def look_at_cards(*names: str | None) -> str:
+    def look_at_cards(values: Values) -> Updates:
         with page_errors():
-            return cards_table(list(names))
+            return {table: cards_table(panel.cards(values))}
 
-    def choose(*values: Any) -> tuple[Any, ...]:
-        """Cards and labels of the checkpoints that are chosen now; see `SettingsPanel.choices`."""
+    def choose(values: Values) -> Updates:
+        """Cards and labels of the checkpoints that are chosen now."""
         with page_errors():
-            return cards_table(list(values[:MAX_SIDES])), *panel.label_updates(values)
+            cards = panel.cards(values)
+            return {table: cards_table(cards), **panel.label_updates(cards, values)}
 
-    filled.append(page.load(load, [kept, kept_view], [*restored, stage, start, view], **QUIET))
+    filled.append(page.load(load, [kept, kept_view], [*restored, stage, view], **QUIET))
     for event in filled:
         follow(event)
+    in_turn = dict(concurrency_id="cards")  # both write the table, and what was asked for last is to stay
     for event in (*(each.success for each in filled), tab.select):  # on return to the tab numbers may have been measured
-        event(look_at_cards, panel.checkpoints, table, **AS_SENT)
+        event(look_at_cards, {*panel.checkpoints}, table, **AS_SENT, **in_turn)
     # runs come and go
-    tab.select(lambda: [gr.update(choices=panel.known()) for _ in panel.checkpoints], None, panel.checkpoints, **AT_ONCE)
-    panel.when_chosen(choose, panel.choices, [table, *panel.labels], **LATEST)
+    tab.select(lambda: dict.fromkeys(panel.checkpoints, gr.update(choices=panel.known())), None, panel.checkpoints, **AT_ONCE)
+    panel.when_chosen(choose, {*panel.choices}, [table, *panel.labels], **LATEST, **in_turn)
     view.change(None, view, None, js=SHOW_VIEW)
     view.input(lambda view: view, view, kept_view, **{**AT_ONCE, "trigger_mode": "always_last"})

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from app.catalog import card, cards, label_index, shared_classes
+from app.catalog import cards, cards_of, label_index, shared_classes
 from app.sampler import Frame, Frames, sample
-from app.settings import Comparison, Settings, Side, steps_in_words
+from app.settings import NO_LABEL, Comparison, Settings, Side, steps_in_words
 
 SEED, STEPS, GUIDANCE, LABEL, ALPHA_MIN = AXES = ("seed", "steps", "guidance_scale", "label", "alpha_min")
-NO_LABEL = "no label"
 MAX_COLUMNS = 12
 MAX_VALUES = 300  # characters
 CELL_PX = 96  # edges of enlarged images come near to that
@@ -34,6 +33,7 @@ class Plan:
         rows, columns: labels.
         comparisons: sampled one after another.
         cells: of every row, from left to right: which comparison, side and image; None stays empty.
+        notes: what of that which was asked for is left out, a sentence each.
     """
 
     asked: Comparison
@@ -44,6 +44,7 @@ class Plan:
     columns: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     cells: tuple[tuple[tuple[int, int, int] | None, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
 def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
@@ -61,40 +62,49 @@ def plan(comparison: Comparison, axis: str, values: str, runs: Path) -> Plan:
     """
     if axis not in AXES:
         raise ValueError(f"a grid has no axis {str(axis)[:50]!r}; choose from {', '.join(AXES)}")
-    shared = comparison.settled().shared
-    names = tuple(side.checkpoint for side in comparison.sides)
+    settled = comparison.settled()
+    shared, names = settled.shared, tuple(side.checkpoint for side in settled.sides)
     asked = _all(names, shared), axis, values
+    notes = ["Settings of a checkpoint's own are left out."] * any(side.own for side in settled.sides)
     if axis == ALPHA_MIN:
-        return Plan(*asked, *_family_plan(shared, names, _count(values, "seeds"), runs))
+        return Plan(*asked, *_family_plan(shared, names, _count(values, "seeds"), runs, notes))
     title = _title(shared, axis)
     if axis == SEED:
         number = _count(values, "seeds")
         columns = tuple(f"seed {shared.seed + i}" for i in range(number))
         sampled: tuple[Comparison, ...] = (_all(names, shared, num_images=number),)
         cells = tuple(tuple((0, side, i) for i in range(number)) for side in range(len(names)))
-        return Plan(*asked, title, names, columns, sampled, cells)
-    told = _labels(values, names, runs) if axis == LABEL else [_number(word, axis) for word in words_of(values)]
+        return Plan(*asked, title, names, columns, sampled, cells, tuple(notes))
+    told = _labels(values, names, runs, notes) if axis == LABEL else [_number(word, axis) for word in words_of(values)]
     if not 1 <= len(told) <= MAX_COLUMNS:
         raise ValueError(f"a grid has 1 to {MAX_COLUMNS} columns, not {len(told)}; give their values with commas between them")
     sampled = tuple(_all(names, shared, num_images=1, **{axis: value}) for value in told)
     columns = tuple({STEPS: steps_in_words(value), GUIDANCE: f"guidance {value}", LABEL: str(value or NO_LABEL)}[axis] for value in told)
     cells = tuple(tuple((i, side, 0) for i in range(len(told))) for side in range(len(names)))
-    return Plan(*asked, title, names, columns, sampled, cells)
+    return Plan(*asked, title, names, columns, sampled, cells, tuple(notes))
 
 
-def _family_plan(shared: Settings, names: Sequence[str], seeds: int, runs: Path) -> tuple[Any, ...]:
+def _family_plan(shared: Settings, names: Sequence[str], seeds: int, runs: Path, notes: list[str]) -> tuple[Any, ...]:
     """What the plan needs beside what was asked: the columns are a family's alphas, the rows seeds."""
-    chosen = [card(name, runs) for name in names]
+    chosen = cards_of(names, runs)
     by_images_seen = sorted(cards(runs).values(), key=lambda each: _number_in(each.training.get("images_seen")))
     alike = (each for each in (*by_images_seen, *reversed(chosen)) if each.family == chosen[0].family)
-    family = dict(sorted({each.alpha_min: each.name for each in alike}.items(), reverse=True)[:MAX_COLUMNS])  # the last one stays
+    by_alpha = {each.alpha_min: each.name for each in alike}  # of several with one alpha the last one stays
+    family = dict(_first_of(sorted(by_alpha.items(), reverse=True), "values of alpha_min", notes))
     if len(family) < 2:
         raise ValueError(f"no other checkpoint differs from {names[0]} in alpha_min alone; train one, or choose another axis")
     columns = tuple(f"alpha_min {alpha:g}: {name}" for alpha, name in family.items())
     sampled = tuple(_all((member,), shared, num_images=seeds) for member in family.values())
     rows = tuple(f"seed {shared.seed + i}" for i in range(seeds))
     cells = tuple(tuple((column, 0, i) for column in range(len(columns))) for i in range(seeds))
-    return _title(shared, SEED), rows, columns, sampled, cells
+    return _title(shared, SEED), rows, columns, sampled, cells, tuple(notes)
+
+
+def _first_of(values: Sequence[Any], what: str, notes: list[str]) -> Sequence[Any]:
+    """As many as a grid has columns; if that is not all, a note says so."""
+    if len(values) > MAX_COLUMNS:
+        notes.append(f"These are the first {MAX_COLUMNS} of {len(values)} {what}.")
+    return values[:MAX_COLUMNS]
 
 
 def _number_in(told: Any) -> float:
@@ -139,12 +149,12 @@ def _number(word: str, axis: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _labels(values: str, names: Sequence[str], runs: Path) -> list[str | None]:
-    chosen = [card(name, runs) for name in names]
+def _labels(values: str, names: Sequence[str], runs: Path, notes: list[str]) -> Sequence[str | None]:
+    chosen = cards_of(names, runs)
     if values.strip() in ("all", ""):
         if not (shared := shared_classes(*chosen)):
             raise ValueError(f"{' and '.join(dict.fromkeys(names))} share no label; choose checkpoints that do, or another axis")
-        return list(shared[:MAX_COLUMNS])
+        return _first_of(shared, "labels", notes)
     words = [None if word == NO_LABEL else word for word in words_of(values)]
     for each in chosen:
         for word in words:

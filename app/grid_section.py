@@ -3,7 +3,6 @@
 import asyncio
 import base64
 from collections.abc import AsyncIterator
-from typing import Any
 
 import gradio as gr
 
@@ -11,9 +10,9 @@ from app import recipe as recipes
 from app import render
 from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
-from app.settings_panel import SettingsPanel
+from app.settings_panel import SettingsPanel, Updates, Values
 from app.site import AS_SENT, AT_ONCE, WATCHING, Site, clears, page_errors
-from app.studio import DONE, FAILED
+from app.studio import DONE
 
 # what varies -> its words, and values to begin with
 AXES = {
@@ -48,24 +47,28 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
     status = gr.HTML(render.message(""), elem_id="grid-status")
     picture = gr.HTML('<p class="empty small">The grid is drawn here, as one picture.</p>', elem_id="grid", apply_default_css=False)
 
-    def ask(axis: str, values: str, request: gr.Request, *settings: Any) -> str:
+    def ask(asked: Values, request: gr.Request) -> str:
         with page_errors():
-            grid = plan(panel.read(settings), axis, values, site.runs)
+            grid = plan(panel.read(asked), asked[axis], asked[values], site.runs)
             return site.studio.ask(lambda: sample_grid(grid, site.runs), request.session_hash, grid).id
 
-    async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
+    async def watch(id: str) -> AsyncIterator[Updates]:
         with page_errors():
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
+        yield {status: render.waiting(0), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None or not frame.done:
-                yield gr.skip(), render.progress(frame) if frame else render.waiting(position), gr.skip(), gr.skip()
-        words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        shown = await asyncio.to_thread(show, sampling.about, sampling.result) if sampling.state == DONE else gr.skip()
-        yield shown, render.message(words), gr.update(interactive=True), gr.update(interactive=False)
+                yield {status: render.progress(frame) if frame else render.waiting(position)}
+        told = [sampling.ending]
+        end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        if sampling.state == DONE:
+            told += sampling.about.notes
+            end[picture] = await asyncio.to_thread(show, sampling.about, sampling.result)
+        yield {**end, status: render.message(" ".join(told))}
+        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
     clears([start.click], status)
-    busy = start.click(ask, [axis, values, *panel.inputs], id, **AS_SENT)
+    busy = start.click(ask, {axis, values, *panel.inputs}, id, **AS_SENT)
     busy.success(watch, id, [picture, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)
     axis.input(lambda axis: AXES[axis][1], axis, values, **AT_ONCE)

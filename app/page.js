@@ -22,10 +22,11 @@
     if (root().dataset.view === 'difference') all.slice(1).forEach(side => showDifference(all[0], side))
   }
   window.showView = view => { root().dataset.view = view; settle() }
+  const flick = () => { shown += 1; settle() }
+  const calm = matchMedia('(prefers-reduced-motion: reduce)')  // then a button does it
   setInterval(() => {
-    if (root()?.dataset.view !== 'flicker' || document.hidden || root().contains(document.activeElement)) return  // keys need it to stay
-    shown += 1
-    settle()
+    const keysNeedIt = root()?.querySelector(':focus-visible')
+    if (root()?.dataset.view === 'flicker' && !document.hidden && !calm.matches && !keysNeedIt) flick()
   }, FLICKER_MS)
 
   // |X - A|, exact for each colour; the caption tells its mean
@@ -134,6 +135,7 @@
   document.addEventListener('click', event => {
     const tile = event.target.closest?.('.tile'), pick = event.target.closest?.('[data-second]')
     if (pick) { second = pick.dataset.second; settle() }
+    else if (event.target.closest?.('.flick')) flick()
     else if (tile) open(tile)
   })
   document.addEventListener('input', event => {
@@ -141,7 +143,9 @@
     at = event.target.value
     root().style.setProperty('--at', at / 100)
   })
+  // new sides, or new images in the old ones, whose classes are then those of the markup; what `settle` itself changes is left out
+  const isNew = change => change.attributeName || !['SPAN', 'BUTTON'].includes(change.target.tagName)
   new MutationObserver(changes => {
-    if (changes.some(change => change.target.closest?.('#stage') && change.target.tagName !== 'SPAN' && change.target.tagName !== 'BUTTON')) settle()
-  }).observe(document, { childList: true, subtree: true })
+    if (changes.some(change => change.target.closest?.('#stage') && isNew(change))) settle()
+  }).observe(document, { childList: true, subtree: true, attributeFilter: ['src'] })
 })()

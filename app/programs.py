@@ -10,9 +10,9 @@ from app.catalog import all_results, card, checkpoints, variants
 from app.jobs import Jobs, Status
 from app.judge_tab import measured
 from app.recipe import of_image
-from app.render import NO_LABEL, png_url
+from app.render import png_url
 from app.sampler import Frame, sample
-from app.settings import OWN_SAMPLER, RANDOM_SEED, Comparison
+from app.settings import NO_LABEL, OWN_SAMPLER, RANDOM_SEED, Comparison
 from app.site import Site, page_errors
 
 

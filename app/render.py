@@ -1,7 +1,7 @@
 """Images and facts -> HTML. Every text from outside passes through `text`."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ from app import recipe as recipes
 from app.catalog import Card
 from app.plots import Line, plot, text
 from app.sampler import Frame
-from app.settings import OWN_SAMPLER, steps_in_words
+from app.settings import NO_LABEL, OWN_SAMPLER, steps_in_words
 from app.votes import Tally
 
 SIDES = "ABCD"
 TILE_PX, SMALL_TILE_PX = 128, 64  # edges on the page that enlarged images come near to; the small one for many images and narrow screens
 FEW_IMAGES = 16
-NO_LABEL = "no label"
+MAX_THUMB_PX = 96  # the history shows them at 48
+FEW_LABELS = 3
 OWN_WORDS = {"label": "label", "seed": "seed", "steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
 
 
@@ -26,7 +27,7 @@ def png_url(image: np.ndarray, recipe: dict[str, Any] | None = None) -> str:
 
 
 def stage(frame: Frame) -> str:
-    """The galleries of a comparison, and the handle that the slider view drags."""
+    """The galleries of a comparison, and what some views need: which side, the next one, the handle that is dragged."""
     sides = frame.recipe["checkpoints"]
     galleries = "".join(
         gallery(SIDES[i], side["name"], _kind(side["alpha_min"]), images, frame, i, _own(side))
@@ -34,16 +35,18 @@ def stage(frame: Frame) -> str:
     )
     others = "".join(f'<button type="button" data-second="{side}">{side}</button>' for side in SIDES[1 : len(sides)])
     pick = f'<div class="pick" role="group" aria-label="Compare A with">A with {others}</div>' if len(sides) > 2 else ""
+    flick = '<button type="button" class="flick">Show the next one</button>' if len(sides) > 1 else ""
     divider = '<input class="divider" type="range" min="0" max="100" value="50" step="0.5" aria-label="Divider">' if len(sides) > 1 else ""
-    return f'{pick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
+    return f'{pick}{flick}<div class="stage" data-sides="{len(sides)}">{galleries}{divider}</div>'
 
 
-def empty_stage(has_checkpoints: bool) -> str:
-    """What stands where the galleries will be."""
+def empty_stage(has_checkpoints: bool, trains: bool) -> str:
+    """What stands where the galleries will be; `trains`: this page can train some."""
     if has_checkpoints:
         return '<p class="empty">Press <b>Compare</b>: all checkpoints start from the same noise, image by image.</p>'
+    where = "under <b>Train</b> or in a shell" if trains else "in a shell"
     return (
-        '<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, under <b>Train</b> or in a shell:</p>'
+        f'<div class="empty"><b>There is no checkpoint yet.</b><p>Train a small pair in a few minutes, {where}:</p>'
         "<pre>accelerate launch --quiet training/train_diffusion.py --preset demo-plain\n"
         "accelerate launch --quiet training/train_diffusion.py --preset demo-decayed</pre>"
         "<p>Other folders of runs are shown with <code>python -m app --runs DIR</code>.</p></div>"
@@ -145,9 +148,7 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
     for id, frame in items:
         recipe = frame.recipe
         names = " · ".join(text(side["name"]) + (f" ({own})" if (own := _own(side)) else "") for side in recipe["checkpoints"])
-        pictures = "".join(
-            f'<img src="{png_url(images[0])}" width="{images.shape[1]}" height="{images.shape[1]}" alt="">' for images in frame.images
-        )
+        pictures = "".join(f'<img src="{png_url(_thumbnail(images[0]))}" alt="">' for images in frame.images)
         label = text(NO_LABEL if recipe["label"] is None else recipe["label"])
         facts = f"{label}, seed {recipe['seed']}, {steps_in_words(recipe['steps'])}"
         rows.append(
@@ -156,6 +157,13 @@ def history(items: Sequence[tuple[str, Frame]]) -> str:
             f'<button type="button" data-do="add" data-id="{id}">Add</button></li>'
         )
     return f'<ul class="history">{"".join(rows)}</ul>'
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, C), averaged down to what the history shows: it is sent whole after every comparison."""
+    factor = -(-image.shape[0] // MAX_THUMB_PX)
+    height, width = (edge - edge % factor for edge in image.shape[:2])
+    return image[:height, :width].reshape(height // factor, factor, width // factor, factor, -1).mean(axis=(1, 3)).astype(np.uint8)
 
 
 def tallies(pairs: Sequence[Tally]) -> str:
@@ -185,23 +193,25 @@ def facts_table(titles: Sequence[str], rows: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------------- cards
 
 
-def table(cards: Sequence[Card], results: Sequence[Sequence[dict[str, Any]]]) -> str:
+def table(cards: Mapping[str, Card], results: Sequence[Sequence[dict[str, Any]]]) -> str:
     """The cards of checkpoints as one table; rows in which they differ stand out.
 
     Args:
+        cards: by the letters of their sides.
         results: of each checkpoint, see `catalog.results`.
     """
     if not cards:
         return ""
     heads = "".join(
-        f'<th scope="col"><span class="letter" data-side="{side}">{side}</span> {text(card.name)}</th>'
-        for side, card in zip(SIDES, cards, strict=False)
+        f'<th scope="col"><span class="letter" data-side="{side}">{side}</span> {text(card.name)}</th>' for side, card in cards.items()
     )
     rows = []
-    for fact, values in zip(FACTS, zip(*map(_facts, cards), strict=True), strict=True):
+    facts = [_facts(card) for card in cards.values()]
+    for fact in facts[0]:
+        values = [each[fact] for each in facts]
         differs = ' class="differs"' if len(set(values)) > 1 else ""
         rows.append(_row(fact, values, differs))
-    rows.append(_row("α by depth", [_alpha_curve(card, i) for i, card in enumerate(cards)]))
+    rows.append(_row("α by depth", [_alpha_curve(card, SIDES.index(side)) for side, card in cards.items()]))
     rows.append(
         _row("Results", ["".join(f'<p class="result">{result_words(each)}</p>' for each in found) or "none yet" for found in results])
     )
@@ -217,41 +227,36 @@ def _alpha_curve(card: Card, colour: int) -> str:
     return plot([Line("", range(1, len(card.alphas) + 1), card.alphas, colour)], "α of each sub-layer", "sub-layer", low=0.0)
 
 
-FACTS = (
-    "α<sub>min</sub>",
-    "Shortcuts",
-    "α<sub>eff</sub>",
-    "Backbone",
-    "Parameters",
-    "Images",
-    "Labels",
-    "Trained on",
-    "Steps of the last training",
-    "Images seen in all",
-    "Weights",
-)
-
-
-def _facts(card: Card) -> tuple[str, ...]:
+def _facts(card: Card) -> dict[str, str]:
+    """Title -> HTML."""
     config, training = card.config, card.training
     depth = (
         f"{config['depth']} blocks of width {config['dim']}" if "depth" in config else f"widths {', '.join(map(str, config['channels']))}"
     )
     patch = f", patch {config['patch_size']}" if "patch_size" in config else ""
     skips = "long skips" if config.get("long_skips", True) else "no long skips"
-    return (
-        "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
-        text(card.shortcuts),
-        f"{card.alpha_eff:.2g}",
-        text(f"{card.backbone}, {depth}{patch}, {skips}"),
-        f"{card.num_parameters / 1e6:.2f} M",
-        text(f"{config['image_size']} × {config['image_size']} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
-        f'<span title="{text(", ".join(card.class_names))}">{len(card.class_names) or "none"}</span>',
-        text(training.get("data", "unknown")),
-        count(training.get("steps")),
-        count(training.get("images_seen")),
-        "averaged (EMA)" if card.averaged else "as trained",
-    )
+    edge = config["image_size"]
+    return {
+        "α<sub>min</sub>": "1 (plain)" if card.is_plain else f"{card.alpha_min:g}" if card.alpha_min < 1 else "none",
+        "Shortcuts": text(card.shortcuts),
+        "α<sub>eff</sub>": f"{card.alpha_eff:.2g}",
+        "Backbone": text(f"{card.backbone}, {depth}{patch}, {skips}"),
+        "Parameters": f"{card.num_parameters / 1e6:.2f} M",
+        "Image size": text(f"{edge} × {edge} {'px' if config['in_channels'] == 3 else 'latent cells'}"),
+        "Labels": _labels(card.class_names),
+        "Trained on": text(training.get("data", "unknown")),
+        "Steps of the last training": count(training.get("steps")),
+        "Images seen in all": count(training.get("images_seen")),
+        "Weights": "averaged (EMA)" if card.averaged else "as trained",
+    }
+
+
+def _labels(names: Sequence[str]) -> str:
+    """How many and the first few, which unfold to all."""
+    few = text(f"{len(names)}: {', '.join(names[:FEW_LABELS])}") if names else "none"
+    if len(names) <= FEW_LABELS:
+        return few
+    return f"<details><summary>{few}, …</summary>{text(', '.join(names[FEW_LABELS:]))}</details>"
 
 
 def count(value: Any) -> str:

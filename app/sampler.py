@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.catalog import Card, Source, card, label_index
+from app.catalog import Card, Source, cards_of, label_index
 from app.libraries import load_libraries
 from app.settings import OWN_SAMPLER, Comparison, Settings
 
@@ -59,12 +59,6 @@ class PipelineCache:
         self.size = size
         self._loaded: OrderedDict[Source, tuple[Any, Pipeline]] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._loaded)
-
-    def __contains__(self, source: Source) -> bool:
-        return source in self._loaded
 
     def get(self, source: Source) -> "Pipeline":
         """The pipeline of a checkpoint, on the GPU where there is one.
@@ -133,7 +127,7 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
         ValueError: an unknown checkpoint, label or sampler.
     """
     comparison = comparison.settled()
-    cards = [card(side.checkpoint, runs) for side in comparison.sides]
+    cards = cards_of([side.checkpoint for side in comparison.sides], runs)
     settings = [comparison.of(side) for side in comparison.sides]
     labels = [label_index(each, own.label) for each, own in zip(cards, settings, strict=True)]
     shared = [(each, label) for each, label, side in zip(cards, labels, comparison.sides, strict=True) if "label" not in side.own]

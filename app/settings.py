@@ -13,6 +13,7 @@ MAX_GUIDANCE = 100.0
 MAX_SEED = 2**53 - 1 - MAX_IMAGES  # browsers know no larger whole numbers
 RANDOM_SEED = -1
 OWN_SAMPLER = "own"
+NO_LABEL = "no label"  # what widgets, programs and grids call none
 MAX_TEXT = 200  # characters of a name
 
 

@@ -1,81 +1,94 @@
 """The widgets of a comparison: settings that all share, and for each checkpoint those of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import gradio as gr
 
-from app.catalog import Card, card, label_index, shared_classes, variants
+from app.catalog import Card, card_if_whole, cards_of, label_index, shared_classes, variants
 from app.guard import toast
-from app.render import NO_LABEL, SAMPLERS, SIDES
-from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, OWN, RANDOM_SEED, SETTINGS, Comparison, Settings, Side
-from app.site import AS_SENT, AT_ONCE, LATEST, Site, page_errors
+from app.render import SAMPLERS, SIDES
+from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, NO_LABEL, OWN, RANDOM_SEED, Comparison, Settings, Side
+from app.site import AS_SENT, LATEST, Site, page_errors
 
 FEWEST = 2  # sides that are always there
+Values = Mapping[Any, Any]  # of widgets: what Gradio gives a handler whose inputs are a set
+Updates = dict[Any, Any]  # of widgets; those that are left out stay as they are
+
+
+@dataclass(frozen=True, eq=False)
+class SideWidgets:
+    """What belongs to one side; `own` are its own settings by name, in `group`, which is seen where `override` is on."""
+
+    letter: str
+    box: gr.Column
+    checkpoint: gr.Dropdown
+    override: gr.Checkbox
+    group: gr.Group
+    own: dict[str, gr.components.Component]
 
 
 class SettingsPanel:
     """Widgets, and the way from them to a `Comparison` and back.
 
-    `inputs` are their values, in an order that `read` knows; `outputs` what `fill` gives updates for.
+    Sides that are empty come after the others, so that each has the letter that it is drawn with.
     """
 
     def __init__(self, site: Site, first: Comparison | None) -> None:
         self.site = site
         # the shared label that was chosen last: the widget falls back to none where checkpoints share none
         self.wanted = gr.State(_in_widget(first.shared.label) if first else None)
-        self.boxes: list[gr.Column] = []
-        self.checkpoints: list[gr.Dropdown] = []
-        self.overrides: list[gr.Checkbox] = []
-        self.groups: list[gr.Group] = []
-        self.own: list[dict[str, gr.components.Component]] = []
-        self.after_buttons: list[Any] = []  # what follows a side that came, went, or got settings of its own
+        shown = [side.checkpoint for side in first.sides][:FEWEST] if first else []
+        chosen = [*shown, *shown[-1:] * (FEWEST - len(shown))]  # the only one twice
         names = self.known()
         with gr.Row(elem_id="checkpoints"):
-            for i, letter in enumerate(SIDES[:MAX_SIDES]):
-                chosen = first.sides[min(i, len(first.sides) - 1)].checkpoint if first and i < FEWEST else None
-                with gr.Column(min_width=230, visible=i < FEWEST, elem_classes="side-settings") as box:
-                    self.checkpoints.append(
-                        gr.Dropdown(names, value=chosen, label=f"Checkpoint {letter}", elem_id=f"checkpoint-{letter.lower()}")
-                    )
-                    override = gr.Checkbox(
-                        False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}", elem_classes="quiet"
-                    )
-                    with gr.Group(visible=False) as group:
-                        gr.HTML('<p class="protocol note">These stay as they are when the shared ones below change.</p>')
-                        self.own.append(_widgets(f" of {letter}", labels_of([])))
-                    if i >= FEWEST:
-                        gone = gr.Button(f"Remove {letter}", size="sm")
-                        removed = gone.click(
-                            lambda: (gr.update(visible=False), None, False, gr.update(visible=False)),
-                            None,
-                            [box, self.checkpoints[i], override, group],
-                            **AT_ONCE,
-                        )
-                        self.after_buttons.append(removed.then)
-                    self.boxes.append(box)
-                self.overrides.append(override)
-                self.groups.append(group)
-        self.add = gr.Button("Add a checkpoint", size="sm", elem_id="add-checkpoint")
+            self.sides = [_side(letter, names, name) for letter, name in zip_longest(SIDES[:MAX_SIDES], chosen)]
+        with gr.Row():
+            self.add = gr.Button("Add a checkpoint", size="sm", elem_id="add-checkpoint")
+            self.remove = gr.Button(size="sm", visible=False, elem_id="remove-checkpoint")
         with gr.Row(elem_id="settings"):
-            classes = labels_of([card(side.checkpoint, site.runs) for side in first.sides] if first else [])
-            self.shared = _widgets("", classes, first.shared if first else None)
+            self.shared = _widgets("", labels_of(cards_of(shown, site.runs)), first.shared if first else None)
         self.shared["label"].input(lambda label: label, self.shared["label"], self.wanted, **LATEST)
+        # what follows a side that came, went, or got settings of its own
+        self.after_buttons = [
+            self.add.click(self._add, {*self.checkpoints}, self.outputs, **AS_SENT).success,
+            self.remove.click(self._remove, {*self.checkpoints}, self.outputs, **AS_SENT).success,
+        ]
         shared = [self.shared[name] for name in OWN]
-        for name, on, group, own in zip(self.checkpoints, self.overrides, self.groups, self.own, strict=True):
-            begun = on.input(self._begin_own, [on, name, *shared], [group, *own.values()], **LATEST)
+        for side in self.sides:
+            begun = side.override.input(
+                lambda values, side=side: self._begin_own(side, values),
+                {side.override, side.checkpoint, *shared},
+                [side.group, *side.own.values()],
+                **LATEST,
+            )
             self.after_buttons.append(begun.success)  # another checkpoint may have been chosen meanwhile
-        added = self.add.click(self._add, self.checkpoints, [*self.boxes, *self.checkpoints], **AS_SENT)
-        self.after_buttons.append(added.success)
+
+    @property
+    def checkpoints(self) -> list[gr.Dropdown]:
+        return [side.checkpoint for side in self.sides]
+
+    @property
+    def labels(self) -> list[gr.components.Component]:
+        return [self.shared["label"], *(side.own["label"] for side in self.sides)]
 
     @property
     def inputs(self) -> list[gr.components.Component]:
-        sides = zip(self.checkpoints, self.overrides, self.own, strict=True)
-        return [*self.shared.values(), *(each for name, on, own in sides for each in (name, on, *own.values()))]
+        """What `read` reads."""
+        own = (each for side in self.sides for each in (side.checkpoint, side.override, *side.own.values()))
+        return [*self.shared.values(), *own]
+
+    @property
+    def choices(self) -> list[gr.components.Component]:
+        """What `cards` and `label_updates` read."""
+        return [*self.checkpoints, *(side.override for side in self.sides), self.wanted, *self.labels]
 
     @property
     def outputs(self) -> list[Any]:
-        return [*self.inputs, *self.boxes, *self.groups, self.wanted]
+        """What `fill` fills."""
+        return [*self.inputs, *(each for side in self.sides for each in (side.box, side.group)), self.remove, self.wanted]
 
     def known(self) -> list[str]:
         """Names that can be chosen."""
@@ -87,102 +100,130 @@ class SettingsPanel:
         for follows in self.after_buttons:
             follows(*handler, **how)
 
-    def read(self, values: Sequence[Any]) -> Comparison:
+    def read(self, values: Values) -> Comparison:
         """The comparison that the widgets ask for.
 
         Raises:
             ValueError: values out of range, or no checkpoint.
         """
-        values = list(values)
-        shared = dict(zip(SETTINGS, map(from_widget, values), strict=False))
-        sides = []
-        for start in range(len(SETTINGS), len(values), 2 + len(OWN)):
-            name, overrides, *own = values[start : start + 2 + len(OWN)]
-            if name:
-                sides.append(Side(name, dict(zip(OWN, map(from_widget, own), strict=True)) if overrides else {}))
-        if not sides:
-            raise ValueError("there is no checkpoint to sample; train one first")
-        return Comparison(Settings(**shared), tuple(sides))
+        chosen = [side for side in self.sides if values[side.checkpoint]]
+        if not chosen:
+            raise ValueError("there is no checkpoint to sample; choose one, or train it first")
+        for side in self.sides[: len(chosen)]:
+            if side not in chosen:  # the later ones would be drawn with other letters
+                raise ValueError(f"checkpoint {side.letter} is empty; choose one there")
+        sides = (Side(values[side.checkpoint], _read(side.own, values) if values[side.override] else {}) for side in chosen)
+        return Comparison(Settings(**_read(self.shared, values)), tuple(sides))
 
-    def fill(self, comparison: Comparison) -> list[Any]:
-        """Updates for `outputs` that show a comparison; the side of what is not here any more is left empty, and told."""
-        names = self.known()
-        sides = [side if side.checkpoint in names else None for side in comparison.sides]
-        for letter, side, asked in zip(SIDES, sides, comparison.sides, strict=False):
-            if side is None:
-                gr.Warning(toast(f"{asked.checkpoint} is not here any more, so {letter} is empty."))
-        sharing = [card(side.checkpoint, self.site.runs) for side in sides if side and "label" not in side.own]
-        updates = [label_update(labels_of(sharing), comparison.shared.label, sharing), *list(vars(comparison.shared).values())[1:]]
-        sides += [None] * (MAX_SIDES - len(sides))
-        for side in sides:
-            own = vars(comparison.of(side) if side else comparison.shared)
-            alone = [card(side.checkpoint, self.site.runs)] if side else []
-            updates += [gr.update(choices=names, value=side.checkpoint if side else None), bool(side and side.own)]
-            updates += [label_update(labels_of(alone), own["label"], alone), *(own[name] for name in OWN[1:])]
-        updates += [gr.update(visible=i < max(FEWEST, len(comparison.sides))) for i in range(MAX_SIDES)]
-        updates += [gr.update(visible=bool(side and side.own)) for side in sides]
-        return [*updates, _in_widget(comparison.shared.label)]
+    def fill(self, comparison: Comparison) -> Updates:
+        """For `outputs`: they show a comparison. What is not here any more, or damaged, is told and left out; others move up."""
+        known = variants(self.site.runs)
+        asked = dict.fromkeys(side.checkpoint for side in comparison.sides)
+        whole = {name: card for name in asked if (card := card_if_whole(name, known))}
+        for name in asked:
+            if name not in whole:
+                gr.Warning(toast(f"{name} is {'damaged' if name in known else 'not here any more'}, so it is left out."))
+        there = [side for side in comparison.sides if side.checkpoint in whole]
+        sharing = [whole[side.checkpoint] for side in there if "label" not in side.own]
+        updates = {**_filled(self.shared, comparison.shared, sharing), self.wanted: _in_widget(comparison.shared.label)}
+        for widgets, side in zip_longest(self.sides, there):
+            own = bool(side and side.own)
+            updates |= {
+                widgets.checkpoint: gr.update(choices=list(known), value=side.checkpoint if side else None),
+                widgets.override: own,
+                widgets.group: gr.update(visible=own),
+                **_filled(widgets.own, comparison.of(side) if side else comparison.shared, [whole[side.checkpoint]] if side else []),
+            }
+        return updates | self._shown(len(there))
 
-    @property
-    def choices(self) -> list[Any]:
-        """What `label_updates` reads."""
-        return [*self.checkpoints, *self.overrides, self.wanted, *self.labels]
+    def cards(self, values: Values) -> dict[str, Card]:
+        """Letter -> card of what is chosen.
 
-    def label_updates(self, values: Sequence[Any]) -> list[Any]:
-        """For `labels`, after other checkpoints were chosen, or got settings of their own.
-
-        Args:
-            values: of `choices`.
+        Raises:
+            ValueError: one is not here any more, or damaged.
         """
-        names, overrides = values[:MAX_SIDES], values[MAX_SIDES : 2 * MAX_SIDES]
-        wanted, label, *own_labels = values[2 * MAX_SIDES :]
-        chosen = [card(name, self.site.runs) if name else None for name in names]
-        sharing = [each for each, overridden in zip(chosen, overrides, strict=True) if each and not overridden]
+        names = {side.letter: values[side.checkpoint] for side in self.sides if values[side.checkpoint]}
+        return dict(zip(names, cards_of(names.values(), self.site.runs), strict=True))
+
+    def label_updates(self, cards: Mapping[str, Card], values: Values) -> Updates:
+        """For `labels`, after other checkpoints were chosen, or got settings of their own; see `cards` and `choices`."""
+        sharing = [cards[side.letter] for side in self.sides if side.letter in cards and not values[side.override]]
         if len(sharing) > 1 and all(each.class_names for each in sharing) and not shared_classes(*sharing):
             gr.Info(toast(f"{' and '.join(dict.fromkeys(each.name for each in sharing))} share no label, so they are drawn without one."))
-        updates = [relabel(sharing, label, wanted)]
-        for each, own in zip(chosen, own_labels, strict=True):
-            updates.append(relabel([each] if each else [], own))
+        updates = {self.shared["label"]: relabel(sharing, values[self.shared["label"]], values[self.wanted])}
+        for side in self.sides:
+            alone = [cards[side.letter]] if side.letter in cards else []
+            updates[side.own["label"]] = relabel(alone, values[side.own["label"]])
         return updates
 
-    @property
-    def labels(self) -> list[gr.components.Component]:
-        return [self.shared["label"], *(own["label"] for own in self.own)]
-
-    def _begin_own(self, on: bool, name: str | None, label: Any, *values: Any) -> tuple[Any, ...]:
+    def _begin_own(self, side: SideWidgets, values: Values) -> Updates:
         """Show the settings of a side, which begin as those of all, or hide them."""
+        name = values[side.checkpoint]
         with page_errors():
-            alone = [card(name, self.site.runs)] if name else []
-        return gr.update(visible=on), relabel(alone, None, label), *values
+            alone = cards_of([name] if name else [], self.site.runs)
+        begun = {side.own[name]: values[self.shared[name]] for name in OWN}
+        label = relabel(alone, None, values[self.shared["label"]])
+        return {**begun, side.own["label"]: label, side.group: gr.update(visible=values[side.override])}
 
-    def _add(self, *names: str | None) -> list[Any]:
+    def _add(self, values: Values) -> Updates:
         """Show one more side, with a checkpoint that is not shown yet and has a label in common with those that are, if they have one."""
-        free = next((i for i, name in enumerate(names) if not name), None)
+        names = [values[each] for each in self.checkpoints]
+        free = next((side for side in self.sides if not values[side.checkpoint]), None)
         if free is None:
             raise gr.Error(f"A comparison shows up to {MAX_SIDES} checkpoints.", print_exception=False)
-        known = self.known()
+        known = variants(self.site.runs)
         with page_errors():
-            there = [card(name, self.site.runs) for name in names if name]
-        new = next((name for name in known if name not in names and (not shared_classes(*there) or self._shares(name, there))), None)
-        if new is None and known:
-            new = there[0].name if there else known[0]
-            words = (
-                f"All checkpoints with these labels are shown already, so {SIDES[free]} is {new} once more: give it settings of its own."
-            )
-            gr.Info(toast(words))
-        updates: list[Any] = [gr.skip()] * (2 * MAX_SIDES)
-        updates[free], updates[MAX_SIDES + free] = gr.update(visible=True), gr.update(choices=known, value=new)
-        return updates
+            there = cards_of(filter(None, names), self.site.runs)
 
-    def _shares(self, name: str, there: Sequence[Card]) -> bool:
-        try:
-            return bool(shared_classes(*there, card(name, self.site.runs)))
-        except ValueError:  # a damaged one
-            return False
+        def suits(name: str) -> bool:
+            new = None if name in names else card_if_whole(name, known)
+            return new is not None and (not shared_classes(*there) or bool(shared_classes(*there, new)))
+
+        new = next(filter(suits, known), None)
+        if new is None and there:
+            new = there[0].name
+            said = f"All checkpoints with these labels are shown already, so {free.letter} is {new} once more: give it settings of its own."
+            gr.Info(toast(said))
+        return {free.checkpoint: gr.update(choices=list(known), value=new), **self._shown(self.sides.index(free) + 1)}
+
+    def _remove(self, values: Values) -> Updates:
+        """Take the last side away: those before it keep their letters."""
+        number = max(FEWEST, sum(bool(values[each]) for each in self.checkpoints) - 1)
+        last = self.sides[number]
+        return {last.checkpoint: None, last.override: False, last.group: gr.update(visible=False), **self._shown(number)}
+
+    def _shown(self, number: int) -> Updates:
+        """So many sides are seen, and a button to take the last of them away."""
+        number = max(FEWEST, number)
+        boxes = {side.box: gr.update(visible=side in self.sides[:number]) for side in self.sides}
+        return {**boxes, self.remove: gr.update(value=f"Remove {SIDES[number - 1]}", visible=number > FEWEST)}
+
+
+def _side(letter: str, names: list[str], chosen: str | None) -> SideWidgets:
+    with gr.Column(min_width=230, visible=letter in SIDES[:FEWEST], elem_classes="side-settings") as box:
+        checkpoint = gr.Dropdown(names, value=chosen, label=f"Checkpoint {letter}", elem_id=f"checkpoint-{letter.lower()}")
+        override = gr.Checkbox(
+            False, label=f"Own settings for {letter}", container=False, elem_id=f"own-{letter.lower()}", elem_classes="quiet"
+        )
+        with gr.Group(visible=False) as group:
+            gr.HTML('<p class="protocol note">These stay as they are when the shared ones below change.</p>')
+            own = _widgets(f" of {letter}", labels_of([]))
+    return SideWidgets(letter, box, checkpoint, override, group, own)
+
+
+def _read(widgets: Mapping[str, Any], values: Values) -> dict[str, Any]:
+    """Settings by name."""
+    return {name: from_widget(values[widget]) for name, widget in widgets.items()}
+
+
+def _filled(widgets: Mapping[str, Any], settings: Settings, chosen: Sequence[Card]) -> Updates:
+    """For the widgets of settings; the label is one that the chosen checkpoints know."""
+    updates = {widget: getattr(settings, name) for name, widget in widgets.items()}
+    return {**updates, widgets["label"]: label_update(labels_of(chosen), settings.label, chosen)}
 
 
 def _widgets(whose: str, labels: list[str], values: Settings | None = None) -> dict[str, gr.components.Component]:
-    """One widget for each setting, in the order of `SETTINGS`; a side has no number of images of its own."""
+    """One widget for each setting, by its name; a side has no number of images of its own."""
     values = values or Settings(seed=0)
     kind = f"{whose[-1].lower()}-" if whose else ""
     shape = dict(min_width=130, scale=2)

@@ -1,5 +1,6 @@
 """What all tabs of the page share."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -15,7 +16,7 @@ from app.catalog import cards, default_pair
 from app.jobs import Jobs
 from app.sampler import sample
 from app.settings import Comparison, Settings, Side
-from app.studio import STOPPED, Sampling, Studio
+from app.studio import FAILED, STOPPED, Sampling, Studio
 from app.votes import Votes
 
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
@@ -24,9 +25,10 @@ AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseco
 AS_SENT: dict[str, Any] = dict(**QUIET, preprocess=False)
 LATEST: dict[str, Any] = dict(**AS_SENT, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
 WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
+LINK_BYTES_PER_S = 2e6  # of a visitor; slower ones get old previews late
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Site:
     """The services behind the page.
 
@@ -39,7 +41,8 @@ class Site:
     jobs: Jobs | None
     votes: Votes
     studio: Studio = field(default_factory=Studio)
-    _welcome: list[Sampling] = field(default_factory=list)
+    _welcome: Sampling | None = None
+    _greeting: threading.Lock = field(default_factory=threading.Lock)
 
     def first_comparison(self) -> Comparison | None:
         """What a visitor sees first; None without a checkpoint."""
@@ -52,24 +55,29 @@ class Site:
 
     def prepare(self) -> None:
         """Load the libraries in threads: sample what visitors see first, make the check of trainings ready, and keep their queue moving."""
-        self._greet()
+        with self._greeting:
+            self._greet()
         if self.jobs is not None:
             threading.Thread(target=self.jobs.warm_up, daemon=True, name="warm-up").start()
             self.jobs.keep_moving()
 
     def _greet(self) -> None:
-        for before in self._welcome:
-            before.lasting = False
+        """Only with the lock."""
+        before = self._welcome
         if first := self.first_comparison():
-            self._welcome[:] = [self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True)]
+            self._welcome = self.studio.ask(lambda: sample(first, self.runs), "the page itself", first, lasting=True)
+        if before:
+            before.lasting = False
 
     @property
     def welcome(self) -> Sampling | None:
-        """On its way or finished; once more where a visitor stopped it, or other checkpoints are seen first by now."""
-        if self._welcome and (self._welcome[0].state == STOPPED or self._welcome[0].about != self.first_comparison()):
-            with contextlib.suppress(ValueError):  # the queue is full
-                self._greet()
-        return self._welcome[0] if self._welcome else None
+        """On its way or finished; once more where it was stopped or failed, or other checkpoints are seen first by now."""
+        with self._greeting:
+            before = self._welcome
+            if before and (before.state in (STOPPED, FAILED) or before.about != self.first_comparison()):
+                with contextlib.suppress(ValueError):  # the queue is full
+                    self._greet()
+            return self._welcome
 
 
 def clears(events: Sequence[Any], told: gr.HTML) -> None:
@@ -78,6 +86,12 @@ def clears(events: Sequence[Any], told: gr.HTML) -> None:
     To be declared before what the events do otherwise: in this order they happen.
     """
     gr.on(events, None, None, told, js=f"() => {json.dumps(render.message(''))}", **AT_ONCE)
+
+
+async def sent(preview: str | None) -> None:
+    """Wait as long as a preview takes on its way: Gradio keeps all that is yielded until the browser has it, so the rest would pile up."""
+    if preview:
+        await asyncio.sleep(len(preview) / LINK_BYTES_PER_S)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,11 @@ class Sampling:
         return self.frame
 
     @property
+    def ending(self) -> str:
+        """How it ended, for the status line of the visitor."""
+        return {DONE: "Done.", FAILED: self.message}.get(self.state, "Stopped.")
+
+    @property
     def unwanted(self) -> bool:
         """Stopped by its visitor, or left alone."""
         return self.stop_asked or (not self.lasting and time.monotonic() - self.seen_at > GIVEN_UP_S)
@@ -131,7 +136,7 @@ class Studio:
                 sampling.state = STOPPED
 
     def leave(self, id: Any) -> None:
-        """Stop a sampling whose visitor turned to another one; what was not asked for by a visitor goes on."""
+        """Stop a sampling for a visitor that it is not wanted by any more; one that nobody asked for is for all, and goes on."""
         sampling = self.find(id)
         if sampling is not None and not sampling.lasting:
             self.stop(id)

@@ -187,15 +187,6 @@ class Votes:
         counts = ", ".join(f"SUM(winner = {winner})" for winner in ("first", "second", "'tie'", "'both bad'"))
         return [Tally(*row) for row in self._rows(f"SELECT first, second, {counts} FROM votes GROUP BY 1, 2 ORDER BY COUNT(*) DESC, 1, 2")]
 
-    def tally(self, first: str, second: str) -> Tally:
-        """Of one pair, the wins in that order; zeros if nobody voted."""
-        for found in self.tallies():
-            if (found.first, found.second) == (first, second):
-                return found
-            if (found.first, found.second) == (second, first):
-                return Tally(first, second, found.second_wins, found.first_wins, found.ties, found.both_bad)
-        return Tally(first, second)
-
     def to_csv(self) -> str:
         """All votes, oldest first, with a line of titles; times are UTC."""
         table = io.StringIO(newline="")

@@ -102,9 +102,11 @@ def require_memory(num_bytes: int, what: str, free: int | None = None) -> None:
         raise ValueError(f"{what} would take about {need:,.0f} GiB of memory, and {have:.0f} GiB are free; ask for less")
 
 
-def temporary_folder() -> Path:
-    """A new folder, deleted when the program ends."""
-    folder = tempfile.mkdtemp(prefix="fading-shortcuts-")
+def temporary_folder(parent: Path | None = None) -> Path:
+    """A new folder, deleted when the program ends; `parent` is made where it is not there."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="fading-shortcuts-", dir=parent)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 

@@ -1,13 +1,17 @@
 """What stands behind the page, as functions: catalogue, settings, sampling, queue, recipes, grids."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
 import shutil
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +24,14 @@ from safetensors.torch import save_file
 
 from app import catalog, recipe, render
 from app.catalog import Source
-from app.grid import AXES, draw, plan, sample_grid, varying, words_of
+from app.grid import AXES, MAX_COLUMNS, draw, plan, sample_grid, varying, words_of
 from app.plots import LEFT, Line, plot
 from app.sampler import Frame, PipelineCache, sample
-from app.settings import MAX_IMAGES, MAX_SIDES, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
+from app.settings import MAX_IMAGES, MAX_SIDES, NO_LABEL, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.settings_panel import SettingsPanel
 from app.site import Site
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
+from app.ui import build
 from app.votes import Votes
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
@@ -68,7 +73,7 @@ def test_every_kind_of_checkpoint_is_shown_and_sampled(
     shutil.copytree(runs / "tiny-plain", tmp_path / "tiny-plain")
     images = last_images(tmp_path, "runs/other", "runs/tiny-plain")
     assert images[0].shape == images[1].shape == (3, 16, 16, 3)
-    page = render.table([catalog.card("runs/other", tmp_path), catalog.card("runs/tiny-plain", tmp_path)], [[], []])
+    page = render.table({"A": catalog.card("runs/other", tmp_path), "B": catalog.card("runs/tiny-plain", tmp_path)}, [[], []])
     assert ("attention only" if backbone == "unet" else "learned") in page and "1 (plain)" in page
     assert catalog.card("runs/other", tmp_path).alpha_eff == pytest.approx(float(np.prod(model.alphas)))
 
@@ -90,7 +95,8 @@ def test_the_folders_are_looked_through_once_for_all_cards(runs: Path, monkeypat
     monkeypatch.setattr(catalog, "folders", lambda runs: looked.append(runs) or folders(runs))
     assert len(catalog.cards(runs)) >= len(PAIR)
     assert set(catalog.all_results(runs)) >= set(PAIR)
-    assert len(looked) == 2
+    assert [card.name for card in catalog.cards_of(PAIR[::-1], runs)] == [*PAIR[::-1]]
+    assert len(looked) == 3
 
 
 def test_default_pair_is_a_plain_and_a_decayed_one_of_a_family(runs: Path) -> None:
@@ -137,6 +143,29 @@ def test_the_greeting_shows_the_pair_that_comes_first_now(runs: Path, tmp_path: 
     wait_for(lambda: new.over)
 
 
+def test_a_greeting_is_the_same_for_all_is_not_left_and_tried_again_when_it_fails(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "PRETRAINED", runs / "none")
+    works = []
+    monkeypatch.setattr("app.site.sample", lambda *_: works.append(Work(9)) or works[-1]())
+    site = Site(runs, None, Votes(runs))
+    site.prepare()
+    first = site.welcome
+    wait_for(lambda: first.frame)
+    site.studio.leave(first.id)
+    assert site.welcome is first and not first.unwanted
+    works[0].error = ValueError("the disk was full")
+    works[0].go.set()
+    wait_for(lambda: first.over)
+    with ThreadPoolExecutor(8) as visitors:
+        found = {each.id: each for each in visitors.map(lambda _: site.welcome, range(16))}
+    (second,) = found.values()
+    assert (first.state, first.lasting, second.lasting) == (FAILED, False, True) and second is not first
+    wait_for(lambda: second.frame)
+    works[1].go.set()
+    wait_for(lambda: second.over)
+    assert second.state == DONE and site.welcome is second
+
+
 @pytest.mark.parametrize(
     "name", ["../runs/tiny-plain", "runs/../tiny-plain", "/etc", "runs/", "", "runs/tiny-plain\0", "tiny-plain", None, ["x"]]
 )
@@ -165,18 +194,60 @@ def test_labels_by_name_and_number(runs: Path) -> None:
             catalog.label_index(card, label)
 
 
-def test_a_side_stays_in_its_place_when_another_ones_checkpoint_is_gone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def panel_of(runs: Path) -> SettingsPanel:
+    with gr.Blocks():
+        return SettingsPanel(Site(runs, None, Votes(runs)), None)
+
+
+class Browser(dict):
+    """The values of a panel's widgets, as a browser keeps them while updates come."""
+
+    def __init__(self, panel: SettingsPanel) -> None:
+        super().__init__({widget: getattr(widget, "value", None) for widget in panel.outputs})
+        self.panel = panel
+
+    def take(self, updates: dict) -> "Browser":
+        assert updates.keys() <= set(self.panel.outputs)
+        for widget, update in updates.items():
+            if not isinstance(update, dict):
+                self[widget] = update
+            elif "value" in update:
+                self[widget] = update["value"]
+        return self
+
+
+def test_what_is_gone_or_damaged_is_left_out_and_the_others_move_up(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Warning", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(runs, None, Votes(runs)), None)
-    filled = panel.fill(Comparison(Settings(), (Side(PLAIN), Side("runs/<gone>"), Side(DECAYED, {"steps": 6}))))
-    updates = dict(zip(panel.outputs, filled, strict=True))
-    assert [updates[each]["value"] for each in panel.checkpoints] == [PLAIN, None, DECAYED, None]
-    assert [updates[each] for each in panel.overrides] == [updates[each]["visible"] for each in panel.groups] == [False, False, True, False]
-    assert [updates[each]["visible"] for each in panel.boxes] == [True, True, True, False]
-    assert updates[panel.own[2]["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [render.NO_LABEL, *CLASSES]
-    assert told == ["runs/&lt;gone&gt; is not here any more, so B is empty."]
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    shutil.copytree(own / "tiny-plain", own / "damaged")
+    (own / "damaged/model/config.json").unlink()
+    panel = panel_of(own)
+    asked = Side(PLAIN), Side("runs/<gone>"), Side("runs/damaged"), Side(DECAYED, {"steps": 6})
+    updates = panel.fill(Comparison(Settings(), asked))
+    assert updates.keys() == set(panel.outputs)
+    assert [updates[side.checkpoint]["value"] for side in panel.sides] == [PLAIN, DECAYED, None, None]
+    overridden = [False, True, False, False]
+    assert [updates[side.override] for side in panel.sides] == [updates[side.group]["visible"] for side in panel.sides] == overridden
+    assert [updates[side.box]["visible"] for side in panel.sides] == [True, True, False, False] and not updates[panel.remove]["visible"]
+    assert updates[panel.sides[1].own["steps"]] == 6 and updates[panel.shared["label"]]["choices"] == [NO_LABEL, *CLASSES]
+    assert told == ["runs/&lt;gone&gt; is not here any more, so it is left out.", "runs/damaged is damaged, so it is left out."]
+    read = panel.read(Browser(panel).take(updates))
+    assert [side.checkpoint for side in read.sides] == [PLAIN, DECAYED] and read.of(read.sides[1]).steps == 6
+
+
+def test_letters_of_the_widgets_are_those_that_are_drawn(runs: Path) -> None:
+    panel = panel_of(runs)
+    values = Browser(panel).take(panel.fill(Comparison.of_names([*PAIR, PLAIN, DECAYED])))
+    assert list(panel.cards(values)) == list("ABCD")
+    for letter, names in (("D", [*PAIR, PLAIN]), ("C", [*PAIR])):
+        assert values[panel.remove] == f"Remove {letter}"
+        assert [side.checkpoint for side in panel.read(values.take(panel._remove(values))).sides] == names
+    assert panel._remove(values)[panel.remove]["visible"] is False, "two stay"
+    values[panel.sides[0].checkpoint] = None
+    assert panel.cards(values)["B"].name == DECAYED
+    with pytest.raises(ValueError, match="checkpoint A is empty; choose one there"):
+        panel.read(values)
 
 
 @pytest.fixture
@@ -195,49 +266,55 @@ OTHERS = ("runs/other-plain", "runs/other-decayed")
 def test_a_label_comes_back_after_checkpoints_that_share_none(two_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Info", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
+    panel = panel_of(two_pairs)
 
     def updates(names: tuple, overrides: tuple, wanted: str, label: str) -> list[dict]:
-        return panel.label_updates([*names, *overrides, wanted, label, *["squares"] * MAX_SIDES])
+        values = {panel.wanted: wanted, **dict.fromkeys(panel.labels, "squares"), panel.shared["label"]: label}
+        for side, name, overridden in zip(panel.sides, names, overrides, strict=True):
+            values |= {side.checkpoint: name, side.override: overridden}
+        assert values.keys() == {*panel.choices}
+        found = panel.label_updates(panel.cards(values), values)
+        return [found[widget] for widget in panel.labels]
 
     no, alike = (False,) * MAX_SIDES, (*PAIR, None, None)
     assert "value" not in updates(alike, no, "squares", "squares")[0], "a label that stays is not sent"
     mixed = updates((OTHERS[0], PAIR[1], None, None), no, "squares", "squares")[0]
-    assert (mixed["choices"], mixed["value"]) == ([render.NO_LABEL], render.NO_LABEL)
+    assert (mixed["choices"], mixed["value"]) == ([NO_LABEL], NO_LABEL)
     assert told == [f"{OTHERS[0]} and {PAIR[1]} share no label, so they are drawn without one."]
-    assert updates((*OTHERS, None, None), no, "squares", render.NO_LABEL)[0]["value"] == "oak"
-    assert updates(alike, no, "squares", render.NO_LABEL)[0]["value"] == "squares"
-    assert "value" not in updates((*OTHERS, None, None), no, render.NO_LABEL, render.NO_LABEL)[0], "none was chosen"
+    assert updates((*OTHERS, None, None), no, "squares", NO_LABEL)[0]["value"] == "oak"
+    assert updates(alike, no, "squares", NO_LABEL)[0]["value"] == "squares"
+    assert "value" not in updates((*OTHERS, None, None), no, NO_LABEL, NO_LABEL)[0], "none was chosen"
     both = updates((*PAIR, *OTHERS), (False, False, True, True), "squares", "squares")
-    assert both[0]["choices"] == [render.NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
+    assert both[0]["choices"] == [NO_LABEL, *CLASSES], "sides with settings of their own have a label of their own"
     assert [each["value"] for each in both[3:]] == ["oak", "oak"]
-    assert panel._begin_own(True, OTHERS[0], "squares")[1]["value"] == "oak"
-    assert panel._begin_own(True, OTHERS[0], render.NO_LABEL)[1]["value"] == render.NO_LABEL
+    values = Browser(panel).take({panel.sides[1].checkpoint: OTHERS[0], panel.sides[1].override: True, panel.shared["steps"]: 7})
+    for label, begun in (("squares", "oak"), (NO_LABEL, NO_LABEL)):
+        values[panel.shared["label"]] = label
+        own = panel._begin_own(panel.sides[1], values)
+        assert own[panel.sides[1].own["label"]]["value"] == begun and own[panel.sides[1].own["steps"]] == 7
 
 
 def test_a_side_is_added_that_shares_a_label(two_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(gr, "Info", told.append)
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
+    panel = panel_of(two_pairs)
 
     def added(*names: str | None) -> str:
-        found = panel._add(*names, *[None] * (MAX_SIDES - len(names)))
-        return found[MAX_SIDES + len(names)]["value"]
+        found = panel._add({**dict.fromkeys(panel.checkpoints), **dict(zip(panel.checkpoints, names, strict=False))})
+        side = panel.sides[len(names)]
+        assert found[side.box]["visible"] and found[panel.remove]["value"] == f"Remove {panel.sides[max(1, len(names))].letter}"
+        return found[side.checkpoint]["value"]
 
     assert added(OTHERS[0]) == OTHERS[1] and not told
     assert added(*OTHERS) == OTHERS[0] and "once more" in told[0]
 
 
 def test_both_pairs_come_back_with_a_label_each(two_pairs: Path) -> None:
-    with gr.Blocks():
-        panel = SettingsPanel(Site(two_pairs, None, Votes(two_pairs)), None)
-    asked = Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "oak"})))
-    updates = dict(zip(panel.outputs, panel.fill(asked), strict=True))
+    panel = panel_of(two_pairs)
+    updates = panel.fill(Comparison(Settings(label="squares"), (Side(PLAIN), Side(OTHERS[0], {"label": "oak"}))))
     assert updates[panel.shared["label"]]["value"] == updates[panel.wanted] == "squares"
-    assert updates[panel.own[1]["label"]]["value"] == "oak"
-    numbered = dict(zip(panel.outputs, panel.fill(Comparison(Settings(label="1"), (Side(PLAIN),))), strict=True))
+    assert updates[panel.sides[1].own["label"]]["value"] == "oak"
+    numbered = panel.fill(Comparison(Settings(label="1"), (Side(PLAIN),)))
     assert numbered[panel.shared["label"]]["value"] == "squares", "programs may give a number"
 
 
@@ -251,8 +328,40 @@ def test_a_grid_over_labels_needs_some(two_pairs: Path) -> None:
         plan(asked(PLAIN, OTHERS[0], label=None), "label", "all", two_pairs)
 
 
+def test_the_table_says_what_labels_there_are_and_keeps_letters(two_pairs: Path) -> None:
+    few, many = catalog.card(PLAIN, two_pairs), replace(catalog.card(OTHERS[0], two_pairs), class_names=("oak", "elm", "ash", "<i>", "fir"))
+    page = render.table({"B": few, "D": many}, [[], []])
+    assert "<summary>5: oak, elm, ash, …</summary>&lt;i&gt;, fir</details>" in page and "3: circles, squares, &lt;b&gt;" in page
+    assert [each in page for each in ('data-side="A"', 'data-side="B"', 'data-side="D"')] == [False, True, True]
+    assert "Image size" in page and "16 × 16 px" in page
+    assert page.count('class="differs"') == 1, "the labels"
+
+
+def test_a_page_that_cannot_train_sends_nobody_there() -> None:
+    assert [
+        ("<b>Train</b>" in render.empty_stage(False, trains), "--preset" in render.empty_stage(False, trains)) for trains in (True, False)
+    ] == [
+        (True, True),
+        (False, True),
+    ]
+
+
+def test_the_history_shows_small_pictures_of_large_ones() -> None:
+    def shown(edge: int, channels: int) -> np.ndarray:
+        image = np.zeros((edge, edge, channels), np.uint8)
+        image[: edge // 2] = 200
+        recipe = {"checkpoints": [{"name": "x", "own": {}}], "label": None, "seed": 0, "steps": 1}
+        html = render.history([("id", Frame((image[None],), 1, 1, 0.1, recipe, True))])
+        (url,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url))))
+
+    large, small = shown(512, 3), shown(32, 1)
+    assert large.shape == (85, 85, 3) and small.shape == (32, 32)
+    assert (large[:42] == 200).all() and (large[43:] == 0).all() and (small[:16] == 200).all()
+
+
 def test_names_from_outside_stay_text(runs: Path) -> None:
-    html = render.table([catalog.card(PLAIN, runs)] * 2, [[], []])
+    html = render.table(dict.fromkeys("AB", catalog.card(PLAIN, runs)), [[], []])
     assert "<b>" not in html and "{" not in html and "$" not in html
 
 
@@ -321,9 +430,8 @@ def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path) ->
     sources = [Source(path, averaged=False) for path in paths]
     first, before = cache.get(sources[0]), sources[0].hash
     assert cache.get(sources[0]) is first
-    for source in (sources[1], sources[0], sources[2]):
-        cache.get(source)
-    assert len(cache) == 2 and sources[0] in cache and sources[1] not in cache
+    second, *_ = (cache.get(sources[i]) for i in (1, 0, 2))
+    assert cache.get(sources[0]) is first and cache.get(sources[1]) is not second, "the one that was used longest ago went"
     os.utime(paths[0] / INDEX, ns=(1, 1))
     assert cache.get(sources[0]) is not first and sources[0].hash == before, "the same bytes"
     (paths[0] / INDEX).write_text((paths[0] / INDEX).read_text() + "\n")
@@ -443,8 +551,6 @@ def png_with(text: str | None = None, **chunks: bytes) -> bytes:
         info.add_text(recipe.KEY, text)
     for name, data in chunks.items():
         info.add(name.encode(), data)
-    import io
-
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "png", pnginfo=info)
     return file.getvalue()
@@ -508,6 +614,28 @@ def test_grids_that_cannot_be_drawn_are_told(runs: Path, axis: str, values: str)
     with pytest.raises(ValueError) as error:
         plan(asked(), axis, values, runs)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_tells_what_it_leaves_out(runs: Path, tmp_path: Path) -> None:
+    overridden = Comparison(asked().shared, (Side(PLAIN), Side(DECAYED, {"steps": 6})))
+    assert plan(overridden, "label", "all", runs).notes == ("Settings of a checkpoint's own are left out.",)
+    assert plan(Comparison(asked().shared, (Side(PLAIN, {"steps": asked().shared.steps}),)), "seed", "2", runs).notes == ()
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    for i in range(MAX_COLUMNS):
+        copy = shutil.copytree(own / "tiny-decayed", own / f"copy-{i}")
+        config = copy / "model/config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "alpha_min": 0.1 + i / 100}))
+    for name in ("tiny-plain", "tiny-decayed"):
+        for file, changes in ((INDEX, {"class_names": [*map(str, range(99))]}), ("model/config.json", {"num_classes": 99})):
+            path = own / name / file
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    labels = plan(asked(label=None), "label", "all", own)
+    assert len(labels.columns) == MAX_COLUMNS and labels.notes == ("These are the first 12 of 99 labels.",)
+    family = plan(asked("runs/copy-0"), "alpha_min", "1", own)
+    assert not family.notes, "there are no more"
+    shutil.copytree(runs / "tiny-plain", own / "plain-again")
+    family = plan(asked("runs/copy-0"), "alpha_min", "1", own)
+    assert len(family.columns) == MAX_COLUMNS and family.notes == ("These are the first 12 of 13 values of alpha_min.",)
 
 
 def test_names_between_commas_may_have_quotes_and_commas_themselves() -> None:
@@ -578,6 +706,108 @@ def test_the_page_offers_every_axis_and_names_every_sampler() -> None:
 
     assert tuple(offered) == AXES
     assert list(render.SAMPLERS) == [OWN_SAMPLER, *SAMPLER_NAMES]
+
+
+# ------------------------------------------------------------------------------------------------------- the page's handlers
+
+
+class Handlers:
+    """The functions behind a page's widgets, called as Gradio calls them."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.page = site, build(site)
+
+    def widget(self, id: str) -> gr.components.Component:
+        return next(block for block in self.page.blocks.values() if block.elem_id == id)
+
+    def find(self, name: str, output: str) -> Callable:
+        """By its name, and the id of a widget that it writes."""
+        return next(each.fn for each in self.page.fns.values() if each.name == name and self.widget(output) in each.outputs)
+
+    def watched(self, output: str, *values: object) -> list[dict]:
+        """All that a watcher sends."""
+
+        async def gather() -> list[dict]:
+            return [news async for news in self.find("watch", output)(*values)]
+
+        return asyncio.run(gather())
+
+
+@pytest.fixture
+def handlers(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Handlers:
+    """Of a page over the tiny pair alone."""
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    own = Path(shutil.copytree(runs, tmp_path / "runs"))
+    return Handlers(Site(own, None, Votes(own)))
+
+
+def test_a_damaged_checkpoint_does_not_keep_what_a_visitor_left_from_coming_back(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    kept = {"settings": asked().as_json(), "shown": None}
+    (handlers.site.runs / "tiny-decayed/model/config.json").unlink()
+    filled = handlers.find("load", "checkpoint-a")(kept, "slider")
+    assert [filled[handlers.widget(f"checkpoint-{letter}")]["value"] for letter in "ab"] == [PLAIN, None]
+    assert filled[handlers.widget("view")] == "slider" and filled[handlers.widget("seed")] == 5
+    assert told == [f"{DECAYED} is damaged, so it is left out."]
+
+
+def test_pictures_are_not_sent_twice(handlers: Handlers) -> None:
+    site, request = handlers.site, gr.Request(session_hash="me")
+    pair, grid = asked(), plan(asked(), "seed", "2", handlers.site.runs)
+    ballot = site.votes.new_ballot(PAIR, {"seed": 5}, "anna")
+    sampling, drawn = (
+        site.studio.ask(lambda: sample(pair, site.runs), "me", pair),
+        site.studio.ask(lambda: sample_grid(grid, site.runs), "me", grid),
+    )
+    for output, values in {"stage": (sampling.id, None, request), "blind-stage": ((ballot, sampling.id),), "grid": (drawn.id,)}.items():
+        *_, end, last = handlers.watched(output, *values)
+        assert end[handlers.widget(output)].count("<img") == {"stage": 6, "blind-stage": 6, "grid": 1}[output]
+        assert last == gr.skip(), "Gradio repeats what came last"
+
+
+def test_previews_come_no_faster_than_a_link_takes_them(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, slow_link = handlers.site, 50_000
+    monkeypatch.setattr("app.site.LINK_BYTES_PER_S", slow_link)
+    pair = asked(num_images=16, steps=100)
+    ballot = site.votes.new_ballot(PAIR, {"seed": 5}, "anna")
+    for output, values in {
+        "stage": lambda id: (id, None, gr.Request(session_hash="me")),
+        "blind-stage": lambda id: ((ballot, id),),
+    }.items():
+        began = time.monotonic()
+        *sent, _, _ = handlers.watched(output, *values(site.studio.ask(lambda: sample(pair, site.runs), "me", pair).id))
+        previews = [len(news.get(handlers.widget(output), "")) for news in sent]
+        assert max(previews) > 10_000
+        assert sum(previews) <= slow_link * (time.monotonic() - began)
+
+
+def test_nobody_can_stop_the_greeting_that_all_see(handlers: Handlers) -> None:
+    stop, long = handlers.widget("stop"), asked(steps=200)
+    press_stop = next(each.fn for each in handlers.page.fns.values() if (stop._id, "click") in each.targets)
+    greeting, own = (
+        handlers.site.studio.ask(lambda: sample(long, handlers.site.runs), who, long, lasting=who == "the page itself")
+        for who in ("the page itself", "me")
+    )
+    for each in (greeting, own):
+        press_stop(each.id)
+    begun, *_ = handlers.watched("stage", greeting.id, None, gr.Request(session_hash="me"))
+    assert begun[stop]["interactive"] is False, "it would do nothing"
+    assert (greeting.state, own.state) == (DONE, STOPPED)
+
+
+def test_what_stays_chosen_in_the_blind_test_is_not_sent(handlers: Handlers) -> None:
+    one, other = (handlers.widget(f"blind-{i}") for i in range(2))
+    found = handlers.find("refresh", "tallies")(PLAIN, "runs/gone")
+    assert "value" not in found[one] and found[other]["value"] is None
+    assert found[one]["choices"] == found[other]["choices"] == [*sorted(PAIR)]
+
+
+def test_both_that_write_the_table_of_cards_take_turns(handlers: Handlers) -> None:
+    writers = [each for each in handlers.page.fns.values() if handlers.widget("table") in each.outputs]
+    assert {each.name for each in writers} == {"look_at_cards", "choose"} and len({each.concurrency_id for each in writers}) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- the queue

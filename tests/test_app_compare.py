@@ -185,6 +185,61 @@ def test_two_checkpoints_are_sampled_and_looked_at_in_four_ways(page: "Page") ->
     expect(page.locator(".side").nth(1).locator(".measured")).to_contain_text("|B − A|, mean")
 
 
+def test_a_view_stays_while_pictures_are_replaced(page: "Page") -> None:
+    put(page, "num-images", 4)
+    put(page, "steps", 40)  # several previews: from the second one on Gradio changes what it finds
+    page.get_by_label("Difference", exact=True).check()
+    compare(page, "4 + 4 images in")
+    canvas, images = page.locator(".side.second canvas"), page.locator("#stage img")
+    expect(canvas).to_have_count(4)
+    expect(canvas.last).to_be_visible()
+    plain, decayed = (pixels(images.nth(i)).astype(int) for i in (3, 7))
+    shown = canvas.nth(3).evaluate("c => [...c.getContext('2d').getImageData(0, 0, 16, 16).data]")
+    np.testing.assert_array_equal(np.array(shown).reshape(16, 16, 4)[..., :3], np.abs(plain - decayed))
+    page.get_by_label("Slider", exact=True).check()
+    put(page, "seed", 1)
+    compare(page, "seed 1")
+    expect(page.locator("#stage .side:visible")).to_have_count(2)
+    page.get_by_label("Side by side", exact=True).check()
+
+
+def test_flickering_is_for_keyboards_too(page: "Page") -> None:
+    page.get_by_label("Flicker", exact=True).check()
+    visible = page.locator(".side.on .letter")
+    took = "() => { const tile = document.querySelector('.side:not(.on) .tile'); tile.focus(); return document.activeElement === tile }"
+    assert page.evaluate(took) is False, "what is hidden gets no focus"
+    page.locator(".side.on .tile").first.click()
+    page.get_by_label("Close full screen").click()
+    expect(visible).not_to_have_text(visible.inner_text())  # it goes on
+    page.get_by_label("Flicker", exact=True).focus()
+    page.keyboard.press("Tab")
+    expect(page.locator(".side.on .tile").first).to_be_focused()
+    letter = visible.inner_text()
+    page.wait_for_timeout(1500)
+    expect(visible).to_have_text(letter)  # and waits for keys
+    page.keyboard.press("Enter")
+    expect(page.locator("#viewer")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.get_by_label("Side by side", exact=True).check()
+
+
+def test_nothing_flickers_for_who_asked_for_calm(browser: Browser, server: str) -> None:
+    page = browser.new_page(reduced_motion="reduce")
+    open_page(page, server)
+    following = page.get_by_role("button", name="Show the next one")
+    expect(following).to_be_hidden()
+    page.get_by_label("Flicker", exact=True).check()
+    visible = page.locator(".side.on .letter")
+    letter = visible.inner_text()
+    page.wait_for_timeout(1500)
+    expect(visible).to_have_text(letter)
+    following.press("Enter")
+    expect(visible).not_to_have_text(letter)
+    following.click()
+    expect(visible).to_have_text(letter)
+    page.close()
+
+
 def test_four_at_once_and_an_override_is_flagged(page: "Page") -> None:
     for side in "CD":
         page.get_by_role("button", name="Add a checkpoint").click()

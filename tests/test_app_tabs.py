@@ -120,8 +120,13 @@ def test_votes_are_blind_counted_once_and_exported(page: "Page", runs: Path, tmp
     visit(page, "Blind test")
     for element, name in zip(("blind-0", "blind-1"), PAIR, strict=True):
         pick(page, element, name)
+    pick(page, "blind-1", PAIR[0])
+    press(page, "Show a pair")
+    expect(page.get_by_test_id("toast-text")).to_have_text(f"{PAIR[0]} cannot be compared with itself; choose two checkpoints")
+    page.get_by_test_id("toast-close").click()
+    pick(page, "blind-1", PAIR[1])
     told = page.locator("#blind-status")
-    left = []
+    left, files = [], []
     for i in range(2):
         press(page, "Show a pair")
         expect(told).to_contain_text("Which side is better?", timeout=PATIENCE_MS)
@@ -134,12 +139,14 @@ def test_votes_are_blind_counted_once_and_exported(page: "Page", runs: Path, tmp
         expect(told).to_contain_text("Your vote")
         left.append(told.inner_text().split("Left was ")[1].split(",")[0])
         expect(page.get_by_role("button", name="Left is better")).to_be_disabled()
+        with page.expect_download() as download:
+            page.locator("#votes-csv").click()
+        files.append(download.value)
     assert set(left) <= set(PAIR)
     expect(page.locator("#tallies tbody tr")).to_have_count(1)
     expect(page.locator("#tallies tbody td:last-child")).to_have_text("1")
-    with page.expect_download() as download:
-        page.locator("#votes-csv").click()
-    rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+    assert files[0].url == files[1].url, "no copy of each version is kept"
+    rows = list(csv.DictReader(Path(files[1].path()).read_text().splitlines()))
     assert [row["choice"] for row in rows] == ["left", "both bad"] and rows[0]["winner"].startswith(f"{left[0]} (")
     with closing(sqlite3.connect(runs / "votes.sqlite")) as base:
         assert base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
