@@ -38,9 +38,9 @@ from app.job_files import (
     STOPPING,
     TRAINING,
     Job,
+    curve_of,
     json_of,
     log_of,
-    metrics_of,
     options_of,
     pace_of,
     part_of,
@@ -48,7 +48,6 @@ from app.job_files import (
     read_job,
     saved_step,
     state_of,
-    thinned,
     wanted_steps,
 )
 from app.job_flags import MAX_TEXT, OWN_OPTIONS, flag_names, parse, plain
@@ -422,7 +421,7 @@ class Jobs:
             return so_far
         samples = {int(path.stem[5:]): path for path in (run / "samples").glob("step-*.png") if path.stem[5:].isdigit()}
         sample = samples[max(samples)] if samples else None
-        return replace(so_far, curve=thinned(metrics_of(run)), sample=sample, log=log_of(run, 0))
+        return replace(so_far, curve=curve_of(run), sample=sample, log=log_of(run, 0))
 
     def estimate(self, options: dict[str, Any]) -> float | None:
         """About how many minutes a training will take here, after the newest run of the same network on images of the same size.

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -19,10 +21,25 @@ import psutil
 import pytest
 from filelock import FileLock, Timeout
 
-from app import catalog, job_flags, job_process, judging
+from app import catalog, job_flags, job_process, judging, libraries
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import EVALUATION, FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
+from app.job_files import (
+    EVALUATION,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    JOB,
+    LOG,
+    MAX_POINTS,
+    PART,
+    QUEUED,
+    RUNNING,
+    STOPPING,
+    Job,
+    curve_of,
+    part_of,
+)
 from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured, on_their_way_and_found
 from app.render import result_words
@@ -402,6 +419,38 @@ def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypa
     for _ in range(3):
         assert overview_of(jobs, jobs.all()).count("step 7 of 9") == 20
     assert len(read) == 20
+
+
+def test_of_a_long_training_only_what_is_shown_is_kept(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Line(dict):
+        pass
+
+    read: list[weakref.ref] = []
+
+    def read_metrics(run: Path) -> list[Line]:
+        lines = [Line(step=step, images_per_s=5.0) for step in range(1, 10 * MAX_POINTS + 1)]
+        read.extend(map(weakref.ref, lines))
+        return lines
+
+    monkeypatch.setattr(monitor, "read_metrics", read_metrics)
+    run = write_run(jobs, "mine", lines=1)
+    for _ in range(3):  # as it grows
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("{}\n")
+        progress = jobs.progress("mine")
+        assert (progress.step, progress.images_per_s, len(progress.curve)) == (10 * MAX_POINTS, 5.0, MAX_POINTS)
+    assert len(read) == 3 * 10 * MAX_POINTS and sum(line() is not None for line in read) <= 3 * MAX_POINTS
+
+
+def test_curves_are_read_when_the_libraries_are_there(jobs: Jobs) -> None:
+    run = write_run(jobs, "mine", lines=3)
+    look = threading.Thread(target=curve_of, args=[run])
+    with libraries._lock:  # another thread imports them
+        look.start()
+        look.join(0.5)
+        assert look.is_alive()
+    look.join(60)
+    assert not look.is_alive() and len(curve_of(run)) == 3
 
 
 def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
