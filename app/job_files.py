@@ -52,6 +52,11 @@ class Job:
     error: str | None = None
     kind: str = TRAINING
 
+    @property
+    def waits(self) -> bool:
+        """For its turn: it was neither started nor cancelled."""
+        return self.pid is None and self.stop_asked_at is None and not self.error
+
 
 def state_of(run: Path, job: Job | None, lives: bool, outside: Callable[[], Container[Path]]) -> tuple[str, str]:
     """State and message.
@@ -62,7 +67,7 @@ def state_of(run: Path, job: Job | None, lives: bool, outside: Callable[[], Cont
     """
     if job and job.error:
         return FAILED, job.error
-    if job and job.pid is None and job.stop_asked_at is None:
+    if job and job.waits:
         return QUEUED, "waits for its turn"
     if lives and job:
         if job.kind == EVALUATION:

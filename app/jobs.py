@@ -249,7 +249,7 @@ class Jobs:
             while True:
                 try:
                     jobs = filter(None, map(read_job, (*self._runs(), *self._evaluations())))
-                    if any(job.started_at is None or job.options.get(VERSIONS) for job in jobs):
+                    if any(job.waits or job.options.get(VERSIONS) for job in jobs):
                         self.all()
                 except Exception as error:  # whatever it is: as soon as it is mended the queue moves again
                     if told != (told := f"the queue cannot move: {type(error).__name__}: {error}"):
@@ -441,7 +441,7 @@ class Jobs:
 
     def _require_place(self, number: int) -> None:
         if sum(status.state == QUEUED for status in self._statuses()) + number > MAX_QUEUED:
-            raise ValueError(f"{MAX_QUEUED} trainings are queued already; wait, or take one out")
+            raise ValueError(f"{MAX_QUEUED} jobs are queued already; wait, or take one out")
 
     def _evaluations(self) -> list[Path]:
         folder = self.runs / EVALUATIONS

@@ -897,13 +897,29 @@ def test_the_queue_moves_while_nobody_looks(
         jobs.at_most = 0  # the thread goes on
 
 
+def test_the_queue_rests_while_nothing_waits(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "MOVE_S", 0.05)
+    jobs.at_most = 0  # the thread goes on
+    looked: list[float] = []
+    monkeypatch.setattr(jobs, "all", lambda: looked.append(time.monotonic()))
+    write_job(jobs, "cancelled", stop_asked_at=1.0)
+    write_job(jobs, "unstartable", error="it could not be started")
+    jobs.keep_moving()
+    time.sleep(0.3)
+    assert looked == []
+    write_job(jobs, "next")
+    wait_for(lambda: bool(looked), 10)
+
+
 def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "MAX_QUEUED", 2)
     full = Jobs(jobs.runs, at_most=0)
     for name in "ab":
         assert full.start(name, FLAGS).state == QUEUED
-    with pytest.raises(ValueError, match="2 trainings are queued already"):
+    with pytest.raises(ValueError, match="2 jobs are queued already"):
         full.start("c", FLAGS)
+    with pytest.raises(ValueError, match="2 jobs are queued already"):
+        full.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64})
     assert not (jobs.runs / "c").exists()
     with pytest.raises(ValueError, match="a is queued; stop it first"):
         full.delete("a")
