@@ -142,15 +142,28 @@ class Jobs:
         self.num_processes = num_processes
         self._reads = threading.Lock()  # held while weights are read
 
-    def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        """What `start` would say, without starting; returns the options as they will be stored.
+    def check(self, name: str, options: dict[str, Any], pair: bool = False) -> dict[str, dict[str, Any]]:
+        """What `start` would queue, or `start_pair`, without doing it: names of runs, and their options as they will be stored.
 
         Raises:
-            ValueError: a name that is taken or no plain word, or options that the training script refuses.
+            ValueError: a name that is taken or no plain word, options that the training script refuses, or a pair of two plain ones.
         """
-        run, options = self._new(name), self._settled(options)
-        values = parse(options, run)
-        return {option: values[option] for option in options}
+        checked = {}
+        for each, given in self._pair(name, options) if pair else [(name, options)]:
+            run, settled = self._new(each), self._settled(given)
+            values = parse(settled, run)
+            checked[each] = {option: values[option] for option in settled}
+        return checked
+
+    def _pair(self, name: str, options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        values = parse(self._settled(options), self.runs / "pair")
+        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
+
+        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
+        if not fades and not values["learnable_alpha"]:
+            raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
+        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
+        return [(f"{name}-plain", plain_one), (f"{name}-decayed", options)]
 
     def warm_up(self) -> None:
         """Import the training scripts, so that the first check does not wait for it."""
@@ -167,7 +180,7 @@ class Jobs:
         Raises:
             ValueError: as `check`, or the queue is full.
         """
-        return self._queue([(name, options)])[0]
+        return self._queue(self.check(name, options))[0]
 
     def start_pair(self, name: str, options: dict[str, Any]) -> list[Status]:
         """Queue a plain training NAME-plain and a decayed one NAME-decayed with everything else equal.
@@ -178,18 +191,10 @@ class Jobs:
         Raises:
             ValueError: as `start`, or the decayed one would be plain, too.
         """
-        values = parse(self._settled(options), self.runs / "pair")
-        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
+        return self._queue(self.check(name, options, pair=True))
 
-        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
-        if not fades and not values["learnable_alpha"]:
-            raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
-        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
-        return self._queue([(f"{name}-plain", plain_one), (f"{name}-decayed", options)])
-
-    def _queue(self, trainings: list[tuple[str, dict[str, Any]]]) -> list[Status]:
-        """All of them, or none if one is refused."""
-        checked = {name: self.check(name, options) for name, options in trainings}
+    def _queue(self, checked: dict[str, dict[str, Any]]) -> list[Status]:
+        """All of them, or none if one cannot be."""
         with self._locked_then_started():
             self._require_place(len(checked))
             folders = [self._free(name) for name in checked]

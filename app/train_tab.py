@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     def on_check(name: str, preset: str, pair: bool, *values: Any) -> str:
         with form_errors():
             options = options_of(preset, *values)
-            checked = jobs.check(name or "estimate", options)
+            *_, checked = jobs.check(name or secrets.token_hex(8), options, pair).values()  # of a pair the decayed one
             minutes = jobs.estimate(options)
         time_told = "How long it takes is known after the first run of this network on such images"
         if minutes is not None:

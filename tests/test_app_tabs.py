@@ -5,10 +5,10 @@ import csv
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
@@ -24,6 +24,7 @@ from app.look_tab import probe_curves, probed
 from app.recipe import KEY
 from app.settings import Comparison
 from app.site import Site
+from app.train_tab import NUMBERS
 from app.ui import build
 from app.votes import Votes
 from models import Pipeline, create_model
@@ -88,6 +89,12 @@ def page(opened: tuple["Page", list[str]]) -> Iterator["Page"]:
     page, trouble = opened
     yield page
     assert trouble == []
+
+
+def handler(page: gr.Blocks, name: str, *, of: str = "") -> Callable[..., Any]:
+    """What the page does when a widget is used, without a browser; of several of that name the one whose outputs have that element."""
+    found = [each for each in page.fns.values() if each.name == name]
+    return next(each.fn for each in found if not of or of in [output.elem_id for output in each.outputs])
 
 
 def visit(page: "Page", tab: str) -> None:
@@ -217,6 +224,23 @@ def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
+
+
+def test_a_check_says_what_a_start_would(tmp_path: Path) -> None:
+    site = Site(tmp_path, Jobs(tmp_path), Votes(tmp_path))
+    check = handler(build(site), "on_check")
+    for name in ("estimate", "mine", "other-decayed"):
+        write_json(tmp_path / name / "job.json", {"options": {}, "queued_at": 1.0, "stop_asked_at": 2.0})
+    form = "demo-decayed", False, "", "", "", "as it comes", "", *[""] * len(NUMBERS)
+    assert "This can be started once it has a name" in check("", *form)
+    with pytest.raises(gr.Error, match="a run or a file mine already"):
+        check("mine", *form)
+    pair = form[0], True, *form[2:]
+    assert "This can be started. " in check("mine", *pair), "mine-plain and mine-decayed are free"
+    with pytest.raises(gr.Error, match="a run or a file other-decayed already"):
+        check("other", *pair)
+    with pytest.raises(gr.Error, match="a pair needs an alpha_min below 1"):
+        check("mine", "demo-plain", *pair[1:])
 
 
 @slow

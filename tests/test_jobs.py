@@ -590,13 +590,13 @@ def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> Non
 
 def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
     sly = {**FLAGS, "label_column": "--output_dir=/tmp/elsewhere", "image_column": "--help"}
-    words = job_flags.arguments(jobs.check("mine", sly), jobs.runs / "mine")
+    words = job_flags.arguments(jobs.check("mine", sly)["mine"], jobs.runs / "mine")
     assert [word for word in words if word.startswith("--output_dir")] == [f"--output_dir={jobs.runs / 'mine'}"]
     assert job_flags.parse(sly, jobs.runs / "mine")["label_column"] == "--output_dir=/tmp/elsewhere"
 
 
 def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:
-    options = jobs.check("mine", {**FLAGS, "seed": "7", "max_train_minutes": 2, "alpha_eff": None, "init_from": "openmoji-plain"})
+    options = jobs.check("mine", {**FLAGS, "seed": "7", "max_train_minutes": 2, "alpha_eff": None, "init_from": "openmoji-plain"})["mine"]
     assert options.pop("init_from") == str(ROOT / "models/pretrained/openmoji-plain")
     assert options == {**FLAGS, "seed": 7, "max_train_minutes": 2.0} and "alpha_eff" not in options
 
@@ -606,6 +606,19 @@ def test_a_training_begins_with_the_newest_weights_alone(jobs: Jobs) -> None:
     shutil.copytree(jobs.runs / "tiny-plain/model", jobs.runs / "tiny-plain/ema")
     with pytest.raises(ValueError, match="begin with the newest weights of a run; give its name alone"):
         jobs.check("mine", {**FLAGS, "init_from": f"{PLAIN} raw"})
+
+
+def test_a_pair_is_checked_as_it_would_be_started(jobs: Jobs) -> None:
+    checked = jobs.check("mine", {**FLAGS, "alpha_min": 0.6}, pair=True)
+    assert {name: options["alpha_min"] for name, options in checked.items()} == {"mine-plain": 1.0, "mine-decayed": 0.6}
+    write_job(jobs, "mine")
+    assert jobs.check("mine", {**FLAGS, "alpha_min": 0.6}, pair=True) == checked, "the run without an ending is another one"
+    write_job(jobs, "mine-decayed")
+    for options, message in (({"alpha_min": 0.6}, "a run or a file mine-decayed already"), ({}, "an alpha_min below 1")):
+        for use in (lambda name, options: jobs.check(name, options, pair=True), jobs.start_pair):
+            with pytest.raises(ValueError, match=message):
+                use("mine", {**FLAGS, **options})
+    assert not (jobs.runs / "mine-plain").exists(), "both or none"
 
 
 @pytest.mark.parametrize("given", [{"preset": "dit-64px-rule"}, {"dataset_name": "openmoji", "shortcut_schedule": "sqrt-half"}])
@@ -637,7 +650,7 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
         jobs.check("mine", {"train_data_dir": str(tmp_path / "images"), "max_train_steps": 1})
     (tmp_path / "images" / "a.PNG").touch()
     fenced = Jobs(jobs.runs, data=tmp_path)
-    stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})
+    stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})["mine"]
     assert stored["train_data_dir"] == str(tmp_path / "images")
     for name in ("..", "/etc", str(image_folder), "out", "images/../.."):
         with pytest.raises(ValueError, match="outside"):
@@ -647,8 +660,8 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
                 fenced.check("mine", {"dataset_name": name, "max_train_steps": 1})
     with pytest.raises(ValueError, match=r"outside|not a folder"):
         fenced.check("mine", {"dataset_name": "models/pretrained", "max_train_steps": 1})
-    assert fenced.check("mine", {"dataset_name": "images", "max_train_steps": 1})["dataset_name"] == str(tmp_path / "images")
-    assert fenced.check("mine", {"dataset_name": "cifar10", "max_train_steps": 1})["dataset_name"] == "cifar10"
+    for name, stored in (("images", str(tmp_path / "images")), ("cifar10", "cifar10")):
+        assert fenced.check("mine", {"dataset_name": name, "max_train_steps": 1})["mine"]["dataset_name"] == stored
     assert jobs.check("mine", {"train_data_dir": str(image_folder), "max_train_steps": 1})
 
 
