@@ -58,7 +58,6 @@ from models.files import remove, write_json
 LOCK, EVALUATIONS, ARCHIVE = ".jobs.lock", ".evaluations", ".archive"  # in the folder of runs; runs have no dot
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
 VERSIONS = "unread_versions"  # of the weights that an evaluation is about, until somebody has read them
 SAME_SPEED = ("backbone", "size", "resolution", "patch_size", "vae")  # runs that agree in these are about as fast
 MAY_CHANGE = ("max_train_steps", "max_train_minutes")  # when a run goes on
@@ -212,7 +211,7 @@ class Jobs:
             ValueError: as `judging.checked`, or the queue is full, or the same is on its way.
         """
         options = judging.checked(options, self.runs)
-        if options["reference"] != EMBEDDED:
+        if options["reference"] != judging.EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         weights = judging.weights_of(options["checkpoints"], sources(self.runs))  # read before the others have to wait
         with self._locked_then_started():
@@ -507,9 +506,9 @@ class Jobs:
         if "train_data_dir" in options:
             options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
         for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders
-            name = str(options.get(option, EMBEDDED))
+            name = str(options.get(option, judging.EMBEDDED))
             there = any((base / name).exists() for base in (ROOT, self.data or Path.cwd()))
-            if name != EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
+            if name != judging.EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
                 options[option] = folder_of(option, name)
         return options
 

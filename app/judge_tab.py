@@ -11,7 +11,7 @@ from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs, Status
 from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, clears
-from app.train_tab import form_errors
+from app.train_tab import FIELDS, form_errors
 from app.train_view import on_their_way
 
 SAME_PROTOCOL = (
@@ -55,7 +55,9 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
         words = "openmoji, or the folder of images that they were trained on"
-        reference = gr.Textbox(judging.EMBEDDED, label="Against", placeholder=words, max_length=500, min_width=220, elem_id="reference")
+        reference = gr.Textbox(
+            judging.EMBEDDED, label=FIELDS["reference"], placeholder=words, max_length=500, min_width=220, elem_id="reference"
+        )
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of, sources
 from app.render import protocol
+from app.settings import whole
 from models.files import INDEX, read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
 MAX_CHECKPOINTS = 4
 MOST_SAMPLES = 50_000
-EMBEDDED = "openmoji"
+EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
 UNKNOWN = "unknown"  # instead of the hash of weights
 
 
@@ -59,15 +60,12 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
         raise ValueError(f"choose 1 to {MAX_CHECKPOINTS} checkpoints to judge")
     if not MEASURES[measure].paints and len(names) > 1:
         raise ValueError("probes look at one checkpoint at a time; choose one")
-    number = options.get("num_samples", 2048)
-    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 or not 2 <= number <= MOST_SAMPLES:
-        what = "is missing" if number is None else f"cannot be {str(number)[:50]}"
-        raise ValueError(f"the number of samples {what}; give a whole number from 2 to {MOST_SAMPLES:,}")
+    number = whole("the number of samples", options.get("num_samples", 2048), 2, MOST_SAMPLES)
     reference = options.get("reference", EMBEDDED)
     if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
         raise ValueError("the reference must be openmoji or a folder of images")
     paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
-    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": number}
 
 
 def training_data(name: str, runs: Path) -> str:

@@ -49,15 +49,15 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
             name = gr.Textbox(label="Name of the run", placeholder="my-first", max_length=64, min_width=180, elem_id="run-name")
             presets = [(NO_PRESET, ""), *((key, key) for key in ALL_PRESETS)]
             about = ALL_PRESETS[FIRST_PRESET].about
-            preset = gr.Dropdown(presets, value=FIRST_PRESET, label="Preset", info=about, scale=3, min_width=240, elem_id="preset")
+            preset = gr.Dropdown(presets, value=FIRST_PRESET, label=FIELDS["preset"], info=about, scale=3, min_width=240, elem_id="preset")
             pair = gr.Checkbox(False, label="A pair: plain and decayed, everything else equal", min_width=220, elem_id="pair")
         with gr.Row():
             words = "openmoji, a folder, or a name of the hub"
-            data = gr.Textbox(label="Images", placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
-            backbone = gr.Dropdown([PRESETS_OWN], value="", label="Backbone", min_width=110, elem_id="backbone")
-            size = gr.Dropdown([PRESETS_OWN], value="", label="Size", min_width=90, elem_id="size")
-            skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
-            begin = gr.Dropdown([NOTHING], value="", label="Begin with weights of", min_width=200, elem_id="init-from")
+            data = gr.Textbox(label=FIELDS["dataset_name"], placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
+            backbone = gr.Dropdown([PRESETS_OWN], value="", label=FIELDS["backbone"], min_width=110, elem_id="backbone")
+            size = gr.Dropdown([PRESETS_OWN], value="", label=FIELDS["size"], min_width=90, elem_id="size")
+            skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label=FIELDS["long_skips"], min_width=120, elem_id="long-skips")
+            begin = gr.Dropdown([NOTHING], value="", label=FIELDS["init_from"], min_width=200, elem_id="init-from")
         with gr.Row():
             # texts: an empty field is the preset's value, which stands in it in grey
             numbers = {
@@ -110,7 +110,7 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
         return {option: value for option, value in options.items() if value not in (None, "")}
 
     def describe_preset(preset: str) -> tuple[Any, ...]:
-        info = ALL_PRESETS[preset].about if preset in ALL_PRESETS else "the flags below, and the script's own defaults"
+        info = ALL_PRESETS[preset].about if preset in ALL_PRESETS else "the fields below, and the script's own defaults"
         return gr.update(info=info), *(gr.update(placeholder=_preset_value(preset, flag)) for flag in NUMBERS)
 
     def offer() -> tuple[Any, ...]:
