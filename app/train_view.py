@@ -97,7 +97,8 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
         return ""
     progress = jobs.progress(status.name, status)
     log = "\n".join(progress.log[-12:])
-    words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
+    # open: Gradio puts each new version into the old one's elements, and would close at every look what the visitor opened
+    words = f'<p class="protocol">Last lines of its log</p><pre class="log">{text(log) or "nothing yet"}</pre>'
     if status.kind == EVALUATION:
         found, differences = judging.read_results(status.folder, status.options)
         names = status.options["checkpoints"]

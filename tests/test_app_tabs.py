@@ -272,6 +272,10 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
 
     expect(page.locator("#run-details svg").first).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#run-details")).to_contain_text("left")
+    log = page.locator("#run-details .log")
+    first = log.inner_text()
+    expect(log).not_to_have_text(first, timeout=PATIENCE_MS)
+    expect(log).to_be_visible()  # it grows under the eyes of who reads it
     pid = read_json(runs / "pair-plain/job.json")["pid"]
     press(page, "Stop (saves)")
     expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("stopped; the last checkpoint", timeout=PATIENCE_MS)
