@@ -11,8 +11,8 @@ from app.catalog import all_results, autoencoders, checkpoints, sources
 from app.jobs import Jobs, Status
 from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, clears
-from app.train_tab import FIELDS, form_errors
-from app.train_view import on_their_way
+from app.train_tab import FIELDS, form_errors, unseen
+from app.train_view import on_their_way, state_words
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "reference_fingerprint", "feature_extractor", "feature_extractor_weights"),
@@ -34,12 +34,11 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
         _form(site, site.jobs, tab)
     running = gr.HTML("", elem_id="evaluations", apply_default_css=False)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
-    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State(("", ""))
+    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State({})
 
-    def fresh(seen: Sequence[str]) -> tuple[Any, ...]:
+    def fresh(known: dict[Any, int]) -> dict[Any, Any]:
         """What has changed since."""
-        found = on_their_way_and_found(site)
-        return found, *(gr.skip() if known == now else now for known, now in zip(seen, found, strict=True))
+        return unseen(dict(zip((running, board), on_their_way_and_found(site), strict=True)), seen, known)
 
     gr.on([tab.select, timer.tick], fresh, seen, [seen, running, board], **QUIET)
     return timer
@@ -66,8 +65,7 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         with form_errors():
             options = {"measure": measure, "checkpoints": names, "reference": (reference or "").strip(), "num_samples": number}
             status = jobs.judge(options)
-        place = f"{status.position} in the queue" if status.position else status.state
-        return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
+        return render.message(f"{judging.title(status.options)}: {state_words(status)}. Its result appears here and in the cards.")
 
     proposed = gr.State(judging.EMBEDDED)  # what stands there unless the visitor wrote something else
 

@@ -5,7 +5,7 @@ import csv
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from app.look_tab import probe_curves, probed
 from app.recipe import KEY
 from app.settings import Comparison
 from app.site import Site
-from app.train_tab import NUMBERS
 from app.ui import build
 from app.votes import Votes
 from models import Pipeline, create_model
@@ -91,10 +90,21 @@ def page(opened: tuple["Page", list[str]]) -> Iterator["Page"]:
     assert trouble == []
 
 
-def handler(page: gr.Blocks, name: str, *, of: str = "") -> Callable[..., Any]:
-    """What the page does when a widget is used, without a browser; of several of that name the one whose outputs have that element."""
+def handler(page: gr.Blocks, name: str, of: str = "") -> Any:
+    """What the page does when a widget is used, without a browser; of several of that name the one that writes to that element."""
     found = [each for each in page.fns.values() if each.name == name]
-    return next(each.fn for each in found if not of or of in [output.elem_id for output in each.outputs])
+    return next(each for each in found if not of or of in [output.elem_id for output in each.outputs])
+
+
+def by_element(updates: dict[Any, Any]) -> dict[str | None, Any]:
+    """What a handler gives, by the elements of the widgets; None is the page's memory."""
+    return {widget.elem_id: update for widget, update in updates.items()}
+
+
+def write_job(runs: Path, name: str) -> Path:
+    """A training that was cancelled in the queue."""
+    write_json(runs / name / "job.json", {"options": {}, "queued_at": 1.0, "stop_asked_at": 2.0})
+    return runs / name
 
 
 def visit(page: "Page", tab: str) -> None:
@@ -228,19 +238,72 @@ def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path
 
 def test_a_check_says_what_a_start_would(tmp_path: Path) -> None:
     site = Site(tmp_path, Jobs(tmp_path), Votes(tmp_path))
-    check = handler(build(site), "on_check")
+    page = build(site)
+    asked = handler(page, "on_check")
+    form = {widget.elem_id: widget for widget in asked.inputs}
+
+    def check(**values: object) -> str:
+        changed = {form[element.replace("_", "-")]: value for element, value in values.items()}
+        return asked.fn({**{widget: widget.value for widget in asked.inputs}, **changed})
+
     for name in ("estimate", "mine", "other-decayed"):
-        write_json(tmp_path / name / "job.json", {"options": {}, "queued_at": 1.0, "stop_asked_at": 2.0})
-    form = "demo-decayed", False, "", "", "", "as it comes", "", *[""] * len(NUMBERS)
-    assert "This can be started once it has a name" in check("", *form)
+        write_job(tmp_path, name)
+    assert "This can be started once it has a name" in check()
     with pytest.raises(gr.Error, match="a run or a file mine already"):
-        check("mine", *form)
-    pair = form[0], True, *form[2:]
-    assert "This can be started. " in check("mine", *pair), "mine-plain and mine-decayed are free"
+        check(run_name="mine")
+    assert "This can be started. " in check(run_name="mine", pair=True), "mine-plain and mine-decayed are free"
     with pytest.raises(gr.Error, match="a run or a file other-decayed already"):
-        check("other", *pair)
+        check(run_name="other", pair=True)
     with pytest.raises(gr.Error, match="a pair needs an alpha_min below 1"):
-        check("mine", "demo-plain", *pair[1:])
+        check(run_name="mine", preset="demo-plain", pair=True)
+
+
+def test_a_run_that_is_gone_leaves_nothing_to_click_on(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+    fresh, act = handler(page, "fresh", of="jobs"), handler(page, "handle", of="told")
+    buttons = [f"{what}-training" for what in ("stop", "resume", "rename", "archive", "delete")]
+    write_job(tmp_path, "mine")
+    shown = by_element(fresh.fn(None, None, {}))
+    assert shown["run"]["value"] == "mine", "the first one, where nothing is chosen yet"
+    assert [shown[button]["interactive"] for button in buttons] == [False, True, True, True, True]
+    write_job(tmp_path, "another")
+    assert "value" not in by_element(fresh.fn("mine", None, {}))["run"], "the visitor may choose another one meanwhile"
+    jobs.rename("mine", "yours")
+    for chosen in ("mine", ""):  # what the browser has at the next look, and at the one after it
+        shown = by_element(fresh.fn(chosen, None, {}))
+        assert shown["run"].get("value", chosen) == "" and shown["run-details"] == ""
+        assert not any(shown[button]["interactive"] for button in buttons)
+        with pytest.raises(gr.Error, match=r"there is no run 'mine'|choose a run first"):
+            act.fn(chosen, None)
+
+
+def test_a_visitor_is_told_what_has_changed_and_little_is_kept_of_it(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    fresh = handler(build(Site(tmp_path, jobs, Votes(tmp_path))), "fresh", of="jobs")
+    run = write_job(tmp_path, "mine")
+    first = by_element(fresh.fn("mine", None, {}))
+    seen = first.pop(None)
+    assert {"jobs", "run", "run-details", "stop-training", "archived"} <= set(first)
+    (run / "samples").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(run / "samples" / "step-5.png")
+    changed = by_element(fresh.fn("mine", None, seen))
+    seen = changed.pop(None)
+    assert set(changed) == {"run-details"} and len(changed["run-details"]) > 10_000 > 10 * len(repr([*seen.values()]))
+    assert set(by_element(fresh.fn("mine", None, seen))) == {None}, "nothing has"
+
+
+def test_runs_are_looked_through_once_and_only_for_who_opens_the_tab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(tmp_path)
+    page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+    for name in ("one", "other"):
+        write_job(tmp_path, name)
+    looked, statuses = [], jobs._statuses
+    monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
+    handler(page, "fresh", of="jobs").fn("one", "other", {})
+    assert len(looked) == 1
+    at_once = [each.outputs for each in page.fns.values() if (page._id, "load") in each.targets]
+    assert at_once and not any(output.elem_id == "jobs" for outputs in at_once for output in outputs)
 
 
 @slow
@@ -266,7 +329,7 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
     press(page, "Check, and estimate the time")
     expect(page.locator("#advice")).to_contain_text("advises alpha_min from 0.36 to 0.53", timeout=PATIENCE_MS)
     press(page, "Start")
-    expect(page.locator("#advice")).to_contain_text("pair-plain is running, pair-decayed waits, 1 in the queue")
+    expect(page.locator("#advice")).to_contain_text("pair-plain (running), pair-decayed (place 1 in the queue)")
     options = [read_json(runs / name / "job.json")["options"] for name in ("pair-plain", "pair-decayed")]
     assert [each.pop("alpha_min") for each in options] == [1.0, 0.6] and options[0] == options[1]
 
@@ -285,7 +348,7 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
 
     write(page, "more-steps", step + 3)
     press(page, "Go on")
-    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("1 in the queue")
+    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("place 1 in the queue")
     pick(page, "run", "pair-decayed")
     expect(page.locator("#run-details h3")).to_have_text("pair-decayed")
     press(page, "Stop (saves)")

@@ -464,7 +464,7 @@ def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
     monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
     jobs.at_most = 0
     waits, found = on_their_way_and_found(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
-    assert "1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+    assert "place 1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
 
 
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
@@ -782,12 +782,20 @@ def test_a_run_has_the_colour_of_its_kind_whichever_is_chosen_first(jobs: Jobs) 
     for name, alpha_min in (("plain", 1.0), ("decayed", 0.5), ("milder", 0.8)):
         write_run(jobs, name, saved=30, lines=3, alpha_min=alpha_min)
     keys = {
-        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, jobs.status(chosen[0]), chosen[1]))[:2]
+        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, *map(jobs.status, chosen)))[:2]
         for chosen in (("plain", "decayed"), ("decayed", "plain"), ("decayed", "milder"))
     }
     assert sorted(keys["plain", "decayed"]) == sorted(keys["decayed", "plain"]) == [("0", "plain"), ("1", "decayed")]
     assert keys["decayed", "milder"] == [("0", "decayed"), ("1", "milder")]
     assert 'class="key c1"></span>decayed' in details_of(jobs, jobs.status("decayed"), None)
+
+
+def test_a_run_that_vanishes_beside_another_one_breaks_nothing(jobs: Jobs) -> None:
+    for name in ("one", "other"):
+        write_run(jobs, name, saved=30, lines=3)
+    one, other = map(jobs.status, ("one", "other"))
+    jobs.delete("other")
+    assert "one</h3>" in details_of(jobs, one, other)
 
 
 def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Path) -> None:
@@ -823,6 +831,7 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     status = jobs.status(name)
     for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs, [status])):
         assert "generating: 4 of 8, " in shown and "left of this part" in shown
+        assert time.strftime("FD of openmoji-plain, 64 images, %Y-%m-%d ", time.localtime(status.started_at)) in shown
     jobs.stop(name)
     wait_for(lambda: not jobs.status(name).active)
     assert jobs.progress(name).part is None and on_their_way(jobs, jobs.all()) == ""
