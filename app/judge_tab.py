@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app import judging, render
-from app.catalog import all_results, autoencoders, checkpoints, sources
+from app.catalog import all_results, sources
 from app.jobs import Jobs, Status
 from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, clears
@@ -112,9 +112,7 @@ def leaderboard(site: Site, statuses: Sequence[Status] | None = None) -> str:
     Args:
         statuses: of all jobs, where they are known already.
     """
-    names = [*checkpoints(site.runs), *autoencoders(site.runs)]
-    known = all_results(site.runs)
-    rows = [(name, each) for name in names for each in known.get(name, ())]
+    rows = [(name, each) for name, results in all_results(site.runs).items() for each in results]
     differences: list[str] = []
     now = sources(site.runs)
     for status in site.jobs.evaluations(statuses) if site.jobs else ():
@@ -124,7 +122,8 @@ def leaderboard(site: Site, statuses: Sequence[Status] | None = None) -> str:
             rows += [(title, each) for each in numbers]
         differences += said
     if not rows:
-        return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'
+        how = " Choose a checkpoint and press <b>Judge</b>." if site.jobs else ""
+        return f'<p class="empty">Nothing is measured yet.{how}</p>'
     tables: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
     for name, result in rows:
         tables.setdefault(tuple(str(result.get(key)) for key in SAME_PROTOCOL), []).append((name, result))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,14 +154,24 @@ def read_results(folder: Path, options: dict[str, Any]) -> tuple[list[list[dict[
     """
     try:
         if (folder / RESULT).is_file():
-            return [numbers_of(read_json(folder / RESULT))], []
-        told = read_json(folder / COMPARISON)
+            return [numbers_of(_read(folder / RESULT))], []
+        told = _read(folder / COMPARISON)
         names = dict(zip(options["paths"], options["checkpoints"], strict=False))
         shared = {key: value for key, value in told["entries"][0].items() if key not in ("ema", "images_seen", "notes")}
         differences = [_difference(row, names, protocol(shared)) for row in told["differences"]]
         return [numbers_of(entry) for entry in told["entries"]], differences
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return [], []
+
+
+def _read(file: Path) -> Any:
+    return _read_version(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _read_version(file: Path, changed_ns: int) -> Any:
+    """Of up to 250 KB, which every visitor's leaderboard asks for every few seconds."""
+    return read_json(file)
 
 
 class Judged(NamedTuple):

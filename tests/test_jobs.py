@@ -48,7 +48,7 @@ from app.train_tab import form_errors
 from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
 from models import Pipeline, create_model
-from models.files import sha256, write_json
+from models.files import read_json, sha256, write_json
 from models.progress import PROGRESS_FILE, progress_bar
 from tests.conftest import ROOT, script_environment
 from tests.tiny_pair import PLAIN, write_pair
@@ -465,6 +465,24 @@ def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
     jobs.at_most = 0
     waits, found = on_their_way_and_found(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
     assert "place 1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+
+
+def test_a_result_is_read_once_for_all_who_look(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}
+    folder = write_job(jobs, ".evaluations/done", options=options, kind=EVALUATION, pid=2**22 - 1, process_began=0.0, started_at=1.0)
+    site, read = Site(jobs.runs, jobs, Votes(tmp_path / "votes")), []
+    monkeypatch.setattr(judging, "read_json", lambda file: read.append(file) or read_json(file))
+    for value in (3.25, 4.5):
+        write_json(folder / "result.json", {"metric": "FD", "value": value})
+        for _ in range(3):
+            assert f"<b>{value}</b>" in leaderboard(site)
+    assert len(read) == 2
+
+
+def test_a_page_that_cannot_judge_sends_nobody_to_a_button(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    assert "press <b>Judge</b>" in leaderboard(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
+    assert "Nothing is measured" in (told := leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))) and "Judge" not in told
 
 
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
