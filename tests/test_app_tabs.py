@@ -30,7 +30,7 @@ from models import Pipeline, create_model
 from models.files import read_json, write_json
 from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
 from tests.test_vae import make_vae
-from tests.tiny_pair import PAIR, write_pair
+from tests.tiny_pair import CLASSES, PAIR, write_pair
 from training.checkpoint import export_network
 from training.ema import EMA
 from training.objectives import FlowMatching
@@ -304,6 +304,25 @@ def test_runs_are_looked_through_once_and_only_for_who_opens_the_tab(tmp_path: P
     assert len(looked) == 1
     at_once = [each.outputs for each in page.fns.values() if (page._id, "load") in each.targets]
     assert at_once and not any(output.elem_id == "jobs" for outputs in at_once for output in outputs)
+
+
+def test_lists_that_are_filled_anew_keep_what_is_chosen(runs: Path, tmp_path: Path) -> None:
+    page = build(Site(runs, None, Votes(tmp_path)))
+    first = {"probed": ["openmoji-plain", "openmoji-decayed"], "maes": sorted(MAES)}
+    for element, names in first.items():
+        offer = handler(page, "offer", of=element).fn
+        assert offer([])["value"] == names
+        assert "value" not in offer(names[1:]), "a choice that was made meanwhile would snap back"
+        assert offer([names[1], "gone"])["value"] == names[1:]
+
+
+def test_labels_follow_the_checkpoints_and_return(runs: Path, tmp_path: Path) -> None:
+    follow = handler(build(Site(runs, None, Votes(tmp_path))), "follow", of="inside-label").fn
+    assert follow("squares", "squares", list(PAIR)) == gr.update(choices=["no label", *CLASSES])
+    assert follow("circles", "squares", list(PAIR))["value"] == "squares"
+    assert follow("squares", "squares", ["openmoji-plain"])["value"] != "squares"
+    with pytest.raises(gr.Error, match="there is no checkpoint"):
+        follow("squares", "squares", ["gone"])
 
 
 @slow
