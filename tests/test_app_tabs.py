@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
+from app import catalog
 from app.inside import colours, reconstruct, sample_features
 from app.jobs import Jobs
 from app.look_tab import probe_curves, probed
@@ -480,7 +481,7 @@ def test_a_page_that_is_killed_loses_nothing(image_folder: Path, tmp_path: Path,
             Client(url, verbose=False)
 
 
-def test_a_public_page_changes_nothing(runs: Path) -> None:
+def test_a_public_page_changes_nothing_and_sends_nobody_to_what_does(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything, public = (build(Site(runs, jobs, Votes(runs))) for jobs in (Jobs(runs), None))
     reading = {"/compare", "/sample", "/checkpoints"}
     assert set(public.get_api_info()["named_endpoints"]) == reading < set(everything.get_api_info()["named_endpoints"])
@@ -488,6 +489,13 @@ def test_a_public_page_changes_nothing(runs: Path) -> None:
     described = {(name, each["parameter_name"]): each["python_type"]["description"] for name in told for each in told[name]["parameters"]}
     assert len(described) > 20 and all(described.values()), "a program's user reads what each argument is"
     assert "preset" in described["/start_training", "options"] and "probes" in described["/judge", "measure"]
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    for jobs in (Jobs(tmp_path), None):  # nothing is measured, and nothing there to be
+        page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+        board = by_element(handler(page, "fresh", of="leaderboard").fn({}))["leaderboard"]
+        probes = handler(page, "curves").fn([])
+        assert "Nothing is measured" in board and "No checkpoint was probed" in probes
+        assert all(("<b>Judge</b>" in words) == (jobs is not None) for words in (board, probes))
     tabs = {block.label for block in public.blocks.values() if isinstance(block, gr.Tab)}
     assert tabs == {"Compare", "Blind test", "Look inside", "Judge"}
 

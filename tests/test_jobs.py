@@ -479,12 +479,6 @@ def test_a_result_is_read_once_for_all_who_look(jobs: Jobs, tmp_path: Path, monk
     assert len(read) == 2
 
 
-def test_a_page_that_cannot_judge_sends_nobody_to_a_button(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
-    assert "press <b>Judge</b>" in leaderboard(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
-    assert "Nothing is measured" in (told := leaderboard(Site(jobs.runs, None, Votes(tmp_path / "votes")))) and "Judge" not in told
-
-
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
     flags = {**FLAGS, "max_train_steps": 600, "train_batch_size": 10}
     assert jobs.estimate(flags) is None
