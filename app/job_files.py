@@ -12,6 +12,7 @@ from typing import Any
 
 from app import judging
 from app.job_flags import OWN_OPTIONS
+from app.libraries import load_libraries
 from models.files import INDEX, read_json
 
 JOB, LOG, CONFIG, PART = "job.json", "log.txt", "config.json", "progress.json"
@@ -51,6 +52,11 @@ class Job:
     error: str | None = None
     kind: str = TRAINING
 
+    @property
+    def waits(self) -> bool:
+        """For its turn: it was neither started nor cancelled."""
+        return self.pid is None and self.stop_asked_at is None and not self.error
+
 
 def state_of(run: Path, job: Job | None, lives: bool, outside: Callable[[], Container[Path]]) -> tuple[str, str]:
     """State and message.
@@ -61,7 +67,7 @@ def state_of(run: Path, job: Job | None, lives: bool, outside: Callable[[], Cont
     """
     if job and job.error:
         return FAILED, job.error
-    if job and job.pid is None and job.stop_asked_at is None:
+    if job and job.waits:
         return QUEUED, "waits for its turn"
     if lives and job:
         if job.kind == EVALUATION:
@@ -161,34 +167,40 @@ def log_of(run: Path, begins: int, most: int | None = LOG_LINES) -> tuple[str, .
     return tuple(lines if most is None else lines[-most:])
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    try:
-        stat = (run / "metrics.jsonl").stat()
-    except OSError:
-        return []
-    return _metrics_of(run, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=16)
-def _metrics_of(run: Path, changed_ns: int, num_bytes: int) -> list[dict[str, Any]]:
-    from training.monitor import read_metrics
-
-    return read_metrics(run)
+def curve_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, `thinned`."""
+    version = _version_of(run)
+    return list(_curve_and_pace_of(run, version)[0]) if version else []
 
 
 def pace_of(run: Path) -> tuple[int, float | None]:
-    """The last step that was logged, and images a second of the last lines; kept of more runs than their lines are."""
+    """The last step that was logged, and images a second of the last lines; kept of more runs than their curves are."""
+    version = _version_of(run)
+    return _pace_of(run, version) if version else (0, None)
+
+
+def _version_of(run: Path) -> tuple[int, int] | None:
+    """Changes when a line is logged."""
     try:
         stat = (run / "metrics.jsonl").stat()
     except OSError:
-        return 0, None
-    return _pace_of(run, stat.st_mtime_ns, stat.st_size)
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=1024)
-def _pace_of(run: Path, changed_ns: int, num_bytes: int) -> tuple[int, float | None]:
-    lines = _metrics_of(run, changed_ns, num_bytes)
-    return (lines[-1]["step"], rate_of(lines)) if lines else (0, None)
+def _pace_of(run: Path, version: tuple[int, int]) -> tuple[int, float | None]:
+    return _curve_and_pace_of(run, version)[1]
+
+
+@lru_cache(maxsize=16)
+def _curve_and_pace_of(run: Path, version: tuple[int, int]) -> tuple[list[dict[str, Any]], tuple[int, float | None]]:
+    """All that is shown of the lines: those of a long training fill a hundred megabytes, so they are not kept."""
+    load_libraries()
+    from training.monitor import read_metrics
+
+    lines = read_metrics(run)
+    return thinned(lines), (lines[-1]["step"], rate_of(lines)) if lines else (0, None)
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -200,4 +212,4 @@ def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def rate_of(lines: list[dict[str, Any]]) -> float | None:
     """Images a second, of the last lines."""
-    return median(line["images_per_s"] for line in lines[-20:]) or None if lines else None
+    return median(line["images_per_s"] for line in lines[-20:]) or None

@@ -38,9 +38,9 @@ from app.job_files import (
     STOPPING,
     TRAINING,
     Job,
+    curve_of,
     json_of,
     log_of,
-    metrics_of,
     options_of,
     pace_of,
     part_of,
@@ -48,7 +48,6 @@ from app.job_files import (
     read_job,
     saved_step,
     state_of,
-    thinned,
     wanted_steps,
 )
 from app.job_flags import MAX_TEXT, OWN_OPTIONS, flag_names, parse, plain
@@ -59,7 +58,6 @@ from models.files import remove, write_json
 LOCK, EVALUATIONS, ARCHIVE = ".jobs.lock", ".evaluations", ".archive"  # in the folder of runs; runs have no dot
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
 VERSIONS = "unread_versions"  # of the weights that an evaluation is about, until somebody has read them
 SAME_SPEED = ("backbone", "size", "resolution", "patch_size", "vae")  # runs that agree in these are about as fast
 MAY_CHANGE = ("max_train_steps", "max_train_minutes")  # when a run goes on
@@ -143,15 +141,28 @@ class Jobs:
         self.num_processes = num_processes
         self._reads = threading.Lock()  # held while weights are read
 
-    def check(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        """What `start` would say, without starting; returns the options as they will be stored.
+    def check(self, name: str, options: dict[str, Any], pair: bool = False) -> dict[str, dict[str, Any]]:
+        """What `start` would queue, or `start_pair`, without doing it: names of runs, and their options as they will be stored.
 
         Raises:
-            ValueError: a name that is taken or no plain word, or options that the training script refuses.
+            ValueError: a name that is taken or no plain word, options that the training script refuses, or a pair of two plain ones.
         """
-        run, options = self._new(name), self._settled(options)
-        values = parse(options, run)
-        return {option: values[option] for option in options}
+        checked = {}
+        for each, given in self._pair(name, options) if pair else [(name, options)]:
+            run, settled = self._new(each), self._settled(given)
+            values = parse(settled, run)
+            checked[each] = {option: values[option] for option in settled}
+        return checked
+
+    def _pair(self, name: str, options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        values = parse(self._settled(options), self.runs / "pair")
+        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
+
+        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
+        if not fades and not values["learnable_alpha"]:
+            raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
+        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
+        return [(f"{name}-plain", plain_one), (f"{name}-decayed", options)]
 
     def warm_up(self) -> None:
         """Import the training scripts, so that the first check does not wait for it."""
@@ -168,7 +179,7 @@ class Jobs:
         Raises:
             ValueError: as `check`, or the queue is full.
         """
-        return self._queue([(name, options)])[0]
+        return self._queue(self.check(name, options))[0]
 
     def start_pair(self, name: str, options: dict[str, Any]) -> list[Status]:
         """Queue a plain training NAME-plain and a decayed one NAME-decayed with everything else equal.
@@ -179,18 +190,10 @@ class Jobs:
         Raises:
             ValueError: as `start`, or the decayed one would be plain, too.
         """
-        values = parse(self._settled(options), self.runs / "pair")
-        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
+        return self._queue(self.check(name, options, pair=True))
 
-        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
-        if not fades and not values["learnable_alpha"]:
-            raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
-        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
-        return self._queue([(f"{name}-plain", plain_one), (f"{name}-decayed", options)])
-
-    def _queue(self, trainings: list[tuple[str, dict[str, Any]]]) -> list[Status]:
-        """All of them, or none if one is refused."""
-        checked = {name: self.check(name, options) for name, options in trainings}
+    def _queue(self, checked: dict[str, dict[str, Any]]) -> list[Status]:
+        """All of them, or none if one cannot be."""
         with self._locked_then_started():
             self._require_place(len(checked))
             folders = [self._free(name) for name in checked]
@@ -208,7 +211,7 @@ class Jobs:
             ValueError: as `judging.checked`, or the queue is full, or the same is on its way.
         """
         options = judging.checked(options, self.runs)
-        if options["reference"] != EMBEDDED:
+        if options["reference"] != judging.EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         weights = judging.weights_of(options["checkpoints"], sources(self.runs))  # read before the others have to wait
         with self._locked_then_started():
@@ -250,7 +253,7 @@ class Jobs:
             while True:
                 try:
                     jobs = filter(None, map(read_job, (*self._runs(), *self._evaluations())))
-                    if any(job.started_at is None or job.options.get(VERSIONS) for job in jobs):
+                    if any(job.waits or job.options.get(VERSIONS) for job in jobs):
                         self.all()
                 except Exception as error:  # whatever it is: as soon as it is mended the queue moves again
                     if told != (told := f"the queue cannot move: {type(error).__name__}: {error}"):
@@ -422,7 +425,7 @@ class Jobs:
             return so_far
         samples = {int(path.stem[5:]): path for path in (run / "samples").glob("step-*.png") if path.stem[5:].isdigit()}
         sample = samples[max(samples)] if samples else None
-        return replace(so_far, curve=thinned(metrics_of(run)), sample=sample, log=log_of(run, 0))
+        return replace(so_far, curve=curve_of(run), sample=sample, log=log_of(run, 0))
 
     def estimate(self, options: dict[str, Any]) -> float | None:
         """About how many minutes a training will take here, after the newest run of the same network on images of the same size.
@@ -442,7 +445,7 @@ class Jobs:
 
     def _require_place(self, number: int) -> None:
         if sum(status.state == QUEUED for status in self._statuses()) + number > MAX_QUEUED:
-            raise ValueError(f"{MAX_QUEUED} trainings are queued already; wait, or take one out")
+            raise ValueError(f"{MAX_QUEUED} jobs are queued already; wait, or take one out")
 
     def _evaluations(self) -> list[Path]:
         folder = self.runs / EVALUATIONS
@@ -503,9 +506,9 @@ class Jobs:
         if "train_data_dir" in options:
             options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
         for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders
-            name = str(options.get(option, EMBEDDED))
+            name = str(options.get(option, judging.EMBEDDED))
             there = any((base / name).exists() for base in (ROOT, self.data or Path.cwd()))
-            if name != EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
+            if name != judging.EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
                 options[option] = folder_of(option, name)
         return options
 

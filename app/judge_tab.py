@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 
 from app import judging, render
-from app.catalog import all_results, autoencoders, checkpoints, sources
+from app.catalog import all_results, sources
 from app.jobs import Jobs, Status
 from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, clears
-from app.train_tab import form_errors
-from app.train_view import on_their_way
+from app.train_tab import FIELDS, form_errors, unseen
+from app.train_view import on_their_way, state_words
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "reference_fingerprint", "feature_extractor", "feature_extractor_weights"),
@@ -34,12 +34,11 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
         _form(site, site.jobs, tab)
     running = gr.HTML("", elem_id="evaluations", apply_default_css=False)
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
-    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State(("", ""))
+    timer, seen = gr.Timer(REFRESH_S, active=False), gr.State({})
 
-    def fresh(seen: Sequence[str]) -> tuple[Any, ...]:
+    def fresh(known: dict[Any, int]) -> dict[Any, Any]:
         """What has changed since."""
-        found = on_their_way_and_found(site)
-        return found, *(gr.skip() if known == now else now for known, now in zip(seen, found, strict=True))
+        return unseen(dict(zip((running, board), on_their_way_and_found(site), strict=True)), seen, known)
 
     gr.on([tab.select, timer.tick], fresh, seen, [seen, running, board], **QUIET)
     return timer
@@ -55,7 +54,9 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
         words = "openmoji, or the folder of images that they were trained on"
-        reference = gr.Textbox(judging.EMBEDDED, label="Against", placeholder=words, max_length=500, min_width=220, elem_id="reference")
+        reference = gr.Textbox(
+            judging.EMBEDDED, label=FIELDS["reference"], placeholder=words, max_length=500, min_width=220, elem_id="reference"
+        )
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")
@@ -64,8 +65,7 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         with form_errors():
             options = {"measure": measure, "checkpoints": names, "reference": (reference or "").strip(), "num_samples": number}
             status = jobs.judge(options)
-        place = f"{status.position} in the queue" if status.position else status.state
-        return render.message(f"{judging.title(status.options)}: {place}. Its result appears here and in the cards.")
+        return render.message(f"{judging.title(status.options)}: {state_words(status)}. Its result appears here and in the cards.")
 
     proposed = gr.State(judging.EMBEDDED)  # what stands there unless the visitor wrote something else
 
@@ -112,9 +112,7 @@ def leaderboard(site: Site, statuses: Sequence[Status] | None = None) -> str:
     Args:
         statuses: of all jobs, where they are known already.
     """
-    names = [*checkpoints(site.runs), *autoencoders(site.runs)]
-    known = all_results(site.runs)
-    rows = [(name, each) for name in names for each in known.get(name, ())]
+    rows = [(name, each) for name, results in all_results(site.runs).items() for each in results]
     differences: list[str] = []
     now = sources(site.runs)
     for status in site.jobs.evaluations(statuses) if site.jobs else ():
@@ -124,7 +122,8 @@ def leaderboard(site: Site, statuses: Sequence[Status] | None = None) -> str:
             rows += [(title, each) for each in numbers]
         differences += said
     if not rows:
-        return '<p class="empty">Nothing is measured yet. Choose a checkpoint and press <b>Judge</b>.</p>'
+        how = " Choose a checkpoint and press <b>Judge</b>." if site.jobs else ""
+        return f'<p class="empty">Nothing is measured yet.{how}</p>'
     tables: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
     for name, result in rows:
         tables.setdefault(tuple(str(result.get(key)) for key in SAME_PROTOCOL), []).append((name, result))

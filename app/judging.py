@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of, sources
 from app.render import protocol
+from app.settings import whole
 from models.files import INDEX, read_json
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
 MAX_CHECKPOINTS = 4
 MOST_SAMPLES = 50_000
-EMBEDDED = "openmoji"
+EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
 UNKNOWN = "unknown"  # instead of the hash of weights
 
 
@@ -59,15 +61,12 @@ def checked(options: dict[str, Any], runs: Path) -> dict[str, Any]:
         raise ValueError(f"choose 1 to {MAX_CHECKPOINTS} checkpoints to judge")
     if not MEASURES[measure].paints and len(names) > 1:
         raise ValueError("probes look at one checkpoint at a time; choose one")
-    number = options.get("num_samples", 2048)
-    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 or not 2 <= number <= MOST_SAMPLES:
-        what = "is missing" if number is None else f"cannot be {str(number)[:50]}"
-        raise ValueError(f"the number of samples {what}; give a whole number from 2 to {MOST_SAMPLES:,}")
+    number = whole("the number of samples", options.get("num_samples", 2048), 2, MOST_SAMPLES)
     reference = options.get("reference", EMBEDDED)
     if not isinstance(reference, str) or not 0 < len(reference) <= 500 or not reference.isprintable():
         raise ValueError("the reference must be openmoji or a folder of images")
     paths = [str(_folder(name, MEASURES[measure], runs)) for name in names]
-    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": int(number)}
+    return {"measure": measure, "checkpoints": names, "paths": paths, "reference": reference, "num_samples": number}
 
 
 def training_data(name: str, runs: Path) -> str:
@@ -155,14 +154,24 @@ def read_results(folder: Path, options: dict[str, Any]) -> tuple[list[list[dict[
     """
     try:
         if (folder / RESULT).is_file():
-            return [numbers_of(read_json(folder / RESULT))], []
-        told = read_json(folder / COMPARISON)
+            return [numbers_of(_read(folder / RESULT))], []
+        told = _read(folder / COMPARISON)
         names = dict(zip(options["paths"], options["checkpoints"], strict=False))
         shared = {key: value for key, value in told["entries"][0].items() if key not in ("ema", "images_seen", "notes")}
         differences = [_difference(row, names, protocol(shared)) for row in told["differences"]]
         return [numbers_of(entry) for entry in told["entries"]], differences
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return [], []
+
+
+def _read(file: Path) -> Any:
+    return _read_version(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _read_version(file: Path, changed_ns: int) -> Any:
+    """Of up to 250 KB, which every visitor's leaderboard asks for every few seconds."""
+    return read_json(file)
 
 
 class Judged(NamedTuple):

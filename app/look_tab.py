@@ -8,13 +8,14 @@ from typing import Any
 import gradio as gr
 
 from app import render
-from app.catalog import all_results, autoencoders, card, sources, variants
+from app.catalog import all_results, autoencoders, sources, variants
 from app.inside import reconstruct, sample_features
 from app.judge_tab import measured
+from app.label_list import label_list
 from app.plots import Line, plot, text
 from app.sampler import Frame
 from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
-from app.settings_panel import from_widget, labels_of, relabel
+from app.settings_panel import from_widget
 from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, clears, page_errors
 from app.studio import DONE, FAILED
 from models.files import read_json
@@ -40,9 +41,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
     with gr.Row():
         many = dict(multiselect=True, max_choices=MAX_SIDES)
         chosen = gr.Dropdown(list(variants(site.runs)), value=names, label="Checkpoints", scale=3, min_width=260, elem_id="inside", **many)
-        classes = labels_of([card(name, site.runs) for name in names])
-        label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], label="Label", scale=2, min_width=180, elem_id="inside-label")
-        wanted = gr.State(label.value)  # see `relabel`
+        label = label_list(site, names, chosen, label="Label", scale=2, min_width=180, elem_id="inside-label")
         seed = gr.Number(0, label="Seed", min_width=100, elem_id="inside-seed")
         start = gr.Button("Look", variant="primary", min_width=110, elem_id="look")
         stop = gr.Button("Stop looking", interactive=False, min_width=110, elem_id="stop-look")
@@ -57,30 +56,24 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             asked = Comparison(settings, tuple(map(Side, names))).settled()
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
 
-    async def watch(id: str) -> AsyncIterator[tuple[Any, ...]]:
+    async def watch(id: str) -> AsyncIterator[dict[Any, Any]]:
         with page_errors():
             sampling = site.studio.kept(id)
-        yield gr.skip(), render.waiting(0), gr.update(interactive=False), gr.update(interactive=True)
+        yield {status: render.waiting(0), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
         moments: tuple[int, ...] = ()
         async for _, frame, position in site.studio.watch(sampling):
             if frame is None:
-                yield gr.skip(), render.waiting(position), gr.skip(), gr.skip()
+                yield {status: render.waiting(position)}
                 continue
-            new = frame.recipe["moments"] != moments
+            new = {maps: await asyncio.to_thread(_maps, frame)} if frame.recipe["moments"] != moments else {}
             moments = frame.recipe["moments"]
-            yield await asyncio.to_thread(_maps, frame) if new else gr.skip(), render.progress(frame), gr.skip(), gr.skip()
+            yield {status: render.progress(frame), **new}
         words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        yield gr.skip(), render.message(words), gr.update(interactive=True), gr.update(interactive=False)
-
-    def labels(names: list[str], label: str, wanted: str) -> Any:
-        with page_errors():
-            return relabel([card(name, site.runs) for name in names], label, wanted)
+        yield {status: render.message(words), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
     clears([start.click], status)
     start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start, stop], **WATCHING)
     stop.click(site.studio.stop, id, None, **AT_ONCE)
-    label.input(lambda label: label, label, wanted, **LATEST)
-    chosen.input(labels, [chosen, label, wanted], label, **LATEST)
     tab.select(lambda: gr.update(choices=list(variants(site.runs))), None, chosen, **AT_ONCE)
 
 
@@ -109,17 +102,28 @@ def _probes_section(site: Site, tab: gr.Tab) -> None:
     names = gr.Dropdown([], value=[], multiselect=True, label="Checkpoints that were probed", max_choices=MAX_SIDES, elem_id="probed")
     shown = gr.HTML("", elem_id="probes", apply_default_css=False)
 
-    def offer(names: list[str]) -> tuple[Any, str]:
+    def offer(names: list[str]) -> Any:
         found = probed(site)
-        names = [name for name in names if name in found] or _first_probed(site, found)
-        return gr.update(choices=list(found), value=names), probe_curves(names, found)
+        return _offered(list(found), names, _first_probed(site, found))
 
     def curves(names: list[str]) -> str:
         found = probed(site)
+        if not found:
+            how = "<code>eval/probe.py</code> does it" + ", or <b>Probes</b> under <b>Judge</b>" * (site.jobs is not None)
+            return f'<p class="empty small">No checkpoint was probed yet; {how}.</p>'
         return probe_curves([name for name in names if name in found], found)
 
-    names.input(curves, names, shown, **AS_SENT)
-    tab.select(offer, names, [names, shown], **AS_SENT)
+    names.input(curves, names, shown, **LATEST)
+    tab.select(offer, names, names, **AS_SENT).success(curves, names, shown, **AS_SENT)
+
+
+def _offered(known: list[str], names: list[str], first: list[str]) -> Any:
+    """What a list offers, and without those that are gone what is chosen of it, or else `first`.
+
+    Where none is gone nothing is chosen here: what the visitor chose meanwhile would snap back.
+    """
+    there = [name for name in names if name in known] or first
+    return gr.update(choices=known) if there == names else gr.update(choices=known, value=there)
 
 
 def _first_probed(site: Site, found: dict[str, dict[str, Any]]) -> list[str]:
@@ -147,11 +151,8 @@ def probed(site: Site) -> dict[str, dict[str, Any]]:
 
 def probe_curves(names: Sequence[str], found: dict[str, dict[str, Any]]) -> str:
     """Accuracy and rank of every block, and the spectrum of the best one."""
-    if found and not names:
-        return '<p class="empty small">Choose a checkpoint above.</p>'
     if not names:
-        how = "<code>eval/probe.py</code> does it, or <b>Probes</b> under <b>Judge</b>"
-        return f'<p class="empty small">No checkpoint was probed yet; {how}.</p>'
+        return '<p class="empty small">Choose a checkpoint above.</p>'
     accuracy, neighbours, rank, spectrum, notes = [], [], [], [], []
     for colour, name in enumerate(names):
         told = found[name]
@@ -202,7 +203,7 @@ def _autoencoders_section(site: Site, tab: gr.Tab) -> None:
 
     def offer(names: list[str]) -> Any:
         known = list(autoencoders(site.runs))
-        return gr.update(choices=known, value=[name for name in names if name in known] or known[:2])
+        return _offered(known, names, known[:2])
 
     start.click(paint, [names, picture, ratio, seed], shown, **QUIET)
     tab.select(offer, names, names, **AS_SENT)

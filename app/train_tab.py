@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
 from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, Site, clears, page_errors
-from app.train_view import details_of, overview_of, place_of, possible, time_words, title_of
+from app.train_view import details_of, overview_of, possible, state_words, time_words, title_of
 
 REFRESH_S = 2.0
 FIRST_PRESET = "demo-decayed"
-NO_PRESET, AS_PRESET = "no preset", "as it comes"
+AS_PRESET = "as it comes"
 YES_NO = {AS_PRESET: None, "on": True, "off": False}
 DELETE = "Delete"
-PRESETS_OWN, NOTHING = ("as the preset", ""), ("nothing", "")
+NO_PRESET, PRESETS_OWN, NOTHING, NO_RUN = ("no preset", ""), ("as the preset", ""), ("nothing", ""), ("choose a run", "")
 # fields of the form -> the training scripts' flags; what is left empty is the preset's, or the script's own
 NUMBERS = {
     "resolution": "Resolution (px)",
@@ -41,22 +42,22 @@ FIELDS = {
 }
 
 
-def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
+def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
     """The widgets of the tab, and what they do; returns what looks at the runs again and again."""
     with gr.Accordion("A new training", open=True):
         with gr.Row():
             name = gr.Textbox(label="Name of the run", placeholder="my-first", max_length=64, min_width=180, elem_id="run-name")
-            presets = [(NO_PRESET, ""), *((key, key) for key in ALL_PRESETS)]
+            presets = [NO_PRESET, *ALL_PRESETS]
             about = ALL_PRESETS[FIRST_PRESET].about
-            preset = gr.Dropdown(presets, value=FIRST_PRESET, label="Preset", info=about, scale=3, min_width=240, elem_id="preset")
+            preset = gr.Dropdown(presets, value=FIRST_PRESET, label=FIELDS["preset"], info=about, scale=3, min_width=240, elem_id="preset")
             pair = gr.Checkbox(False, label="A pair: plain and decayed, everything else equal", min_width=220, elem_id="pair")
         with gr.Row():
             words = "openmoji, a folder, or a name of the hub"
-            data = gr.Textbox(label="Images", placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
-            backbone = gr.Dropdown([PRESETS_OWN], value="", label="Backbone", min_width=110, elem_id="backbone")
-            size = gr.Dropdown([PRESETS_OWN], value="", label="Size", min_width=90, elem_id="size")
-            skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label="Long skips", min_width=120, elem_id="long-skips")
-            begin = gr.Dropdown([NOTHING], value="", label="Begin with weights of", min_width=200, elem_id="init-from")
+            data = gr.Textbox(label=FIELDS["dataset_name"], placeholder=words, max_length=500, scale=2, min_width=220, elem_id="data")
+            backbone = gr.Dropdown([PRESETS_OWN], value="", label=FIELDS["backbone"], min_width=110, elem_id="backbone")
+            size = gr.Dropdown([PRESETS_OWN], value="", label=FIELDS["size"], min_width=90, elem_id="size")
+            skips = gr.Dropdown(list(YES_NO), value=AS_PRESET, label=FIELDS["long_skips"], min_width=120, elem_id="long-skips")
+            begin = gr.Dropdown([NOTHING], value="", label=FIELDS["init_from"], min_width=200, elem_id="init-from")
         with gr.Row():
             # texts: an empty field is the preset's value, which stands in it in grey
             numbers = {
@@ -87,113 +88,118 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
     told = gr.HTML(render.message(""), elem_id="told")
     details = gr.HTML("", elem_id="run-details", apply_default_css=False)
     timer = gr.Timer(REFRESH_S, active=False)
-    seen = gr.State([])  # what was sent last
+    seen = gr.State({})  # see `unseen`
     form = [name, preset, pair, data, backbone, size, skips, begin, *numbers.values()]
-    buttons = [stop, resume, archive, delete, rename]
+    buttons = {"stop": stop, "resume": resume, "archive": archive, "delete": delete, "rename": rename}
+    looked = [overview, run, beside, details, *buttons.values(), put_away]
 
-    def options_of(preset: str, data: str, backbone: str, size: str, skips: str, begin: str, *values: Any) -> dict[str, Any]:
-        """Flags of the training script."""
-        own = ALL_PRESETS[preset].flags.keys() if preset in ALL_PRESETS else ()
-        if not (data or "").strip() and not {"dataset_name", "train_data_dir"} & set(own):
-            told = "this preset has none of its own" if preset else "or choose a preset"
+    def options_of(asked: dict[Any, Any]) -> dict[str, Any]:
+        """Flags of the training script, from the form."""
+        chosen, images = asked[preset], (asked[data] or "").strip()
+        own = ALL_PRESETS[chosen].flags.keys() if chosen in ALL_PRESETS else ()
+        if not images and not {"dataset_name", "train_data_dir"} & set(own):
+            told = "this preset has none of its own" if chosen else "or choose a preset"
             raise ValueError(f"Images is empty; give openmoji, a folder, or a name of the hub; {told}")
         options = {
-            "preset": preset,
-            **_source(jobs, (data or "").strip()),
-            "backbone": backbone,
-            "size": size,
-            "long_skips": YES_NO[skips],
-            "init_from": begin,
+            "preset": chosen,
+            **_source(jobs, images),
+            "backbone": asked[backbone],
+            "size": asked[size],
+            "long_skips": YES_NO[asked[skips]],
+            "init_from": asked[begin],
+            **{flag: (asked[number] or "").strip() for flag, number in numbers.items()},
         }
-        options |= {flag: (value or "").strip() for flag, value in zip(NUMBERS, values, strict=True)}
         return {option: value for option, value in options.items() if value not in (None, "")}
 
-    def describe_preset(preset: str) -> tuple[Any, ...]:
-        info = ALL_PRESETS[preset].about if preset in ALL_PRESETS else "the flags below, and the script's own defaults"
-        return gr.update(info=info), *(gr.update(placeholder=_preset_value(preset, flag)) for flag in NUMBERS)
+    def describe_preset(chosen: str) -> dict[Any, Any]:
+        info = ALL_PRESETS[chosen].about if chosen in ALL_PRESETS else "the fields below, and the script's own defaults"
+        values = {number: gr.update(placeholder=_preset_value(chosen, flag)) for flag, number in numbers.items()}
+        return {preset: gr.update(info=info), **values}
 
-    def offer() -> tuple[Any, ...]:
+    def offer() -> dict[Any, Any]:
         """What the form offers; it takes the libraries to know it."""
-        known = {"backbone": choices("backbone"), "size": choices("size")}
-        return (
-            *(gr.update(choices=[PRESETS_OWN, *((name, name) for name in names)]) for names in known.values()),
-            gr.update(choices=[NOTHING, *((name, name) for name in checkpoints(site.runs))]),
-        )
+        return {
+            backbone: gr.update(choices=[PRESETS_OWN, *choices("backbone")]),
+            size: gr.update(choices=[PRESETS_OWN, *choices("size")]),
+            begin: gr.update(choices=[NOTHING, *checkpoints(site.runs)]),
+        }
 
-    def on_start(name: str, preset: str, pair: bool, *values: Any) -> tuple[Any, ...]:
+    def on_start(asked: dict[Any, Any]) -> dict[Any, Any]:
         with form_errors():
-            options = options_of(preset, *values)
-            started = jobs.start_pair(name, options) if pair else [jobs.start(name, options)]
-            words = ", ".join(f"{each.name} {place_of(each)}" for each in started)
-            return render.message(f"Started: {words}."), *look(started[0].name, started[-1].name if pair else None)
+            options = options_of(asked)
+            started = jobs.start_pair(asked[name], options) if asked[pair] else [jobs.start(asked[name], options)]
+            words = ", ".join(f"{each.name} ({state_words(each)})" for each in started)
+            return {advised: render.message(f"Started: {words}."), **look(started[0].name, started[-1].name)}
 
-    def on_check(name: str, preset: str, pair: bool, *values: Any) -> str:
+    def on_check(asked: dict[Any, Any]) -> str:
         with form_errors():
-            options = options_of(preset, *values)
-            checked = jobs.check(name or "estimate", options)
+            options = options_of(asked)
+            checked = list(jobs.check(asked[name] or secrets.token_hex(8), options, asked[pair]).values())
             minutes = jobs.estimate(options)
         time_told = "How long it takes is known after the first run of this network on such images"
         if minutes is not None:
-            time_told = f"About {time_words(60 * minutes * (2 if pair else 1))} here, after what earlier runs took"
-        return render.message(f"This can be started{'' if name else ' once it has a name'}. {time_told}. {advice(checked)}")
+            time_told = f"About {time_words(60 * minutes * len(checked))} here, after what earlier runs took"
+        unnamed = "" if asked[name] else " once it has a name"
+        return render.message(f"This can be started{unnamed}. {time_told}. {advice(checked[-1])}")  # of a pair the decayed one
 
-    def fresh(chosen: str | None, other: str | None, seen: list[str]) -> tuple[Any, ...]:
-        """`look`, without what is there already: an open list stays open."""
+    def fresh(chosen: str | None, other: str | None, known: dict[Any, int]) -> dict[Any, Any]:
+        """What has changed of `look`."""
         values = look(chosen, other)
-        for choice in values[1:3]:
-            if choice["value"] in (chosen, other):
-                del choice["value"]  # the visitor may choose another one meanwhile
-        del values[-1]["value"]  # so with the archive
-        now = [repr(value) for value in values]
-        same = [i < len(seen) and seen[i] == now[i] for i in range(len(now))]
-        return now, *(gr.skip() if known else value for known, value in zip(same, values, strict=True))
+        for choice, sent in ((run, chosen), (beside, other), (put_away, None)):
+            if values[choice]["value"] == sent:
+                del values[choice]["value"]  # the visitor may choose another one meanwhile
+        return unseen(values, seen, known)
 
-    def look(chosen: str | None, other: str | None) -> tuple[Any, ...]:
+    def look(chosen: str | None, other: str | None) -> dict[Any, Any]:
         """All that shows how the runs stand."""
-        statuses = jobs.all()
-        names = [status.name for status in statuses]
-        trainings = [status.name for status in statuses if status.kind == TRAINING]
-        chosen = chosen if chosen in names else next(iter(names), None)
-        other = other if other in trainings and other != chosen else None
-        status = next((each for each in statuses if each.name == chosen), None)
-        labels = [(title_of(each), each.name) for each in statuses]
-        return (
-            overview_of(jobs, statuses),
-            gr.update(choices=labels, value=chosen),
-            gr.update(choices=[name for name in trainings if name != chosen], value=other),
-            details_of(jobs, status, other),
-            *(gr.update(interactive=on) for on in possible(status)),
-            gr.update(choices=jobs.archived(), value=None),
-        )
+        statuses: dict[str | None, Status] = {status.name: status for status in jobs.all()}
+        if chosen is None:  # nothing was chosen yet
+            chosen = next(iter(statuses), None)
+        elif chosen not in statuses:  # it is gone, and no other one takes its place: the next click would be about that
+            chosen = ""
+        runs = [(title_of(status), each) for each, status in statuses.items()]
+        others = [each for each, status in statuses.items() if status.kind == TRAINING and each != chosen]
+        other = other if other in others else None
+        status = statuses.get(chosen)
+        return {
+            overview: overview_of(jobs, list(statuses.values())),
+            run: gr.update(choices=[NO_RUN, *runs] if chosen == "" else runs, value=chosen),
+            beside: gr.update(choices=others, value=other),
+            details: details_of(jobs, status, statuses.get(other)),
+            **{button: gr.update(interactive=what in possible(status)) for what, button in buttons.items()},
+            put_away: gr.update(choices=jobs.archived(), value=None),
+        }
 
-    looked = [overview, run, beside, details, *buttons, put_away]
+    def changed(words: str, chosen: str, other: str | None) -> dict[Any, Any]:
+        """What was done, and `look` after it."""
+        values = look(chosen, other)
+        values[delete]["value"] = DELETE
+        return {told: render.message(f"{chosen}: {words}."), **values}
 
     def act(words: str, change: Any) -> Any:
         """A handler that changes the chosen run, says so, and looks again."""
 
-        def handle(chosen: str | None, other: str | None, *values: Any) -> tuple[Any, ...]:
+        def handle(chosen: str | None, other: str | None, *values: Any) -> dict[Any, Any]:
             with page_errors():
                 if not chosen:
                     raise ValueError("choose a run first")
                 after = change(chosen, *values)
-                name = after.name if isinstance(after, Status) else chosen
-                return render.message(f"{name}: {words}."), gr.update(value=DELETE), *look(name, other)
+                return changed(words, after.name if isinstance(after, Status) else chosen, other)
 
         return handle
 
-    def first_or_really(label: str, chosen: str | None, other: str | None) -> tuple[Any, ...]:
+    def first_or_really(label: str, chosen: str | None, other: str | None) -> dict[Any, Any]:
         """The first click asks, the second one deletes, if it is about the same run still."""
         really = f"Really delete {chosen}?"
         if chosen and label != really:
-            return gr.skip(), gr.update(value=really), *[gr.skip()] * len(looked)
+            return {delete: gr.update(value=really)}
         return act("deleted", jobs.delete)(chosen, other)
 
-    def from_archive(put_away: str | None, other: str | None) -> tuple[Any, ...]:
+    def from_archive(put_away: str | None, other: str | None) -> dict[Any, Any]:
         with page_errors():
             if not put_away:
                 raise ValueError("choose a run of the archive first")
-            back = jobs.unarchive(put_away)
-        return render.message(f"{back.name}: back from the archive."), gr.update(value=DELETE), *look(back.name, other)
+            return changed("back from the archive", jobs.unarchive(put_away).name, other)
 
     def resumed(chosen: str, more: str) -> Status:
         steps = (more or "").strip()
@@ -201,24 +207,34 @@ def train_tab(site: Site, jobs: Jobs, page: gr.Blocks, tab: gr.Tab) -> gr.Timer:
             raise ValueError(f"the steps to go on to cannot be {steps!r}; give a whole number, or nothing to leave them as they are")
         return jobs.resume(chosen, {"max_train_steps": steps} if steps else None)
 
-    changed = [told, delete, *looked]
+    after = [told, *looked]
     clears([each.input for each in form] + [start.click, check.click], advised)
     clears([run.input, *(each.click for each in (stop, resume, rename, archive, delete, unarchive))], told)
     preset.input(describe_preset, preset, [preset, *numbers.values()], **QUIET)
-    start.click(on_start, form, [advised, *looked], **AS_SENT)
-    check.click(on_check, form, advised, **AS_SENT)
-    stop.click(act("asked to stop", jobs.stop), [run, beside], changed, **AS_SENT)
-    resume.click(act("goes on", resumed), [run, beside, more], changed, **AS_SENT)
-    rename.click(act("is its name now", jobs.rename), [run, beside, new_name], changed, **AS_SENT)
-    archive.click(act("put into the archive", jobs.archive), [run, beside], changed, **AS_SENT)
-    delete.click(first_or_really, [delete, run, beside], changed, **AS_SENT)
-    unarchive.click(from_archive, [put_away, beside], changed, **AS_SENT)
+    start.click(on_start, set(form), [advised, *looked], **AS_SENT)
+    check.click(on_check, set(form), advised, **AS_SENT)
+    stop.click(act("asked to stop", jobs.stop), [run, beside], after, **AS_SENT)
+    resume.click(act("goes on", resumed), [run, beside, more], after, **AS_SENT)
+    rename.click(act("is its name now", jobs.rename), [run, beside, new_name], after, **AS_SENT)
+    archive.click(act("put into the archive", jobs.archive), [run, beside], after, **AS_SENT)
+    delete.click(first_or_really, [delete, run, beside], after, **AS_SENT)
+    unarchive.click(from_archive, [put_away, beside], after, **AS_SENT)
     gr.on([run.input, beside.input], look, [run, beside], looked, **LATEST)
     run.input(lambda: (DELETE, "", ""), None, [delete, more, new_name], **AT_ONCE)
-    timer.tick(fresh, [run, beside, seen], [seen, *looked], **AS_SENT)
-    page.load(look, [run, beside], looked, **AS_SENT)
+    gr.on([tab.select, timer.tick], fresh, [run, beside, seen], [seen, *looked], **AS_SENT)
     tab.select(offer, None, [backbone, size, begin], **QUIET)
     return timer
+
+
+def unseen(values: dict[Any, Any], seen: gr.State, known: dict[Any, int]) -> dict[Any, Any]:
+    """Updates for those widgets whose value was not sent last: what is there already would close an open list.
+
+    Args:
+        seen: remembers what was sent, by hashes: each visitor has one, and the values hold pictures.
+        known: what it remembers.
+    """
+    now = {widget: hash(repr(value)) for widget, value in values.items()}
+    return {seen: now, **{widget: value for widget, value in values.items() if known.get(widget) != now[widget]}}
 
 
 @contextlib.contextmanager

@@ -20,21 +20,22 @@ def title_of(status: Status) -> str:
     """What people call a job; evaluations have no name, and one may be asked for again."""
     if status.kind != EVALUATION:
         return status.name
-    began = f", {time.strftime('%H:%M:%S', time.localtime(status.started_at))}" if status.started_at else ""
+    began = f", {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(status.started_at))}" if status.started_at else ""
     return f"{judging.title(status.options)}{began}"
 
 
-def place_of(status: Status) -> str:
-    """Whether it runs, or where it waits."""
-    return f"waits, {status.position} in the queue" if status.state == QUEUED else f"is {status.state}"
+def state_words(status: Status) -> str:
+    """In words, with the place of one that waits."""
+    return f"place {status.position} in the queue" if status.state == QUEUED else status.state
 
 
-def possible(status: Status | None) -> tuple[bool, ...]:
-    """Which of stop, go on, archive, delete and rename make sense."""
+def possible(status: Status | None) -> set[str]:
+    """What can be done with a run: names of methods of `Jobs`."""
     if status is None:
-        return (False,) * 5
-    idle, training = not status.active, status.kind == TRAINING
-    return status.active, idle and training, idle and training, idle, idle and training
+        return set()
+    if status.active:
+        return {"stop"}
+    return {"delete", "resume", "rename", "archive"} if status.kind == TRAINING else {"delete"}
 
 
 def time_words(seconds: float) -> str:
@@ -57,12 +58,14 @@ def overview_of(jobs: Jobs, statuses: Sequence[Status]) -> str:
                 done += f", {time_words(progress.seconds_left)} left"
         if progress.part:
             done += f"{done and '; '}{part_words(progress.part)}"
-        state = f"{status.position} in the queue" if status.state == QUEUED else status.state
         rows.append(
-            f'<tr><td>{text(title_of(status))}</td><td><span class="state {status.state}">{state}</span></td>'
-            f"<td>{text(done)}</td><td>{text(status.message)}</td></tr>"
+            f"<tr><td>{text(title_of(status))}</td><td>{_badge(status)}</td><td>{text(done)}</td><td>{text(status.message)}</td></tr>"
         )
     return render.facts_table(("Run", "State", "How far", ""), rows)
+
+
+def _badge(status: Status) -> str:
+    return f'<span class="state {status.state}">{state_words(status)}</span>'
 
 
 def part_words(part: dict[str, Any]) -> str:
@@ -85,19 +88,19 @@ def on_their_way(jobs: Jobs, statuses: Sequence[Status]) -> str:
     told = []
     for status in statuses:
         if status.kind == EVALUATION and status.active:
-            where = f"{status.position} in the queue" if status.state == QUEUED else status.state
-            title = f'<b>{text(title_of(status))}</b> <span class="state {status.state}">{where}</span>'
+            title = f"<b>{text(title_of(status))}</b> {_badge(status)}"
             told.append(f'<p class="result">{title}</p>{part_of(jobs.progress(status.name, status, brief=True))}')
     return f"<h3>On their way</h3>{''.join(told)}" if told else ""
 
 
-def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
-    """Curves, newest samples and last words of a run."""
+def details_of(jobs: Jobs, status: Status | None, other: Status | None) -> str:
+    """Curves, newest samples and last words of a run, and the curves of another one beside them."""
     if status is None:
         return ""
     progress = jobs.progress(status.name, status)
     log = "\n".join(progress.log[-12:])
-    words = f'<details><summary>Last lines of its log</summary><pre class="log">{text(log) or "nothing yet"}</pre></details>'
+    # open: Gradio puts each new version into the old one's elements, and would close at every look what the visitor opened
+    words = f'<p class="protocol">Last lines of its log</p><pre class="log">{text(log) or "nothing yet"}</pre>'
     if status.kind == EVALUATION:
         found, differences = judging.read_results(status.folder, status.options)
         names = status.options["checkpoints"]
@@ -110,8 +113,8 @@ def details_of(jobs: Jobs, status: Status | None, other: str | None) -> str:
     facts += [f"{progress.images_per_s:.0f} images/s"] if progress.images_per_s else []
     facts += [f"{time_words(progress.seconds_left)} left"] if progress.seconds_left is not None else []
     facts += [text(status.message)]
-    runs = [(status.name, progress), *([(other, jobs.progress(other))] if other else [])]
-    colours = _colours([status.folder, *([jobs.status(other).folder] if other else [])])
+    runs = [(status.name, progress), *([(other.name, jobs.progress(other.name, other))] if other else [])]
+    colours = _colours([status.folder, *([other.folder] if other else [])])
     curves = f'<div class="plots">{_curves(runs, colours)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)
     stands = f'<div class="status">{bar}<span>{" · ".join(facts)}</span></div>{part_of(progress)}'

@@ -42,9 +42,9 @@ def build(site: Site) -> gr.Blocks:
                 look_tab(site, tab)
             if site.jobs is not None:
                 with gr.Tab("Train") as tab:
-                    timers["Train"] = train_tab(site, site.jobs, page, tab)
+                    timers[tab.label] = train_tab(site, site.jobs, tab)
             with gr.Tab("Judge") as tab:
-                timers["Judge"] = judge_tab(site, tab)
+                timers[tab.label] = judge_tab(site, tab)
         _run_where_looked_at(tabs, timers)
         programs(site)
     return page

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
+from app import catalog
 from app.inside import colours, reconstruct, sample_features
 from app.jobs import Jobs
 from app.look_tab import probe_curves, probed
@@ -30,7 +31,7 @@ from models import Pipeline, create_model
 from models.files import read_json, write_json
 from tests.screenshot import PATIENCE_MS, app_server, chromium, open_page
 from tests.test_vae import make_vae
-from tests.tiny_pair import PAIR, write_pair
+from tests.tiny_pair import CLASSES, PAIR, write_pair
 from training.checkpoint import export_network
 from training.ema import EMA
 from training.objectives import FlowMatching
@@ -88,6 +89,23 @@ def page(opened: tuple["Page", list[str]]) -> Iterator["Page"]:
     page, trouble = opened
     yield page
     assert trouble == []
+
+
+def handler(page: gr.Blocks, name: str, of: str = "") -> Any:
+    """What the page does when a widget is used, without a browser; of several of that name the one that writes to that element."""
+    found = [each for each in page.fns.values() if each.name == name]
+    return next(each for each in found if not of or of in [output.elem_id for output in each.outputs])
+
+
+def by_element(updates: dict[Any, Any]) -> dict[str | None, Any]:
+    """What a handler gives, by the elements of the widgets; None is the page's memory."""
+    return {widget.elem_id: update for widget, update in updates.items()}
+
+
+def write_job(runs: Path, name: str) -> Path:
+    """A training that was cancelled in the queue."""
+    write_json(runs / name / "job.json", {"options": {}, "queued_at": 1.0, "stop_asked_at": 2.0})
+    return runs / name
 
 
 def visit(page: "Page", tab: str) -> None:
@@ -226,6 +244,95 @@ def test_features_and_reconstructions_are_shown(page: "Page", image_folder: Path
 # ---------------------------------------------------------------------------------------------------------------- training
 
 
+def test_a_check_says_what_a_start_would(tmp_path: Path) -> None:
+    site = Site(tmp_path, Jobs(tmp_path), Votes(tmp_path))
+    page = build(site)
+    asked = handler(page, "on_check")
+    form = {widget.elem_id: widget for widget in asked.inputs}
+
+    def check(**values: object) -> str:
+        changed = {form[element.replace("_", "-")]: value for element, value in values.items()}
+        return asked.fn({**{widget: widget.value for widget in asked.inputs}, **changed})
+
+    for name in ("estimate", "mine", "other-decayed"):
+        write_job(tmp_path, name)
+    assert "This can be started once it has a name" in check()
+    with pytest.raises(gr.Error, match="a run or a file mine already"):
+        check(run_name="mine")
+    assert "This can be started. " in check(run_name="mine", pair=True), "mine-plain and mine-decayed are free"
+    with pytest.raises(gr.Error, match="a run or a file other-decayed already"):
+        check(run_name="other", pair=True)
+    with pytest.raises(gr.Error, match="a pair needs an alpha_min below 1"):
+        check(run_name="mine", preset="demo-plain", pair=True)
+
+
+def test_a_run_that_is_gone_leaves_nothing_to_click_on(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+    fresh, act = handler(page, "fresh", of="jobs"), handler(page, "handle", of="told")
+    buttons = [f"{what}-training" for what in ("stop", "resume", "rename", "archive", "delete")]
+    write_job(tmp_path, "mine")
+    shown = by_element(fresh.fn(None, None, {}))
+    assert shown["run"]["value"] == "mine", "the first one, where nothing is chosen yet"
+    assert [shown[button]["interactive"] for button in buttons] == [False, True, True, True, True]
+    write_job(tmp_path, "another")
+    assert "value" not in by_element(fresh.fn("mine", None, {}))["run"], "the visitor may choose another one meanwhile"
+    jobs.rename("mine", "yours")
+    for chosen in ("mine", ""):  # what the browser has at the next look, and at the one after it
+        shown = by_element(fresh.fn(chosen, None, {}))
+        assert shown["run"].get("value", chosen) == "" and shown["run-details"] == ""
+        assert not any(shown[button]["interactive"] for button in buttons)
+        with pytest.raises(gr.Error, match=r"there is no run 'mine'|choose a run first"):
+            act.fn(chosen, None)
+
+
+def test_a_visitor_is_told_what_has_changed_and_little_is_kept_of_it(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    fresh = handler(build(Site(tmp_path, jobs, Votes(tmp_path))), "fresh", of="jobs")
+    run = write_job(tmp_path, "mine")
+    first = by_element(fresh.fn("mine", None, {}))
+    seen = first.pop(None)
+    assert {"jobs", "run", "run-details", "stop-training", "archived"} <= set(first)
+    (run / "samples").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(run / "samples" / "step-5.png")
+    changed = by_element(fresh.fn("mine", None, seen))
+    seen = changed.pop(None)
+    assert set(changed) == {"run-details"} and len(changed["run-details"]) > 10_000 > 10 * len(repr([*seen.values()]))
+    assert set(by_element(fresh.fn("mine", None, seen))) == {None}, "nothing has"
+
+
+def test_runs_are_looked_through_once_and_only_for_who_opens_the_tab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(tmp_path)
+    page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+    for name in ("one", "other"):
+        write_job(tmp_path, name)
+    looked, statuses = [], jobs._statuses
+    monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
+    handler(page, "fresh", of="jobs").fn("one", "other", {})
+    assert len(looked) == 1
+    at_once = [each.outputs for each in page.fns.values() if (page._id, "load") in each.targets]
+    assert at_once and not any(output.elem_id == "jobs" for outputs in at_once for output in outputs)
+
+
+def test_lists_that_are_filled_anew_keep_what_is_chosen(runs: Path, tmp_path: Path) -> None:
+    page = build(Site(runs, None, Votes(tmp_path)))
+    first = {"probed": ["openmoji-plain", "openmoji-decayed"], "maes": sorted(MAES)}
+    for element, names in first.items():
+        offer = handler(page, "offer", of=element).fn
+        assert offer([])["value"] == names
+        assert "value" not in offer(names[1:]), "a choice that was made meanwhile would snap back"
+        assert offer([names[1], "gone"])["value"] == names[1:]
+
+
+def test_labels_follow_the_checkpoints_and_return(runs: Path, tmp_path: Path) -> None:
+    follow = handler(build(Site(runs, None, Votes(tmp_path))), "follow", of="inside-label").fn
+    assert follow("squares", "squares", list(PAIR)) == gr.update(choices=["no label", *CLASSES])
+    assert follow("circles", "squares", list(PAIR))["value"] == "squares"
+    assert follow("squares", "squares", ["openmoji-plain"])["value"] != "squares"
+    with pytest.raises(gr.Error, match="there is no checkpoint"):
+        follow("squares", "squares", ["gone"])
+
+
 @slow
 def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", runs: Path, image_folder: Path) -> None:
     visit(page, "Train")
@@ -249,12 +356,16 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
     press(page, "Check, and estimate the time")
     expect(page.locator("#advice")).to_contain_text("advises alpha_min from 0.36 to 0.53", timeout=PATIENCE_MS)
     press(page, "Start")
-    expect(page.locator("#advice")).to_contain_text("pair-plain is running, pair-decayed waits, 1 in the queue")
+    expect(page.locator("#advice")).to_contain_text("pair-plain (running), pair-decayed (place 1 in the queue)")
     options = [read_json(runs / name / "job.json")["options"] for name in ("pair-plain", "pair-decayed")]
     assert [each.pop("alpha_min") for each in options] == [1.0, 0.6] and options[0] == options[1]
 
     expect(page.locator("#run-details svg").first).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#run-details")).to_contain_text("left")
+    log = page.locator("#run-details .log")
+    first = log.inner_text()
+    expect(log).not_to_have_text(first, timeout=PATIENCE_MS)
+    expect(log).to_be_visible()  # it grows under the eyes of who reads it
     pid = read_json(runs / "pair-plain/job.json")["pid"]
     press(page, "Stop (saves)")
     expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("stopped; the last checkpoint", timeout=PATIENCE_MS)
@@ -264,7 +375,7 @@ def test_a_pair_is_trained_watched_stopped_continued_and_put_away(page: "Page", 
 
     write(page, "more-steps", step + 3)
     press(page, "Go on")
-    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("1 in the queue")
+    expect(page.locator("#jobs tr", has_text="pair-plain")).to_contain_text("place 1 in the queue")
     pick(page, "run", "pair-decayed")
     expect(page.locator("#run-details h3")).to_have_text("pair-decayed")
     press(page, "Stop (saves)")
@@ -377,7 +488,7 @@ def test_a_page_that_is_killed_loses_nothing(image_folder: Path, tmp_path: Path,
             Client(url, verbose=False)
 
 
-def test_a_public_page_changes_nothing(runs: Path) -> None:
+def test_a_public_page_changes_nothing_and_sends_nobody_to_what_does(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything, public = (build(Site(runs, jobs, Votes(runs))) for jobs in (Jobs(runs), None))
     reading = {"/compare", "/sample", "/checkpoints"}
     assert set(public.get_api_info()["named_endpoints"]) == reading < set(everything.get_api_info()["named_endpoints"])
@@ -385,6 +496,13 @@ def test_a_public_page_changes_nothing(runs: Path) -> None:
     described = {(name, each["parameter_name"]): each["python_type"]["description"] for name in told for each in told[name]["parameters"]}
     assert len(described) > 20 and all(described.values()), "a program's user reads what each argument is"
     assert "preset" in described["/start_training", "options"] and "probes" in described["/judge", "measure"]
+    monkeypatch.setattr(catalog, "PRETRAINED", tmp_path / "none")
+    for jobs in (Jobs(tmp_path), None):  # nothing is measured, and nothing there to be
+        page = build(Site(tmp_path, jobs, Votes(tmp_path)))
+        board = by_element(handler(page, "fresh", of="leaderboard").fn({}))["leaderboard"]
+        probes = handler(page, "curves").fn([])
+        assert "Nothing is measured" in board and "No checkpoint was probed" in probes
+        assert all(("<b>Judge</b>" in words) == (jobs is not None) for words in (board, probes))
     tabs = {block.label for block in public.blocks.values() if isinstance(block, gr.Tab)}
     assert tabs == {"Compare", "Blind test", "Look inside", "Judge"}
 

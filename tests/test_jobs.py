@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -19,10 +21,25 @@ import psutil
 import pytest
 from filelock import FileLock, Timeout
 
-from app import catalog, job_flags, job_process, judging
+from app import catalog, job_flags, job_process, judging, libraries
 from app import jobs as jobs_module
 from app.catalog import all_results
-from app.job_files import EVALUATION, FAILED, FINISHED, INTERRUPTED, JOB, LOG, MAX_POINTS, PART, QUEUED, RUNNING, STOPPING, Job, part_of
+from app.job_files import (
+    EVALUATION,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    JOB,
+    LOG,
+    MAX_POINTS,
+    PART,
+    QUEUED,
+    RUNNING,
+    STOPPING,
+    Job,
+    curve_of,
+    part_of,
+)
 from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured, on_their_way_and_found
 from app.render import result_words
@@ -31,7 +48,7 @@ from app.train_tab import form_errors
 from app.train_view import details_of, on_their_way, overview_of
 from app.votes import Votes
 from models import Pipeline, create_model
-from models.files import sha256, write_json
+from models.files import read_json, sha256, write_json
 from models.progress import PROGRESS_FILE, progress_bar
 from tests.conftest import ROOT, script_environment
 from tests.tiny_pair import PLAIN, write_pair
@@ -404,6 +421,38 @@ def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypa
     assert len(read) == 20
 
 
+def test_of_a_long_training_only_what_is_shown_is_kept(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Line(dict):
+        pass
+
+    read: list[weakref.ref] = []
+
+    def read_metrics(run: Path) -> list[Line]:
+        lines = [Line(step=step, images_per_s=5.0) for step in range(1, 10 * MAX_POINTS + 1)]
+        read.extend(map(weakref.ref, lines))
+        return lines
+
+    monkeypatch.setattr(monitor, "read_metrics", read_metrics)
+    run = write_run(jobs, "mine", lines=1)
+    for _ in range(3):  # as it grows
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("{}\n")
+        progress = jobs.progress("mine")
+        assert (progress.step, progress.images_per_s, len(progress.curve)) == (10 * MAX_POINTS, 5.0, MAX_POINTS)
+    assert len(read) == 3 * 10 * MAX_POINTS and sum(line() is not None for line in read) <= 3 * MAX_POINTS
+
+
+def test_curves_are_read_when_the_libraries_are_there(jobs: Jobs) -> None:
+    run = write_run(jobs, "mine", lines=3)
+    look = threading.Thread(target=curve_of, args=[run])
+    with libraries._lock:  # another thread imports them
+        look.start()
+        look.join(0.5)
+        assert look.is_alive()
+    look.join(60)
+    assert not look.is_alive() and len(curve_of(run)) == 3
+
+
 def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,7 +464,19 @@ def test_the_jobs_are_looked_through_once_for_what_runs_and_what_was_found(
     monkeypatch.setattr(jobs, "_statuses", lambda: looked.append(1) or statuses())
     jobs.at_most = 0
     waits, found = on_their_way_and_found(Site(jobs.runs, jobs, Votes(tmp_path / "votes")))
-    assert "1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+    assert "place 1 in the queue" in waits and "<b>3.25</b>" in found and len(looked) == 1
+
+
+def test_a_result_is_read_once_for_all_who_look(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}
+    folder = write_job(jobs, ".evaluations/done", options=options, kind=EVALUATION, pid=2**22 - 1, process_began=0.0, started_at=1.0)
+    site, read = Site(jobs.runs, jobs, Votes(tmp_path / "votes")), []
+    monkeypatch.setattr(judging, "read_json", lambda file: read.append(file) or read_json(file))
+    for value in (3.25, 4.5):
+        write_json(folder / "result.json", {"metric": "FD", "value": value})
+        for _ in range(3):
+            assert f"<b>{value}</b>" in leaderboard(site)
+    assert len(read) == 2
 
 
 def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> None:
@@ -541,13 +602,13 @@ def test_errors_name_fields_of_the_form_and_leave_names_alone(jobs: Jobs) -> Non
 
 def test_no_value_passes_for_another_flag(jobs: Jobs) -> None:
     sly = {**FLAGS, "label_column": "--output_dir=/tmp/elsewhere", "image_column": "--help"}
-    words = job_flags.arguments(jobs.check("mine", sly), jobs.runs / "mine")
+    words = job_flags.arguments(jobs.check("mine", sly)["mine"], jobs.runs / "mine")
     assert [word for word in words if word.startswith("--output_dir")] == [f"--output_dir={jobs.runs / 'mine'}"]
     assert job_flags.parse(sly, jobs.runs / "mine")["label_column"] == "--output_dir=/tmp/elsewhere"
 
 
 def test_values_are_stored_as_the_script_reads_them(jobs: Jobs) -> None:
-    options = jobs.check("mine", {**FLAGS, "seed": "7", "max_train_minutes": 2, "alpha_eff": None, "init_from": "openmoji-plain"})
+    options = jobs.check("mine", {**FLAGS, "seed": "7", "max_train_minutes": 2, "alpha_eff": None, "init_from": "openmoji-plain"})["mine"]
     assert options.pop("init_from") == str(ROOT / "models/pretrained/openmoji-plain")
     assert options == {**FLAGS, "seed": 7, "max_train_minutes": 2.0} and "alpha_eff" not in options
 
@@ -557,6 +618,19 @@ def test_a_training_begins_with_the_newest_weights_alone(jobs: Jobs) -> None:
     shutil.copytree(jobs.runs / "tiny-plain/model", jobs.runs / "tiny-plain/ema")
     with pytest.raises(ValueError, match="begin with the newest weights of a run; give its name alone"):
         jobs.check("mine", {**FLAGS, "init_from": f"{PLAIN} raw"})
+
+
+def test_a_pair_is_checked_as_it_would_be_started(jobs: Jobs) -> None:
+    checked = jobs.check("mine", {**FLAGS, "alpha_min": 0.6}, pair=True)
+    assert {name: options["alpha_min"] for name, options in checked.items()} == {"mine-plain": 1.0, "mine-decayed": 0.6}
+    write_job(jobs, "mine")
+    assert jobs.check("mine", {**FLAGS, "alpha_min": 0.6}, pair=True) == checked, "the run without an ending is another one"
+    write_job(jobs, "mine-decayed")
+    for options, message in (({"alpha_min": 0.6}, "a run or a file mine-decayed already"), ({}, "an alpha_min below 1")):
+        for use in (lambda name, options: jobs.check(name, options, pair=True), jobs.start_pair):
+            with pytest.raises(ValueError, match=message):
+                use("mine", {**FLAGS, **options})
+    assert not (jobs.runs / "mine-plain").exists(), "both or none"
 
 
 @pytest.mark.parametrize("given", [{"preset": "dit-64px-rule"}, {"dataset_name": "openmoji", "shortcut_schedule": "sqrt-half"}])
@@ -588,7 +662,7 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
         jobs.check("mine", {"train_data_dir": str(tmp_path / "images"), "max_train_steps": 1})
     (tmp_path / "images" / "a.PNG").touch()
     fenced = Jobs(jobs.runs, data=tmp_path)
-    stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})
+    stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})["mine"]
     assert stored["train_data_dir"] == str(tmp_path / "images")
     for name in ("..", "/etc", str(image_folder), "out", "images/../.."):
         with pytest.raises(ValueError, match="outside"):
@@ -598,8 +672,8 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
                 fenced.check("mine", {"dataset_name": name, "max_train_steps": 1})
     with pytest.raises(ValueError, match=r"outside|not a folder"):
         fenced.check("mine", {"dataset_name": "models/pretrained", "max_train_steps": 1})
-    assert fenced.check("mine", {"dataset_name": "images", "max_train_steps": 1})["dataset_name"] == str(tmp_path / "images")
-    assert fenced.check("mine", {"dataset_name": "cifar10", "max_train_steps": 1})["dataset_name"] == "cifar10"
+    for name, stored in (("images", str(tmp_path / "images")), ("cifar10", "cifar10")):
+        assert fenced.check("mine", {"dataset_name": name, "max_train_steps": 1})["mine"]["dataset_name"] == stored
     assert jobs.check("mine", {"train_data_dir": str(image_folder), "max_train_steps": 1})
 
 
@@ -720,12 +794,20 @@ def test_a_run_has_the_colour_of_its_kind_whichever_is_chosen_first(jobs: Jobs) 
     for name, alpha_min in (("plain", 1.0), ("decayed", 0.5), ("milder", 0.8)):
         write_run(jobs, name, saved=30, lines=3, alpha_min=alpha_min)
     keys = {
-        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, jobs.status(chosen[0]), chosen[1]))[:2]
+        chosen: re.findall(r'class="key c(\d)"></span>(\w+)', details_of(jobs, *map(jobs.status, chosen)))[:2]
         for chosen in (("plain", "decayed"), ("decayed", "plain"), ("decayed", "milder"))
     }
     assert sorted(keys["plain", "decayed"]) == sorted(keys["decayed", "plain"]) == [("0", "plain"), ("1", "decayed")]
     assert keys["decayed", "milder"] == [("0", "decayed"), ("1", "milder")]
     assert 'class="key c1"></span>decayed' in details_of(jobs, jobs.status("decayed"), None)
+
+
+def test_a_run_that_vanishes_beside_another_one_breaks_nothing(jobs: Jobs) -> None:
+    for name in ("one", "other"):
+        write_run(jobs, name, saved=30, lines=3)
+    one, other = map(jobs.status, ("one", "other"))
+    jobs.delete("other")
+    assert "one</h3>" in details_of(jobs, one, other)
 
 
 def test_a_paired_difference_tells_whose_it_is_and_how_it_was_taken(tmp_path: Path) -> None:
@@ -761,6 +843,7 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     status = jobs.status(name)
     for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs, [status])):
         assert "generating: 4 of 8, " in shown and "left of this part" in shown
+        assert time.strftime("FD of openmoji-plain, 64 images, %Y-%m-%d ", time.localtime(status.started_at)) in shown
     jobs.stop(name)
     wait_for(lambda: not jobs.status(name).active)
     assert jobs.progress(name).part is None and on_their_way(jobs, jobs.all()) == ""
@@ -848,13 +931,29 @@ def test_the_queue_moves_while_nobody_looks(
         jobs.at_most = 0  # the thread goes on
 
 
+def test_the_queue_rests_while_nothing_waits(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "MOVE_S", 0.05)
+    jobs.at_most = 0  # the thread goes on
+    looked: list[float] = []
+    monkeypatch.setattr(jobs, "all", lambda: looked.append(time.monotonic()))
+    write_job(jobs, "cancelled", stop_asked_at=1.0)
+    write_job(jobs, "unstartable", error="it could not be started")
+    jobs.keep_moving()
+    time.sleep(0.3)
+    assert looked == []
+    write_job(jobs, "next")
+    wait_for(lambda: bool(looked), 10)
+
+
 def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "MAX_QUEUED", 2)
     full = Jobs(jobs.runs, at_most=0)
     for name in "ab":
         assert full.start(name, FLAGS).state == QUEUED
-    with pytest.raises(ValueError, match="2 trainings are queued already"):
+    with pytest.raises(ValueError, match="2 jobs are queued already"):
         full.start("c", FLAGS)
+    with pytest.raises(ValueError, match="2 jobs are queued already"):
+        full.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64})
     assert not (jobs.runs / "c").exists()
     with pytest.raises(ValueError, match="a is queued; stop it first"):
         full.delete("a")
