@@ -99,11 +99,11 @@ def labels_rule(num_classes: int, options: SamplingOptions, counts: np.ndarray |
 
 def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     """Raise ValueError, before anything is spent, for what `generate` could not do."""
+    channels, height, width = pipeline.image_shape
+    require_memory(options.num_samples * channels * height * width, f"{options.num_samples:,} images")  # first: labels take some, too
     labels = class_labels(pipeline.num_classes, options)
     pipeline.check(options.num_samples, labels, options.seed, options.num_inference_steps, options.sampler)
     Guidance(options.guidance_scale, (options.guidance_from, options.guidance_to))
-    channels, height, width = pipeline.image_shape
-    require_memory(options.num_samples * channels * height * width, f"{options.num_samples:,} images")
 
 
 def check_guidance(options: SamplingOptions) -> None:

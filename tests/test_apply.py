@@ -496,7 +496,7 @@ def test_unknown_names_stay_unknown() -> None:
 
 
 def test_advice_is_given_as_warnings() -> None:
-    with pytest.warns(UserWarning, match=r"alpha falls to 0\.1; below 0\.4") as told:
+    with pytest.warns(UserWarning, match=r"alpha falls to 0\.1; at 0\.4 and less") as told:
         decay_shortcuts(vit(depth=12), 0.1)
     assert len(told) == 2 and "alpha_eff" in str(told[1].message)  # too low for the depth rule as well
     with pytest.warns(UserWarning, match=r"6 shortcuts of the Sequential fade, in the order in which they are registered"):
