@@ -403,6 +403,7 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
     compare(page, "3 steps")
     first = pixels(page.locator("#stage img").first)
     choose(page, "Checkpoint B", "openmoji-plain")  # takes minutes: the tiny one is done in seconds
+    expect(page.get_by_text("share no label").first).to_be_visible()  # the label is gone before it could be asked for
     put(page, "num-images", 64)
     put(page, "steps", 250)
     page.get_by_role("button", name="Compare", exact=True).click()
