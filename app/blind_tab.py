@@ -5,16 +5,16 @@ import secrets
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from app import render
 from app.catalog import cards_of, shared_classes, variants
+from app.label_list import label_list
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
-from app.settings_panel import Updates, from_widget, labels_of, relabel
-from app.site import AS_SENT, LATEST, QUIET, WATCHING, Site, page_errors, sent
+from app.settings_panel import from_widget
+from app.site import AS_SENT, QUIET, WATCHING, Site, Updates, page_errors, sent
 from app.studio import DONE
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import temporary_folder, written_aside
@@ -38,11 +38,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             gr.Dropdown(names, value=sides[i] if i < len(sides) else None, label=label, min_width=200, elem_id=f"blind-{i}")
             for i, label in enumerate(("One checkpoint", "The other"))
         )
-        classes = labels_of(cards_of(sides, site.runs))
-        label = gr.Dropdown(
-            classes, value=classes[min(1, len(classes) - 1)], label="Label of the pictures", min_width=180, elem_id="blind-label"
-        )
-        wanted = gr.State(label.value)  # see `relabel`
+        label = label_list(site, sides, one, other, label="Label of the pictures", min_width=180, elem_id="blind-label")
         start = gr.Button("Show a pair", variant="primary", min_width=140, elem_id="blind-start")
     status = gr.HTML(render.message(""), elem_id="blind-status")
     stage = gr.HTML('<p class="empty">Press <b>Show a pair</b>, look, and vote.</p>', elem_id="blind-stage", apply_default_css=False)
@@ -111,10 +107,6 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             updates[widget] = gr.update(choices=known, **gone)
         return updates
 
-    def labels(one: str | None, other: str | None, label: str, wanted: str) -> Any:
-        with page_errors():
-            return relabel(cards_of(filter(None, (one, other)), site.runs), label, wanted)
-
     def counted() -> Updates:
         """The table, and the file to download."""
         with csv_lock, written_aside(csv_file) as aside:  # written aside by one visitor at a time
@@ -126,8 +118,6 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
     )
     for button, choice in zip(buttons, CHOICES, strict=True):
         button.click(lambda ballot, choice=choice: vote(choice, ballot), shown, [status, tallies, export, *buttons], **QUIET)
-    label.input(lambda label: label, label, wanted, **LATEST)
-    gr.on([one.input, other.input], labels, [one, other, label, wanted], label, **LATEST)
     tab.select(refresh, [one, other], [one, other, tallies, export], **AS_SENT)
 
 

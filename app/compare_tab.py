@@ -16,8 +16,8 @@ from app.guard import toast
 from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
-from app.settings_panel import SettingsPanel, Updates, Values
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, page_errors, sent
+from app.settings_panel import SettingsPanel
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, Values, page_errors, sent
 from app.studio import DONE, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]

@@ -10,8 +10,8 @@ from app import recipe as recipes
 from app import render
 from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
-from app.settings_panel import SettingsPanel, Updates, Values
-from app.site import AS_SENT, AT_ONCE, WATCHING, Site, clears, page_errors
+from app.settings_panel import SettingsPanel
+from app.site import AS_SENT, AT_ONCE, WATCHING, Site, Updates, Values, clears, page_errors
 from app.studio import DONE
 
 # what varies -> its words, and values to begin with

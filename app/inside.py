@@ -153,9 +153,8 @@ def reconstruct(names: Sequence[str], runs: Path, picture: Path, mask_ratio: flo
             raise ValueError(f"there is no masked autoencoder {str(name)[:100]!r}")
         model = _autoencoder(known[name], (known[name] / INDEX).stat().st_mtime_ns)
         pixels = torch.from_numpy(_square(picture, model.config.image_size)).permute(2, 0, 1).float().div(127.5).sub(1)[None]
-        noise = torch.rand(1, model.num_patches, generator=torch.Generator().manual_seed(seed))
         with torch.inference_mode():
-            seen, painted = model.reconstruct(pixels, noise, mask_ratio)
+            seen, painted = model.reconstruct(pixels, mask_ratio=mask_ratio, generator=torch.Generator().manual_seed(seed))
         found.append((name, to_uint8(torch.cat([pixels, seen, painted]))))
     return found
 

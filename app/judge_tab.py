@@ -10,7 +10,7 @@ from app import judging, render
 from app.catalog import all_results, sources
 from app.jobs import Jobs, Status
 from app.plots import text
-from app.site import AS_SENT, LATEST, QUIET, Site, clears
+from app.site import AS_SENT, LATEST, QUIET, Site, Updates, clears
 from app.train_tab import FIELDS, form_errors, unseen
 from app.train_view import on_their_way, state_words
 
@@ -36,7 +36,7 @@ def judge_tab(site: Site, tab: gr.Tab) -> gr.Timer:
     board = gr.HTML("", elem_id="leaderboard", apply_default_css=False)
     timer, seen = gr.Timer(REFRESH_S, active=False), gr.State({})
 
-    def fresh(known: dict[Any, int]) -> dict[Any, Any]:
+    def fresh(known: dict[Any, int]) -> Updates:
         """What has changed since."""
         return unseen(dict(zip((running, board), on_their_way_and_found(site), strict=True)), seen, known)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.catalog import card
+from app.catalog import cards_of
 from app.settings_panel import labels_of, relabel
 from app.site import LATEST, Site, page_errors
 
@@ -18,14 +18,14 @@ def label_list(site: Site, names: Sequence[str], *checkpoints: gr.Dropdown, **ho
         checkpoints: the lists, of one checkpoint each or of several.
         how: looks of the widget.
     """
-    classes = labels_of([card(name, site.runs) for name in names])
+    classes = labels_of(cards_of(names, site.runs))
     label = gr.Dropdown(classes, value=classes[min(1, len(classes) - 1)], **how)
     wanted = gr.State(label.value)  # see `relabel`
 
     def follow(label: str, wanted: str, *chosen: str | list[str] | None) -> Any:
         names = [name for each in chosen for name in (each if isinstance(each, list) else [each]) if name]
         with page_errors():
-            return relabel([card(name, site.runs) for name in names], label, wanted)
+            return relabel(cards_of(names, site.runs), label, wanted)
 
     label.input(lambda label: label, label, wanted, **LATEST)
     gr.on([each.input for each in checkpoints], follow, [label, wanted, *checkpoints], label, **LATEST)

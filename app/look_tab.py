@@ -16,8 +16,7 @@ from app.plots import Line, plot, text
 from app.sampler import Frame
 from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
 from app.settings_panel import from_widget
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, clears, page_errors
-from app.studio import DONE, FAILED
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, clears, page_errors
 from models.files import read_json
 
 SHIPPED_PROBES = Path(__file__).parent.parent / "eval" / "results" / "openmoji-probes.json"
@@ -56,7 +55,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             asked = Comparison(settings, tuple(map(Side, names))).settled()
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
 
-    async def watch(id: str) -> AsyncIterator[dict[Any, Any]]:
+    async def watch(id: str) -> AsyncIterator[Updates]:
         with page_errors():
             sampling = site.studio.kept(id)
         yield {status: render.waiting(0), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
@@ -68,8 +67,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             new = {maps: await asyncio.to_thread(_maps, frame)} if frame.recipe["moments"] != moments else {}
             moments = frame.recipe["moments"]
             yield {status: render.progress(frame), **new}
-        words = {DONE: "Done.", FAILED: sampling.message}.get(sampling.state, "Stopped.")
-        yield {status: render.message(words), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        yield {status: render.message(sampling.ending), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
     clears([start.click], status)
     start.click(ask, [chosen, label, seed], id, **AS_SENT).success(watch, id, [maps, status, start, stop], **WATCHING)

@@ -11,11 +11,9 @@ from app.catalog import Card, card_if_whole, cards_of, label_index, shared_class
 from app.guard import toast
 from app.render import SAMPLERS, SIDES
 from app.settings import MAX_IMAGES, MAX_SIDES, MAX_STEPS, NO_LABEL, OWN, RANDOM_SEED, Comparison, Settings, Side
-from app.site import AS_SENT, LATEST, Site, page_errors
+from app.site import AS_SENT, LATEST, Site, Updates, Values, page_errors
 
 FEWEST = 2  # sides that are always there
-Values = Mapping[Any, Any]  # of widgets: what Gradio gives a handler whose inputs are a set
-Updates = dict[Any, Any]  # of widgets; those that are left out stay as they are
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ AT_ONCE: dict[str, Any] = dict(**QUIET, queue=False)  # for what takes milliseco
 AS_SENT: dict[str, Any] = dict(**QUIET, preprocess=False)
 LATEST: dict[str, Any] = dict(**AS_SENT, trigger_mode="always_last")  # for several widgets at once: the last change is never left out
 WATCHING: dict[str, Any] = dict(**QUIET, concurrency_limit=None)  # for what waits, and costs nothing meanwhile
+Values = Mapping[Any, Any]  # of widgets: what Gradio gives a handler whose inputs are a set
+Updates = dict[Any, Any]  # of widgets: what a handler may answer with; those that are left out stay as they are
 LINK_BYTES_PER_S = 2e6  # of a visitor; slower ones get old previews late
 
 

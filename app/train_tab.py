@@ -14,7 +14,7 @@ from app.catalog import checkpoints
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
 from app.jobs import Jobs, Status
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, Site, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, Site, Updates, Values, clears, page_errors
 from app.train_view import details_of, overview_of, possible, state_words, time_words, title_of
 
 REFRESH_S = 2.0
@@ -93,7 +93,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
     buttons = {"stop": stop, "resume": resume, "archive": archive, "delete": delete, "rename": rename}
     looked = [overview, run, beside, details, *buttons.values(), put_away]
 
-    def options_of(asked: dict[Any, Any]) -> dict[str, Any]:
+    def options_of(asked: Values) -> dict[str, Any]:
         """Flags of the training script, from the form."""
         chosen, images = asked[preset], (asked[data] or "").strip()
         own = ALL_PRESETS[chosen].flags.keys() if chosen in ALL_PRESETS else ()
@@ -111,12 +111,12 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
         }
         return {option: value for option, value in options.items() if value not in (None, "")}
 
-    def describe_preset(chosen: str) -> dict[Any, Any]:
+    def describe_preset(chosen: str) -> Updates:
         info = ALL_PRESETS[chosen].about if chosen in ALL_PRESETS else "the fields below, and the script's own defaults"
         values = {number: gr.update(placeholder=_preset_value(chosen, flag)) for flag, number in numbers.items()}
         return {preset: gr.update(info=info), **values}
 
-    def offer() -> dict[Any, Any]:
+    def offer() -> Updates:
         """What the form offers; it takes the libraries to know it."""
         return {
             backbone: gr.update(choices=[PRESETS_OWN, *choices("backbone")]),
@@ -124,14 +124,14 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
             begin: gr.update(choices=[NOTHING, *checkpoints(site.runs)]),
         }
 
-    def on_start(asked: dict[Any, Any]) -> dict[Any, Any]:
+    def on_start(asked: Values) -> Updates:
         with form_errors():
             options = options_of(asked)
             started = jobs.start_pair(asked[name], options) if asked[pair] else [jobs.start(asked[name], options)]
             words = ", ".join(f"{each.name} ({state_words(each)})" for each in started)
             return {advised: render.message(f"Started: {words}."), **look(started[0].name, started[-1].name)}
 
-    def on_check(asked: dict[Any, Any]) -> str:
+    def on_check(asked: Values) -> str:
         with form_errors():
             options = options_of(asked)
             checked = list(jobs.check(asked[name] or secrets.token_hex(8), options, asked[pair]).values())
@@ -142,7 +142,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
         unnamed = "" if asked[name] else " once it has a name"
         return render.message(f"This can be started{unnamed}. {time_told}. {advice(checked[-1])}")  # of a pair the decayed one
 
-    def fresh(chosen: str | None, other: str | None, known: dict[Any, int]) -> dict[Any, Any]:
+    def fresh(chosen: str | None, other: str | None, known: dict[Any, int]) -> Updates:
         """What has changed of `look`."""
         values = look(chosen, other)
         for choice, sent in ((run, chosen), (beside, other), (put_away, None)):
@@ -150,7 +150,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
                 del values[choice]["value"]  # the visitor may choose another one meanwhile
         return unseen(values, seen, known)
 
-    def look(chosen: str | None, other: str | None) -> dict[Any, Any]:
+    def look(chosen: str | None, other: str | None) -> Updates:
         """All that shows how the runs stand."""
         statuses: dict[str | None, Status] = {status.name: status for status in jobs.all()}
         if chosen is None:  # nothing was chosen yet
@@ -170,7 +170,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
             put_away: gr.update(choices=jobs.archived(), value=None),
         }
 
-    def changed(words: str, chosen: str, other: str | None) -> dict[Any, Any]:
+    def changed(words: str, chosen: str, other: str | None) -> Updates:
         """What was done, and `look` after it."""
         values = look(chosen, other)
         values[delete]["value"] = DELETE
@@ -179,7 +179,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
     def act(words: str, change: Any) -> Any:
         """A handler that changes the chosen run, says so, and looks again."""
 
-        def handle(chosen: str | None, other: str | None, *values: Any) -> dict[Any, Any]:
+        def handle(chosen: str | None, other: str | None, *values: Any) -> Updates:
             with page_errors():
                 if not chosen:
                     raise ValueError("choose a run first")
@@ -188,14 +188,14 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
 
         return handle
 
-    def first_or_really(label: str, chosen: str | None, other: str | None) -> dict[Any, Any]:
+    def first_or_really(label: str, chosen: str | None, other: str | None) -> Updates:
         """The first click asks, the second one deletes, if it is about the same run still."""
         really = f"Really delete {chosen}?"
         if chosen and label != really:
             return {delete: gr.update(value=really)}
         return act("deleted", jobs.delete)(chosen, other)
 
-    def from_archive(put_away: str | None, other: str | None) -> dict[Any, Any]:
+    def from_archive(put_away: str | None, other: str | None) -> Updates:
         with page_errors():
             if not put_away:
                 raise ValueError("choose a run of the archive first")
@@ -226,7 +226,7 @@ def train_tab(site: Site, jobs: Jobs, tab: gr.Tab) -> gr.Timer:
     return timer
 
 
-def unseen(values: dict[Any, Any], seen: gr.State, known: dict[Any, int]) -> dict[Any, Any]:
+def unseen(values: Updates, seen: gr.State, known: dict[Any, int]) -> Updates:
     """Updates for those widgets whose value was not sent last: what is there already would close an open list.
 
     Args:

@@ -154,8 +154,7 @@ class DiT(DecayedModel):
         """
         height, width = x.shape[-2:]
         x = self.patch_embed(patchify(x, self.config.patch_size))  # (N, T, D)
-        # under autocast the stream stays in bf16, as in diffusers' DiT (SiT's is float32): that takes 0.87 of the time on a CPU, eager,
-        # 0.94 compiled, and leaves 0.8 % of rounding in the middle of 28 blocks instead of 0.1 %
+        # under autocast the stream stays in bf16, as in diffusers' DiT; SiT's is float32, which takes longer (tests/benchmarks/RESULTS.md)
         x = x + self.positions.to(x.dtype)
         c = self.time_embed(t)  # (N, D)
         if self.label_embed is not None:

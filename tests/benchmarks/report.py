@@ -32,6 +32,8 @@ TRIED = (
     "The exact GELU compiled with a rational erf (Abramowitz and Stegun 7.1.26) and a backward pass by hand: no gain forward, 0.12 of "
     "0.42 ms backward for a million numbers, 2 % of a step of MAE-XS; torch's stays.",
     "Two threads that crop and resize half a batch each: they wait for Python more than they gain; one writes each crop where it stays.",
+    "The stream of a DiT in float32 under autocast, as SiT's is, instead of bf16: 1.15 of the time of a step of DiT-XS eager, 1.06 "
+    "compiled (32 images, 40 pairs, on two cores, by hand); left in bf16, as diffusers' is.",
 )
 
 
