@@ -14,7 +14,7 @@ from app.label_list import label_list
 from app.sampler import Frame, sample
 from app.settings import Comparison, Settings, Side
 from app.settings_panel import from_widget
-from app.site import AS_SENT, QUIET, WATCHING, Site, Updates, page_errors, sent
+from app.site import AS_SENT, QUIET, WATCHING, Site, Updates, page_errors, sent, streams
 from app.studio import DONE
 from app.votes import BOTH_BAD, LEFT, RIGHT, TIE, Ballot
 from models.files import temporary_folder, written_aside
@@ -70,6 +70,7 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             pair = Comparison(settings, tuple(map(Side, shown)))
             return (ballot, site.studio.ask(lambda: sample(pair, site.runs), request.session_hash).id), voter
 
+    @streams
     async def watch(asked: tuple[Ballot, str] | None) -> AsyncIterator[Updates]:
         with page_errors():
             drawn, id = asked or (None, None)
@@ -87,7 +88,6 @@ def blind_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             pictures = await asyncio.to_thread(unnamed, sampling.result)
             end |= {stage: pictures, status: render.message("Which side is better?"), shown: drawn, **votable(True)}
         yield end
-        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
     def vote(choice: str, ballot: Ballot | None) -> Updates:
         with page_errors():

@@ -17,7 +17,7 @@ from app.judge_tab import measured
 from app.sampler import Frame, sample
 from app.settings import MAX_SIDES, OWN, Comparison, Side
 from app.settings_panel import SettingsPanel
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, Values, page_errors, sent
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, Values, page_errors, sent, streams
 from app.studio import DONE, RUNNING, WAITING, Sampling
 
 VIEWS = [("Side by side", "sides"), ("Slider", "slider"), ("Flicker", "flicker"), ("Difference", "difference")]
@@ -85,13 +85,14 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
 
     def leave(before: dict, request: gr.Request) -> None:
         """Stop what this page was about, unless another one shows it, too."""
-        # its end is not this page's any more: buttons that change twice at once may stay as they were
-        painting.pop(request.session_hash, None)
+        painting.pop(request.session_hash, None)  # its end is not this page's any more
         if before["shown"] not in [each.id for each in list(painting.values())]:
             site.studio.leave(before["shown"])
 
     idle = {start: gr.update(interactive=True), stop: gr.update(interactive=False), dropped: None}
+    left = {start: gr.skip(), stop: gr.skip()}
 
+    @streams
     async def watch(id: str | None, repeats: tuple[str, str] | None, request: gr.Request) -> AsyncIterator[Updates]:
         """Everything that follows from a sampling, until it is over or the stage is for another one."""
         sampling, visitor = site.studio.find(id), request.session_hash
@@ -101,18 +102,18 @@ def compare_tab(site: Site, page: gr.Blocks, tab: gr.Tab) -> None:
             return
         painting[visitor] = sampling
         try:
-            if sampling.state in (WAITING, RUNNING):  # else the buttons would change twice at once, and the browser may mix that up
+            if not sampling.over:
                 yield {start: gr.update(interactive=False), stop: gr.update(interactive=not sampling.lasting)}
             async for state, frame, position in site.studio.watch(sampling):
                 going = state in (WAITING, RUNNING)
                 told = (on_the_way, frame, position) if going else (at_the_end, sampling, file)
                 news = await asyncio.to_thread(*told)
                 if painting.get(visitor) is not sampling:
-                    break
+                    yield left  # the buttons are for what the page shows now
+                    return
                 yield news
                 if going:
                     await sent(news.get(stage))
-            yield gr.skip()  # Gradio sends what was yielded last once more at the end
         finally:
             if painting.get(visitor) is sampling:
                 del painting[visitor]

@@ -11,7 +11,7 @@ from app import render
 from app.grid import ALPHA_MIN, GUIDANCE, LABEL, MAX_VALUES, SEED, STEPS, Plan, draw, plan, sample_grid
 from app.sampler import Frame
 from app.settings_panel import SettingsPanel
-from app.site import AS_SENT, AT_ONCE, WATCHING, Site, Updates, Values, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, WATCHING, Site, Updates, Values, clears, page_errors, streams
 from app.studio import DONE
 
 # what varies -> its words, and values to begin with
@@ -52,6 +52,7 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             grid = plan(panel.read(asked), asked[axis], asked[values], site.runs)
             return site.studio.ask(lambda: sample_grid(grid, site.runs), request.session_hash, grid).id
 
+    @streams
     async def watch(id: str) -> AsyncIterator[Updates]:
         with page_errors():
             sampling = site.studio.kept(id)
@@ -65,7 +66,6 @@ def grid_section(site: Site, panel: SettingsPanel) -> tuple[gr.Dropdown, gr.Text
             told += sampling.about.notes
             end[picture] = await asyncio.to_thread(show, sampling.about, sampling.result)
         yield {**end, status: render.message(" ".join(told))}
-        yield gr.skip()  # Gradio sends what was yielded last once more at the end
 
     clears([start.click], status)
     busy = start.click(ask, {axis, values, *panel.inputs}, id, **AS_SENT)

@@ -16,7 +16,7 @@ from app.plots import Line, plot, text
 from app.sampler import Frame
 from app.settings import MAX_SEED, MAX_SIDES, Comparison, Settings, Side, whole
 from app.settings_panel import from_widget
-from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, clears, page_errors
+from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, WATCHING, Site, Updates, clears, page_errors, streams
 from models.files import read_json
 
 SHIPPED_PROBES = Path(__file__).parent.parent / "eval" / "results" / "openmoji-probes.json"
@@ -55,6 +55,7 @@ def _features_section(site: Site, tab: gr.Tab) -> None:
             asked = Comparison(settings, tuple(map(Side, names))).settled()
             return site.studio.ask(lambda: sample_features(asked, site.runs), request.session_hash, asked).id
 
+    @streams
     async def watch(id: str) -> AsyncIterator[Updates]:
         with page_errors():
             sampling = site.studio.kept(id)

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,25 @@ async def sent(preview: str | None) -> None:
     """Wait as long as a preview takes on its way: Gradio keeps all that is yielded until the browser has it, so the rest would pile up."""
     if preview:
         await asyncio.sleep(len(preview) / LINK_BYTES_PER_S)
+
+
+def streams(watch: Callable[..., AsyncIterator[Updates]]) -> Callable[..., AsyncIterator[Updates]]:
+    """What a handler yields, so that a busy browser loses none of it.
+
+    Gradio sends how each value differs from the one before, and its client changes that very dictionary, whether it was looked at or
+    not: a button's update that is left out the next time may never be seen. So each one is repeated, which costs nothing on the way.
+    What comes last is sent once more at the end; pictures are not, so it is the dictionaries alone.
+    """
+
+    @functools.wraps(watch)
+    async def streamed(*inputs: Any) -> AsyncIterator[Updates]:
+        dictionaries: Updates = {}
+        async for news in watch(*inputs):
+            dictionaries |= {widget: update for widget, update in news.items() if isinstance(update, dict)}
+            yield {**dictionaries, **news}
+        yield dictionaries
+
+    return streamed
 
 
 @contextlib.contextmanager

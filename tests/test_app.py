@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+from gradio.utils import diff
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
@@ -29,7 +30,7 @@ from app.plots import LEFT, Line, plot
 from app.sampler import Frame, PipelineCache, sample
 from app.settings import MAX_IMAGES, MAX_SIDES, NO_LABEL, OWN_SAMPLER, RANDOM_SEED, Comparison, Settings, Side
 from app.settings_panel import SettingsPanel
-from app.site import Site
+from app.site import Site, Updates, streams
 from app.studio import DONE, FAILED, RUNNING, STOPPED, WAITING, Sampling, Studio
 from app.ui import build
 from app.votes import Votes
@@ -893,3 +894,25 @@ def test_nobody_fills_the_queue_and_old_pictures_are_forgotten(monkeypatch: pyte
     wait_for(lambda: running.over and not studio._waiting)
     newest = studio.ask(held, "e")
     assert studio.find(running.id) is None and studio.find(newest.id) is newest
+
+
+def test_a_browser_that_looks_late_loses_no_button() -> None:
+    """As Gradio's client: a difference changes the dictionary that came first, looked at or not."""
+
+    @streams
+    async def watch() -> AsyncIterator[Updates]:
+        yield {"stop": gr.update(interactive=True)}
+        yield {"status": "1 of 2"}
+        yield {"stop": gr.update(interactive=False), "status": "done"}
+
+    async def all_sent() -> list[Updates]:
+        return [news async for news in watch()]
+
+    first, *others = [news.get("stop", gr.skip()) for news in asyncio.run(all_sent())]
+    before, seen = first, dict(first)
+    for now in others:
+        for action, path, value in diff(before, now):
+            assert action == "replace", "what was deleted is not seen any more"
+            seen[path[0]] = value
+        before = now
+    assert seen == gr.update(interactive=False)

@@ -95,6 +95,14 @@ def compare(page: "Page", expected: str) -> None:
     expect(page.locator("#status")).to_contain_text(words, timeout=PATIENCE_MS)
 
 
+def slow(page: "Page") -> None:
+    """Ask for what takes minutes: the tiny pair alone is done in seconds, before it could be interrupted."""
+    choose(page, "Checkpoint B", "openmoji-plain")
+    expect(page.get_by_text("share no label").first).to_be_visible()  # the label is gone before it could be asked for
+    put(page, "num-images", 64)
+    put(page, "steps", 250)
+
+
 def unfold(page: "Page", section: str) -> "Locator":
     """Open an accordion."""
     part = page.locator(f"#{section}")
@@ -402,10 +410,7 @@ def test_what_is_brought_back_stays_while_another_one_was_running(page: "Page") 
     put(page, "steps", 3)
     compare(page, "3 steps")
     first = pixels(page.locator("#stage img").first)
-    choose(page, "Checkpoint B", "openmoji-plain")  # takes minutes: the tiny one is done in seconds
-    expect(page.get_by_text("share no label").first).to_be_visible()  # the label is gone before it could be asked for
-    put(page, "num-images", 64)
-    put(page, "steps", 250)
+    slow(page)
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)
     page.get_by_label("Difference", exact=True).check()
@@ -428,8 +433,7 @@ def test_one_more_can_be_put_beside_before_the_last_one_is_sampled(page: "Page")
     history = unfold(page, "history-section")
     id = history.locator("li").first.get_by_role("button", name="Add").get_attribute("data-id")
     add = history.locator(f'[data-do="add"][data-id="{id}"]')  # that one, also when the sampling that begins now is the first of them
-    put(page, "num-images", 64)
-    put(page, "steps", 250)
+    slow(page)
     add.click()
     expect(page.get_by_label("Checkpoint D", exact=True)).to_be_visible()
     expect(page.locator("#status")).to_contain_text("s left", timeout=PATIENCE_MS)
