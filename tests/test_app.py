@@ -766,7 +766,7 @@ def test_pictures_are_not_sent_twice(handlers: Handlers) -> None:
     for output, values in {"stage": (sampling.id, None, request), "blind-stage": ((ballot, sampling.id),), "grid": (drawn.id,)}.items():
         *_, end, last = handlers.watched(output, *values)
         assert end[handlers.widget(output)].count("<img") == {"stage": 6, "blind-stage": 6, "grid": 1}[output]
-        assert last == gr.skip(), "Gradio repeats what came last"
+        assert handlers.widget(output) not in last and "<img" not in str(last), "Gradio repeats what came last"
 
 
 def test_previews_come_no_faster_than_a_link_takes_them(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
