@@ -66,8 +66,8 @@ for kill in range(1, changes + 1) if kills == "all" else [max(1, round(share * c
 
 
 # The same with two processes that find each other over gloo. Each kill is [who, share]: process 0 or 1, or both of them when it is
-# process 0's turn, before that share of what the process does to the files, each thing counted once: whether one of them finds a folder
-# made by the other, and how often it asks for it, differs from run to run.
+# process 0's turn, before that share of what the process does to the files, each thing counted once. The folders that both make are not
+# counted: which of them finds one made by the other, and how often it asks for it, differs from run to run.
 PAIRS = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
@@ -82,9 +82,10 @@ def process(rank, port, run, victims, kill_at, more):
     os.environ.update({name: str(value) for name, value in words.items()}, ACCELERATE_USE_CPU="True")
     seen = set()
     def watch(event, arguments):
-        if event in CHANGES and isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(str(run)):
+        path = str(arguments[0]) if event in CHANGES else ""
+        if path.startswith(f"{run}/") and path != f"{run}/checkpoints":
             before = len(seen)
-            seen.add((event, str(arguments[0])))
+            seen.add((event, path))
             if before < len(seen) == kill_at:
                 for pid in (*victims, os.getpid()):
                     os.kill(pid, signal.SIGKILL)
