@@ -137,6 +137,13 @@ COMPARISONS: dict[str, Comparison] = {
         {"probe": FEW_PROBE},
         _features_every(250),
     ),
+    "mae-32px-init": Comparison(
+        "MAE-XS/8 at 32 px with long skips that does not begin with zeros in the last linear of every branch: with them, where alpha "
+        "fades, hardly anything reaches the last block at first",
+        _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2e-3), zero_init=False),
+        {"probe": PROBE},
+        _features_every(500),
+    ),
     "mae-32px-ablation": Comparison(
         "the paper's ablation rows, MAE-XS/8 at 32 px, at the learning rate that is better for what fades in mae-32px; one seed on a CPU",
         {name: ("mae-32px-decayed", {"base_learning_rate": 5e-4, **flags}) for name, flags in _MAE_ROWS.items()},
