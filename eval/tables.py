@@ -48,6 +48,8 @@ NUMBERS = {
     "kNN, last block, %": Number(lambda result: _percent(_neighbours(last)) if (last := _last(result)) else None),
     "linear probe, last block, %": Number(lambda result: _percent(last["linear"]["value"]) if (last := _last(result)) else None),
     "effective rank (entropy)": Number(lambda result: _best(result)["rank_entropy"] if "probe" in result else None, less_is_better=None),
+    "loss": Number(lambda result: result["curves"][-1]["loss"], less_is_better=True),
+    "largest RMS": Number(lambda result: max((value for _, value in points(result, RMS)), default=None), less_is_better=None),
 }
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")
@@ -60,6 +62,7 @@ INTRODUCTION = (
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
+    "Loss: the mean over the last logged steps. Largest RMS: of any block's output, over the whole training.",
     "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
 
@@ -80,13 +83,14 @@ class Panel:
 
 
 FD = Panel("FD (Lite0) of a quick look", lambda line: line.get("fd"))
+RMS: Panel = Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True)
 KNN = Panel("kNN of a quick look, %", lambda line: _percent(line.get("probe_knn")))
 CURVES = (
     Panel("loss", lambda line: line["loss"]),
     FD,
     KNN,
     Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
-    Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True),
+    RMS,
 )
 BY_BLOCK = (
     Panel("kNN, %", lambda row: _percent(_neighbours(row))),
@@ -150,19 +154,26 @@ def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, floa
     return ahead[last_behind + 1][0] if last_behind + 2 < len(ahead) else None
 
 
+def unbroken(arms: Mapping[str, Mapping[int, Result]]) -> dict[str, Mapping[int, Result]]:
+    """The arms of which no training broke down: means of the seeds that are left would flatter the others."""
+    return {arm: of_seeds for arm, of_seeds in arms.items() if not any("broke" in result for result in of_seeds.values())}
+
+
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
-    """Markdown: a row for each arm, with its difference from the first; below, those of faded arms from the arm with skips alone."""
+    """Markdown: a row for each arm, with its difference from the first; below, those of faded arms from the arm with skips alone,
+    and what became of trainings that broke down."""
+    whole = unbroken(arms)
     values = {
         name: {
             arm: {seed: value for seed, result in of_seeds.items() if (value := number.value(result)) is not None}
-            for arm, of_seeds in arms.items()
+            for arm, of_seeds in whole.items()
         }
         for name, number in NUMBERS.items()
     }
-    shown = [name for name, of_arms in values.items() if all(len(of_arms[arm]) == len(of_seeds) for arm, of_seeds in arms.items())]
+    shown = [name for name, of_arms in values.items() if all(len(of_arms[arm]) == len(of_seeds) for arm, of_seeds in whole.items())]
 
     def difference(name: str, arm: str, base: str) -> str:
-        found = paired(values[name][arm], values[name][base]) if arm != base else None
+        found = paired(values[name][arm], values[name][base]) if arm != base and base in whole else None
         if not found:
             return ""
         mean, low, high = found
@@ -175,14 +186,22 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
         seen, alphas = result["training"]["images_seen"], result["alphas"]
         cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", str(len(of_seeds))]
         for name in shown:
-            told = difference(name, arm, base)
-            cells.append(f"{np.mean(list(values[name][arm].values())):.4g}" + (f" ({told})" if told else ""))
+            if arm in whole:
+                told = difference(name, arm, base)
+                cells.append(f"{np.mean(list(values[name][arm].values())):.4g}" + (f" ({told})" if told else ""))
+            else:
+                cells.append("broke down")
         lines.append("| " + " | ".join(cells) + " |")
-    if SKIPS in arms and base != SKIPS:
-        for arm, of_seeds in arms.items():
+    if SKIPS in whole and base != SKIPS:
+        for arm, of_seeds in whole.items():
             told = "; ".join(f"{name} {each}" for name in shown if (each := difference(name, arm, SKIPS)))
             if told and min(next(iter(of_seeds.values()))["alphas"]) < 1:
                 lines += ["", f"From {SKIPS}, which differs in alpha alone (and the rate, where it has its own): {arm}: {told}."]
+    for arm, of_seeds in arms.items():
+        for seed, result in of_seeds.items():
+            if "broke" in result:
+                seen = result["training"]["images_seen"]
+                lines += ["", f"The training of {arm} with seed {seed} broke down: {result['broke']}; {seen:,} images were seen."]
     return lines
 
 
@@ -339,18 +358,20 @@ def write(folder: Path) -> list[str]:
         raise ValueError(f"{folder} holds no results of a campaign; python -m training.campaign writes some")
     lines = ["# What was measured", "", *INTRODUCTION, ""]
     for name, arms in found.items():
+        whole = unbroken(arms)
         save(folder / name / "curves.png", curves(arms))
-        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
+        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), ""]
+        lines += [protocol(whole)] if whole else []
         for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
             lines += over_images(folder / name / f"compared-{seed}.json")
         for panel, sign in ((KNN, 1), (FD, -1)):
-            if told := crossings(arms, panel, sign):
+            if whole and (told := crossings(whole, panel, sign)):
                 lines += ["", told]
         lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
-        if all("probe" in result for of_seeds in arms.values() for result in of_seeds.values()):
-            figure, where = by_block(arms)
+        if whole and all("probe" in result for of_seeds in whole.values() for result in of_seeds.values()):
+            figure, where = by_block(whole)
             save(folder / name / "blocks.png", figure)
-            autoencoders = all(result["config"]["backbone"] == "mae" for of_seeds in arms.values() for result in of_seeds.values())
+            autoencoders = all(result["config"]["backbone"] == "mae" for of_seeds in whole.values() for result in of_seeds.values())
             behind = " (of a plain autoencoder the last block's behind the encoder's norm)" if autoencoders else ""
             lines += [
                 f"The probe {where}{behind}:",

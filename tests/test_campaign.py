@@ -97,6 +97,29 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     run.begin(str(image_folder), [])  # the mended command is not refused
 
 
+@pytest.mark.slow
+def test_a_training_that_breaks_down_is_a_result_and_the_others_go_on(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    probe = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
+    wild = {"learning_rate": 1e30, "max_grad_norm": 0, "checkpointing_steps": 1}
+    arms = {"plain": ("demo-plain", {}), "wild": ("demo-decayed", wild), "decayed": ("demo-decayed", {})}
+    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
+    flags = ["demo", "--data", image_folder, "--seeds", "0", "--output", tmp_path / "runs", "--results", tmp_path / "results", *TRAINING]
+    command(monkeypatch, *flags)
+    assert "3 of 3 runs are done" in capsys.readouterr().out
+    broke = json.loads((tmp_path / "results/demo/wild-0.json").read_text())
+    assert "not finite" in broke["broke"] and "begin again" not in broke["broke"] and broke["alphas"][-1] == 0.5
+    assert {each["contender"] for each in json.loads((tmp_path / "results/demo/compared-0.json").read_text())} == {"decayed"}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    command(monkeypatch, *flags)
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "tried again"
+    tables.write(tmp_path / "results")
+    text = (tmp_path / "results/README.md").read_text()
+    assert "| wild | 0.5 | 0.0071 |" in text and "| broke down |" in text
+    assert f"The training of wild with seed 0 broke down: {broke['broke']};" in text
+
+
 def test_a_run_that_takes_too_long_to_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "GRACE_S", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(100)"
@@ -183,9 +206,10 @@ def probed(alpha_min: float, accuracy: float, backbone: str = "mae", code: str =
     ]  # fmt: skip
     config = {"backbone": backbone, "size": "XS", "resolution": 32, "images_a_step": 2, "precision": "bf16", "learning_rate": 1e-3}
     probe = {"value": accuracy, "results": rows, "num_samples": 5, "train_num": 10, "rank_images": 10, "device": "cpu"}
+    curves = [{"images": images, "loss": loss, "block_norms": [1.0, 4.0 * loss]} for images, loss in ((500, 2), (1000, 1))]
     return {
         "config": {**config, "git_revision": code}, "training": {"images_seen": 1000, "data": "photographs"}, "alphas": [1.0, alpha_min],
-        "probe": probe,
+        "probe": probe, "curves": curves,
     }  # fmt: skip
 
 
@@ -203,8 +227,22 @@ def test_tables_tell_differences_from_the_first_arm_and_what_fading_alone_does()
     assert cells["linear probe, last block, %"] == "25 (-20 [-20, -20], worse)"
     assert cells["kNN, last block, %"] == "17.5 (-10 [-10, -10], worse)"
     assert cells["effective rank (entropy)"] == "0.35 (-0.2 [-0.2, -0.2], lower)", "less is not better by itself"
+    assert (cells["loss"], cells["largest RMS"]) == ("1 (+0 [+0, +0], undecided)", "8 (+0 [+0, +0], undecided)")
     assert empty == "" and alone.startswith("From skips") and "decayed: kNN, % -20.5 [-26.9, -14.1], worse;" in alone
     assert len(tables.table({"plain": arms["plain"], "decayed": arms["decayed"]})) == 4, "without an arm of skips there is no such line"
+
+
+def test_arms_that_broke_down_have_no_numbers() -> None:
+    lost = {
+        "broke": "the loss is not finite before step 3",
+        "config": {},
+        "training": {"images_seen": 400},
+        "alphas": [1.0, 0.5],
+        "curves": [],
+    }
+    _, _, plain, decayed, _, told = tables.table({"plain": {0: probed(1.0, 0.5)}, "decayed": {0: probed(0.5, 0.9), 1: lost}})
+    assert "| 50 |" in plain and "| broke down |" in decayed and "90" not in decayed, "the seed that is left says too much"
+    assert told == "The training of decayed with seed 1 broke down: the loss is not finite before step 3; 400 images were seen."
 
 
 def test_tables_have_no_last_block_of_diffusion_models() -> None:

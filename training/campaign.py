@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
+from models.files import EXIT_BROKEN, INDEX, Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
@@ -99,19 +99,26 @@ class Run:
                 return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
         return None
 
-    def gather(self) -> None:
-        """Write the result file: what was run, its curves, what the judges said."""
-        config = read_json(self.folder / CONFIG)
-        found = {
+    def gather(self, broke: str | None = None) -> None:
+        """Write the result file: what was run, its curves, what the judges said.
+
+        Args:
+            broke: why the training broke down, as a result by itself; then nothing is judged.
+        """
+        config, curves = read_json(self.folder / CONFIG), read_metrics(self.folder)
+        found: dict[str, Any] = {
             "comparison": self.comparison,
             "arm": self.arm,
             "seed": self.seed,
             "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
-            "training": read_index(self.folder)["training"],
-            "alphas": list(load_backbone(self.folder).alphas),
-            "curves": read_metrics(self.folder),
-            **{name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges},
+            "curves": curves,
         }
+        if broke:
+            seen = {"images_seen": curves[-1]["images"] if curves else 0}
+            found |= {"broke": broke, "training": seen, "alphas": config["alphas"]}
+        else:
+            found |= {"training": read_index(self.folder)["training"], "alphas": list(load_backbone(self.folder).alphas)}
+            found |= {name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges}
         for row in found.get("probe", {}).get("results", ()):
             if any(row[field] != value for field, value in found["probe"]["best"].items() if field in row):
                 row.pop("spectrum", None)  # most of the file; of one place it is enough
@@ -127,7 +134,10 @@ def compare(runs: list[Run], data: str, result: Path) -> None:
         ValueError: eval/compare.py failed, its last line says why.
     """
     judges = COMPARISONS[runs[0].comparison].judges
-    judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
+    if not all(run.result.is_file() for run in runs) or "broke" in read_json(runs[0].result):
+        return
+    runs = [run for run in runs if "broke" not in read_json(run.result)]
+    judged = all(run.judged(name).is_file() for run in runs for name in judges)
     if not judged or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
         return
     arms, differences = {str(run.folder): run.arm for run in runs}, []
@@ -169,7 +179,8 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
         more: flags of every training, beside those of its preset.
 
     Raises:
-        ValueError: a command failed, its last line says why; or a run was begun with other data or flags.
+        ValueError: a command failed, its last line says why; or a run was begun with other data or flags. A training that broke
+            down has not failed: that it did is its result.
     """
     for run in runs:
         run.begin(data, more)
@@ -190,7 +201,10 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
             time.sleep(0.2)
             for each in [each for each in busy if each.ended(left)]:
                 busy.remove(each)
-                waiting.insert(0, each.run)  # for what comes next
+                if each.run.result.is_file():  # it broke down
+                    yield each.run
+                else:
+                    waiting.insert(0, each.run)  # for what comes next
     finally:
         for each in busy:
             each.process.send_signal(signal.SIGINT)
@@ -225,6 +239,9 @@ class _Busy:
                 tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
         if self.process.poll() not in (None, 0, *((130, -signal.SIGKILL) if self.asked else ())):
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            if self.is_training and self.process.returncode == EXIT_BROKEN:
+                self.run.gather(broke=last[0].removeprefix("error: ").split(";")[0])  # the rest is a remedy
+                return True
             killed = "it was killed, as a machine does that runs out of memory; " if self.process.returncode == -signal.SIGKILL else ""
             raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{' '.join(last)} (see {self.run.log})")
         return self.process.poll() is not None
@@ -283,8 +300,8 @@ def main() -> None:
             for run in work(runs, data, deadline, parsed.at_once, more):
                 bar.update()
                 found = read_json(run.result)
-                told = (f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges)
-                tqdm.write(f"{run.result}: {', '.join(told)}")
+                told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges if name in found)
+                tqdm.write(f"{run.result}: {told or found['broke']}")
         for seed in seeds:
             compare([run for run in runs if run.seed == seed], data, parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
         done = sum(run.result.is_file() for run in runs)

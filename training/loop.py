@@ -193,7 +193,7 @@ def train(
     computed = {"precision": resolved, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
     computed |= {"sharded": whole.sharded, "deepspeed_processes": accelerator.num_processes if zero else 0}
     config = {**config, **dataclasses.asdict(options), **computed}
-    step = _resume_or_start(accelerator, run, options, config)
+    step = _resume_or_start(accelerator, run, options, config, bare.alphas)
     metrics = MetricsFile(run, accelerator, step)
     if options.report_to == "tensorboard":
         accelerator.init_trackers("logs")  # a folder of the run
@@ -379,14 +379,15 @@ def check_with_data(options: LoopOptions, data: TrainingData) -> None:
     require_memory(needed, f"--train_batch_size {options.train_batch_size}", free)
 
 
-def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
-    """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
+def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any], alphas: Sequence[float]) -> int:
+    """Load the asked checkpoint, or make the folder of a new run, which tells what alphas it begins with; returns the steps that were
+    already taken."""
     if accelerator.is_main_process:
         checkpoint_files.remove_leftovers(run)
     if options.resume_from_checkpoint is None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
+            write_json(run / checkpoint_files.CONFIG, {**config, "alphas": list(alphas), **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
     step = checkpoint_files.step_of(checkpoint)
