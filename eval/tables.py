@@ -48,7 +48,7 @@ NUMBERS = {
     "kNN, last block, %": Number(lambda result: _percent(_neighbours(last)) if (last := _last(result)) else None),
     "linear probe, last block, %": Number(lambda result: _percent(last["linear"]["value"]) if (last := _last(result)) else None),
     "effective rank (entropy)": Number(lambda result: _best(result)["rank_entropy"] if "probe" in result else None, less_is_better=None),
-    "loss": Number(lambda result: result["curves"][-1]["loss"], less_is_better=True),
+    "loss": Number(lambda result: result["curves"][-1]["loss"] if result["curves"] else None, less_is_better=None),
     "largest RMS": Number(lambda result: max((value for _, value in points(result, RMS)), default=None), less_is_better=None),
 }
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
@@ -62,7 +62,8 @@ INTRODUCTION = (
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
-    "Loss: the mean over the last logged steps. Largest RMS: of any block's output, over the whole training.",
+    "Loss: of training images, the mean over the last steps, with weights that are not averaged; a lower one is no better by itself. "
+    "Largest RMS: of a block's output for 64 images, in any line of the log.",
     "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
 )
 
@@ -160,8 +161,8 @@ def unbroken(arms: Mapping[str, Mapping[int, Result]]) -> dict[str, Mapping[int,
 
 
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
-    """Markdown: a row for each arm, with its difference from the first; below, those of faded arms from the arm with skips alone,
-    and what became of trainings that broke down."""
+    """Markdown: a row for each arm, with its difference from the first; below, how trainings broke down, and the differences of
+    faded arms from the arm with skips alone."""
     whole = unbroken(arms)
     values = {
         name: {
@@ -183,25 +184,26 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
     lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
     for arm, of_seeds in arms.items():
         result = next(iter(of_seeds.values()))
-        seen, alphas = result["training"]["images_seen"], result["alphas"]
-        cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", str(len(of_seeds))]
+        seen, alphas = max(each["training"]["images_seen"] for each in of_seeds.values()), result["alphas"]
+        broke = "" if arm in whole else f", {sum('broke' in each for each in of_seeds.values())} broke down"
+        cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", f"{len(of_seeds)}{broke}"]
         for name in shown:
             if arm in whole:
                 told = difference(name, arm, base)
                 cells.append(f"{np.mean(list(values[name][arm].values())):.4g}" + (f" ({told})" if told else ""))
             else:
-                cells.append("broke down")
+                cells.append("-")
         lines.append("| " + " | ".join(cells) + " |")
+    for arm, of_seeds in arms.items():
+        for seed, result in of_seeds.items():
+            if "broke" in result:
+                told = f"{arm} with seed {seed} broke down after {result['training']['images_seen']:,} images: {result['broke']}."
+                lines += ["", told + (" So there are no differences from it." if arm == base else "")]
     if SKIPS in whole and base != SKIPS:
         for arm, of_seeds in whole.items():
             told = "; ".join(f"{name} {each}" for name in shown if (each := difference(name, arm, SKIPS)))
             if told and min(next(iter(of_seeds.values()))["alphas"]) < 1:
                 lines += ["", f"From {SKIPS}, which differs in alpha alone (and the rate, where it has its own): {arm}: {told}."]
-    for arm, of_seeds in arms.items():
-        for seed, result in of_seeds.items():
-            if "broke" in result:
-                seen = result["training"]["images_seen"]
-                lines += ["", f"The training of {arm} with seed {seed} broke down: {result['broke']}; {seen:,} images were seen."]
     return lines
 
 
@@ -219,18 +221,23 @@ def points(result: Result, panel: Panel) -> list[tuple[int, float]]:
 
 
 def images_a_minute(result: Result) -> float:
-    """Of the training, in the median over its log: other work on the machine, or a pause, counts little."""
-    return 60 * median(line["images_per_s"] for line in result["curves"])
+    """Of the training, in the median over its log: other work on the machine, or a pause, counts little. NaN without a log."""
+    return 60 * median([line["images_per_s"] for line in result["curves"]] or [math.nan])
 
 
-def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure:
-    """Over images seen, and over training time: a colour for each arm, a line for each seed."""
-    runs = [result for of_seeds in arms.values() for result in of_seeds.values()]
+def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure | None:
+    """Over images seen, and over training time: a colour for each arm, a line for each seed. None where nothing was logged.
+
+    A panel shows what all runs have looked at, but for those that broke down before that.
+    """
+    runs = [result for of_seeds in (unbroken(arms) or arms).values() for result in of_seeds.values()]
     shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
+    if not shown:
+        return None
     figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
     for row, panel in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
         for style, result in _styled(arms):
-            images, values = zip(*points(result, panel), strict=True)
+            images, values = zip(*points(result, panel) or [(0, math.nan)], strict=True)
             row[0].plot(images, values, **style)
             row[1].plot([each / images_a_minute(result) for each in images], values, **style)
         for axes, below in zip(row, ("images seen", "minutes of training, at a run's median speed"), strict=True):
@@ -277,10 +284,11 @@ def _legend(figure: Figure) -> None:
 
 
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
-    """One line on how the numbers came about."""
-    result = next(iter(next(iter(arms.values())).values()))
+    """One line on how the numbers came about, and with which rates and code others broke down."""
+    result = next(iter(next(iter((unbroken(arms) or arms).values())).values()))
     config, parts = result["config"], []
-    parts.append(f"data {result['training']['data']}, {config['resolution']} px, {config['backbone']}-{config['size']}")
+    data = [f"data {result['training']['data']}"] if "broke" not in result else []
+    parts.append(", ".join([*data, f"{config['resolution']} px", f"{config['backbone']}-{config['size']}"]))
     rates = dict.fromkeys(f"{run['config']['learning_rate']:g}" for runs in arms.values() for run in runs.values())
     parts.append(f"{config['images_a_step']} images a step, learning rate {' / '.join(rates)}, {config['precision']}")
     if "probe" in result:
@@ -292,7 +300,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
         parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
-    parts.append(f"device {result['probe' if 'probe' in result else 'fd']['device']}")
+    parts += [f"device {result[judge]['device']}" for judge in ("probe", "fd") if judge in result][:1]
     codes = {arm: list(dict.fromkeys(str(run["config"].get("git_revision")) for run in runs.values())) for arm, runs in arms.items()}
     if len({code for of_arm in codes.values() for code in of_arm}) > 1:
         parts.append("trained by different revisions: " + ", ".join(f"{arm} {' '.join(of_arm)}" for arm, of_arm in codes.items()))
@@ -359,18 +367,19 @@ def write(folder: Path) -> list[str]:
     lines = ["# What was measured", "", *INTRODUCTION, ""]
     for name, arms in found.items():
         whole = unbroken(arms)
-        save(folder / name / "curves.png", curves(arms))
-        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), ""]
-        lines += [protocol(whole)] if whole else []
+        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
         for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
             lines += over_images(folder / name / f"compared-{seed}.json")
         for panel, sign in ((KNN, 1), (FD, -1)):
-            if whole and (told := crossings(whole, panel, sign)):
+            if next(iter(arms)) in whole and (told := crossings(whole, panel, sign)):
                 lines += ["", told]
-        lines += ["", f"![curves over images seen and over time]({name}/curves.png)", ""]
+        lines.append("")
+        if figure := curves(arms):
+            save(folder / name / "curves.png", figure)
+            lines += [f"![curves over images seen and over time]({name}/curves.png)", ""]
         if whole and all("probe" in result for of_seeds in whole.values() for result in of_seeds.values()):
-            figure, where = by_block(whole)
-            save(folder / name / "blocks.png", figure)
+            blocks, where = by_block(whole)
+            save(folder / name / "blocks.png", blocks)
             autoencoders = all(result["config"]["backbone"] == "mae" for of_seeds in whole.values() for result in of_seeds.values())
             behind = " (of a plain autoencoder the last block's behind the encoder's norm)" if autoencoders else ""
             lines += [

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import psutil
 
 EXIT_BAD_INPUT = 2
-EXIT_BROKEN = 3  # a training broke down: no fault of the flags, and a result by itself
 HEARD_S = 3.0  # within that a launcher notices that a process has ended, and ends the others
 # what torch's backends say where a process waits for another one: gloo names its transport, NCCL speaks of a remote process
 LOST_PROCESS = r"gloo/transport|remote process exit|Connection (reset|closed) by peer"
@@ -155,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For command lines: bad input (ValueError, OSError) ends as one line on stderr and exit code 2, a training that broke
-    down (FloatingPointError) as one and exit code 3, one that lost one of its processes as one and 1, Ctrl-C as exit code 130.
+    down (FloatingPointError) or lost one of its processes as one and exit code 1, Ctrl-C as exit code 130.
 
     FADING_SHORTCUTS_DEBUG=1 shows the traceback instead.
     """
@@ -172,7 +171,7 @@ def one_line_errors() -> Iterator[None]:
             sys.exit(1)
         text = "there is not enough memory for this; ask for fewer or smaller images" if out_of_memory else " ".join(str(error).split())
         _tell(f"error: {text}")
-        sys.exit(EXIT_BROKEN if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
+        sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         _tell("interrupted")
         sys.exit(130)

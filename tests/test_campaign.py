@@ -105,19 +105,32 @@ def test_a_training_that_breaks_down_is_a_result_and_the_others_go_on(
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "checkpointing_steps": 1}
     arms = {"plain": ("demo-plain", {}), "wild": ("demo-decayed", wild), "decayed": ("demo-decayed", {})}
     monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
-    flags = ["demo", "--data", image_folder, "--seeds", "0", "--output", tmp_path / "runs", "--results", tmp_path / "results", *TRAINING]
+    flags = [
+        "demo",
+        "--data",
+        image_folder,
+        "--seeds",
+        "0",
+        "--output",
+        tmp_path / "runs",
+        "--results",
+        tmp_path / "results",
+        "--at_once",
+        2,
+    ]
+    flags += TRAINING
     command(monkeypatch, *flags)
-    assert "3 of 3 runs are done" in capsys.readouterr().out
+    assert "3 of 3 runs are done (1 broke down; to train one again, delete its folder and its result)" in capsys.readouterr().out
     broke = json.loads((tmp_path / "results/demo/wild-0.json").read_text())
     assert "not finite" in broke["broke"] and "begin again" not in broke["broke"] and broke["alphas"][-1] == 0.5
+    assert broke["training"]["images_seen"] in (4, 8), "of one step or two, not of the last logged line"
     assert {each["contender"] for each in json.loads((tmp_path / "results/demo/compared-0.json").read_text())} == {"decayed"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     command(monkeypatch, *flags)
     assert {path: path.stat().st_mtime_ns for path in times} == times, "tried again"
     tables.write(tmp_path / "results")
     text = (tmp_path / "results/README.md").read_text()
-    assert "| wild | 0.5 | 0.0071 |" in text and "| broke down |" in text
-    assert f"The training of wild with seed 0 broke down: {broke['broke']};" in text
+    assert "| wild | 0.5 | 0.0071 |" in text and f"images: {broke['broke']}." in text
 
 
 def test_a_run_that_takes_too_long_to_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,17 +213,25 @@ def probed(alpha_min: float, accuracy: float, backbone: str = "mae", code: str =
     rows = [
         {
             "block": block, "time": None, "pooling": "mean", "knn": {"20": {"value": accuracy / (1 + block)}}, "rank_entropy": accuracy,
-            "linear": {"value": accuracy - 0.1 * block, "held_out_accuracy": 1.0 - block},
+            "linear": {"value": accuracy - 0.1 * block, "held_out_accuracy": 1.0 - block}, "norm": 1.0,
         }
         for block in range(2)
     ]  # fmt: skip
     config = {"backbone": backbone, "size": "XS", "resolution": 32, "images_a_step": 2, "precision": "bf16", "learning_rate": 1e-3}
     probe = {"value": accuracy, "results": rows, "num_samples": 5, "train_num": 10, "rank_images": 10, "device": "cpu"}
-    curves = [{"images": images, "loss": loss, "block_norms": [1.0, 4.0 * loss]} for images, loss in ((500, 2), (1000, 1))]
+    logged = ((500, 2 / alpha_min), (1000, 1 / alpha_min))
+    curves = [{"images": images, "images_per_s": 5.0, "loss": loss, "block_norms": [1.0, 4 * loss]} for images, loss in logged]
     return {
         "config": {**config, "git_revision": code}, "training": {"images_seen": 1000, "data": "photographs"}, "alphas": [1.0, alpha_min],
         "probe": probe, "curves": curves,
     }  # fmt: skip
+
+
+def broken(result: dict[str, Any], images: int) -> dict[str, Any]:
+    """What is written of a training that broke down before anything was logged."""
+    kept = {name: value for name, value in result.items() if name != "probe"}
+    config = {**result["config"], "learning_rate": 7.0}
+    return {**kept, "config": config, "broke": "the loss is not finite", "training": {"images_seen": images}, "curves": []}
 
 
 def test_tables_tell_differences_from_the_first_arm_and_what_fading_alone_does() -> None:
@@ -227,22 +248,37 @@ def test_tables_tell_differences_from_the_first_arm_and_what_fading_alone_does()
     assert cells["linear probe, last block, %"] == "25 (-20 [-20, -20], worse)"
     assert cells["kNN, last block, %"] == "17.5 (-10 [-10, -10], worse)"
     assert cells["effective rank (entropy)"] == "0.35 (-0.2 [-0.2, -0.2], lower)", "less is not better by itself"
-    assert (cells["loss"], cells["largest RMS"]) == ("1 (+0 [+0, +0], undecided)", "8 (+0 [+0, +0], undecided)")
+    assert (cells["loss"], cells["largest RMS"]) == ("2 (+1 [+1, +1], higher)", "16 (+8 [+8, +8], higher)"), "neither is better"
     assert empty == "" and alone.startswith("From skips") and "decayed: kNN, % -20.5 [-26.9, -14.1], worse;" in alone
     assert len(tables.table({"plain": arms["plain"], "decayed": arms["decayed"]})) == 4, "without an arm of skips there is no such line"
 
 
 def test_arms_that_broke_down_have_no_numbers() -> None:
-    lost = {
-        "broke": "the loss is not finite before step 3",
-        "config": {},
-        "training": {"images_seen": 400},
-        "alphas": [1.0, 0.5],
-        "curves": [],
-    }
-    _, _, plain, decayed, _, told = tables.table({"plain": {0: probed(1.0, 0.5)}, "decayed": {0: probed(0.5, 0.9), 1: lost}})
-    assert "| 50 |" in plain and "| broke down |" in decayed and "90" not in decayed, "the seed that is left says too much"
-    assert told == "The training of decayed with seed 1 broke down: the loss is not finite before step 3; 400 images were seen."
+    good, lost = probed(1.0, 0.5), broken(probed(0.5, 0.9), images=400)
+    _, _, plain, decayed, _, told = tables.table({"plain": {0: good}, "decayed": {0: probed(0.5, 0.9), 1: lost}})
+    assert "| 50 |" in plain and "| 1,000 | 2, 1 broke down | - |" in decayed and "90" not in decayed, "the seed that is left says too much"
+    assert told == "decayed with seed 1 broke down after 400 images: the loss is not finite."
+    _, _, plain, decayed, _, told = tables.table({"plain": {0: lost, 1: good}, "decayed": {0: good, 1: good}})
+    assert "broke down" in plain and "| 50 |" in decayed and told.endswith("So there are no differences from it.")
+
+
+def test_comparisons_are_written_whatever_broke_down(tmp_path: Path) -> None:
+    arms = dict(zip(COMPARISONS["demo"].arms, (probed(1.0, 0.5), broken(probed(0.5, 0.5), images=0)), strict=True))
+
+    def written() -> str:
+        for arm, result in arms.items():
+            (tmp_path / "demo").mkdir(exist_ok=True)
+            (tmp_path / f"demo/{arm}-0.json").write_text(json.dumps({**result, "comparison": "demo", "arm": arm, "seed": 0}))
+        tables.write(tmp_path)
+        return (tmp_path / "README.md").read_text()
+
+    text = written()
+    assert "decayed with seed 0 broke down after 0 images" in text and "learning rate 0.001 / 7," in text and "curves.png" in text
+    arms["plain"], arms["decayed"] = arms["decayed"], arms["plain"]
+    assert "plain with seed 0 broke down" in (text := written()) and "Ahead of" not in text
+    arms["decayed"] = arms["plain"]
+    text = written()
+    assert text.count("broke down after 0 images") == 2 and "curves.png" not in text and "blocks.png" not in text
 
 
 def test_tables_have_no_last_block_of_diffusion_models() -> None:

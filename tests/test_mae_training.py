@@ -21,7 +21,7 @@ from eval.linear import held_out_parts
 from eval.rank import effective_rank
 from models import Pipeline
 from models.compat import import_torchvision
-from models.files import EXIT_BROKEN, read_json
+from models.files import read_json
 from models.mae import MAE
 from models.registry import load_backbone
 from tests.conftest import ROOT, script_environment
@@ -378,9 +378,14 @@ def test_features_that_explode_stop_the_training(
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path / "run", "--max_train_steps", 4, "--checkpointing_steps", 1)
     error = capsys.readouterr().err
-    assert stopped.value.code == EXIT_BROKEN and error.count("\n") == 1
+    assert stopped.value.code == 1 and error.count("\n") == 1
     assert "after step 2" in error and "--zero_init" in error and "the last checkpoint is of step 1" in error
     assert len(read_metrics(tmp_path / "run")) == 1, "the line that tells it is kept"
+    told = read_json(tmp_path / "run/broke.json")
+    assert "the features explode" in told["why"] and told["images_seen"] == 8
+    monkeypatch.setattr("training.loop.EXPLODED", 1e4)
+    train(tmp_path / "run", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "run/broke.json").exists(), "it goes on"
 
 
 # ------------------------------------------------------------------------------------------------------------------- crops

@@ -1,5 +1,7 @@
 r"""Run a whole comparison: every arm with every seed, trained and judged; called again, it goes on where it stopped.
 
+A training that breaks down (a loss or weights that are not finite, features that explode) is a result, and the others go on.
+
 python -m training.campaign mae-64px --data ../tiny-imagenet-100 --seeds 0,1,2 --max_minutes 9 --at_once 3
 """
 
@@ -17,9 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import EXIT_BROKEN, INDEX, Parser, anywhere, one_line_errors, read_json, write_json
+from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
-from training.checkpoint import CONFIG, checkpoints
+from training.checkpoint import BROKE, CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS
@@ -80,6 +82,11 @@ class Run:
         return read_index(self.folder)["training"]["steps"] >= read_json(self.folder / CONFIG)["max_train_steps"]
 
     @property
+    def broke(self) -> bool:
+        """Whether the training broke down, which is its result: it is not tried again while its folder is there."""
+        return (self.folder / BROKE).is_file()
+
+    @property
     def log(self) -> Path:
         """What its commands said."""
         return self.folder / "log.txt"
@@ -90,6 +97,8 @@ class Run:
 
     def next_command(self, data: str, seconds: float, more: list[str]) -> list[str] | None:
         """What is to be done next, or None if nothing is."""
+        if self.broke:
+            return None
         if not self.trained:
             end = ["--max_train_minutes", f"{seconds / 60:.3f}"] if math.isfinite(seconds) else []
             resume = ["--resume_from_checkpoint", "latest"] if checkpoints(self.folder) else []
@@ -99,23 +108,19 @@ class Run:
                 return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
         return None
 
-    def gather(self, broke: str | None = None) -> None:
-        """Write the result file: what was run, its curves, what the judges said.
-
-        Args:
-            broke: why the training broke down, as a result by itself; then nothing is judged.
-        """
-        config, curves = read_json(self.folder / CONFIG), read_metrics(self.folder)
+    def gather(self) -> None:
+        """Write the result file: what was run, its curves, what the judges said; or how it broke down."""
+        config = read_json(self.folder / CONFIG)
         found: dict[str, Any] = {
             "comparison": self.comparison,
             "arm": self.arm,
             "seed": self.seed,
             "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
-            "curves": curves,
+            "curves": read_metrics(self.folder),
         }
-        if broke:
-            seen = {"images_seen": curves[-1]["images"] if curves else 0}
-            found |= {"broke": broke, "training": seen, "alphas": config["alphas"]}
+        if self.broke:
+            told = read_json(self.folder / BROKE)
+            found |= {"broke": told["why"], "training": {"images_seen": told["images_seen"]}, "alphas": told["alphas"]}
         else:
             found |= {"training": read_index(self.folder)["training"], "alphas": list(load_backbone(self.folder).alphas)}
             found |= {name: read_json(self.judged(name)) for name in COMPARISONS[self.comparison].judges}
@@ -134,10 +139,10 @@ def compare(runs: list[Run], data: str, result: Path) -> None:
         ValueError: eval/compare.py failed, its last line says why.
     """
     judges = COMPARISONS[runs[0].comparison].judges
-    if not all(run.result.is_file() for run in runs) or "broke" in read_json(runs[0].result):
+    if runs[0].broke:
         return
-    runs = [run for run in runs if "broke" not in read_json(run.result)]
-    judged = all(run.judged(name).is_file() for run in runs for name in judges)
+    runs = [run for run in runs if not run.broke]
+    judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
     if not judged or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
         return
     arms, differences = {str(run.folder): run.arm for run in runs}, []
@@ -180,7 +185,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
 
     Raises:
         ValueError: a command failed, its last line says why; or a run was begun with other data or flags. A training that broke
-            down has not failed: that it did is its result.
+            down has not failed: that is its result.
     """
     for run in runs:
         run.begin(data, more)
@@ -201,10 +206,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
             time.sleep(0.2)
             for each in [each for each in busy if each.ended(left)]:
                 busy.remove(each)
-                if each.run.result.is_file():  # it broke down
-                    yield each.run
-                else:
-                    waiting.insert(0, each.run)  # for what comes next
+                waiting.insert(0, each.run)  # for what comes next
     finally:
         for each in busy:
             each.process.send_signal(signal.SIGINT)
@@ -237,11 +239,9 @@ class _Busy:
             self.wait()
             if not self.is_training:
                 tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
-        if self.process.poll() not in (None, 0, *((130, -signal.SIGKILL) if self.asked else ())):
+        expected = (None, 0, *((130, -signal.SIGKILL) if self.asked else ()), *((1,) if self.is_training and self.run.broke else ()))
+        if self.process.poll() not in expected:
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            if self.is_training and self.process.returncode == EXIT_BROKEN:
-                self.run.gather(broke=last[0].removeprefix("error: ").split(";")[0])  # the rest is a remedy
-                return True
             killed = "it was killed, as a machine does that runs out of memory; " if self.process.returncode == -signal.SIGKILL else ""
             raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{' '.join(last)} (see {self.run.log})")
         return self.process.poll() is not None
@@ -305,7 +305,9 @@ def main() -> None:
         for seed in seeds:
             compare([run for run in runs if run.seed == seed], data, parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
         done = sum(run.result.is_file() for run in runs)
-        print(f"{parsed.name}: {done} of {len(runs)} runs are done" + ("; the same command goes on" if done < len(runs) else ""))
+        broke = sum(run.broke for run in runs)
+        told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""
+        print(f"{parsed.name}: {done} of {len(runs)} runs are done{told}" + ("; the same command goes on" if done < len(runs) else ""))
 
 
 if __name__ == "__main__":

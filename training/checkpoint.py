@@ -23,6 +23,7 @@ from training.ema import EMA
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk: RuntimeError is torch.save's
 CONFIG = "config.json"
+BROKE = "broke.json"  # of a training that broke down: why, after how many images, with which alphas; until it is begun again
 MANIFEST = "manifest.json"
 
 

@@ -148,7 +148,7 @@ def train(
     Raises:
         ValueError: options that contradict each other, a folder that already holds a run or in which another training works, a
             checkpoint that does not fit.
-        FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept.
+        FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept, and the folder says so.
     """
     began, run = time.monotonic(), Path(options.output_dir or "")
     check_with_data(options, data)
@@ -182,7 +182,7 @@ def train(
         model.enable_gradient_checkpointing()
     if options.compile:
         model.compile(dynamic=False)
-    whole = Whole(accelerator, model)
+    whole, alphas = Whole(accelerator, model), list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
     bare, (model, optimizer) = model, prepare(accelerator, model, optimizer, resolved)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     data = data.held(device)
@@ -193,7 +193,7 @@ def train(
     computed = {"precision": resolved, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
     computed |= {"sharded": whole.sharded, "deepspeed_processes": accelerator.num_processes if zero else 0}
     config = {**config, **dataclasses.asdict(options), **computed}
-    step = _resume_or_start(accelerator, run, options, config, bare.alphas)
+    step = _resume_or_start(accelerator, run, options, config)
     metrics = MetricsFile(run, accelerator, step)
     if options.report_to == "tensorboard":
         accelerator.init_trackers("logs")  # a folder of the run
@@ -203,6 +203,9 @@ def train(
 
     def broken(what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        if accelerator.is_main_process:
+            seen = config.get("images_before", 0) + step * images_a_step
+            write_json(run / checkpoint_files.BROKE, {"why": what, "images_seen": seen, "alphas": alphas})
         return FloatingPointError(f"{what}; {remedy}; {last}")
 
     def mean_loss() -> float:
@@ -379,15 +382,15 @@ def check_with_data(options: LoopOptions, data: TrainingData) -> None:
     require_memory(needed, f"--train_batch_size {options.train_batch_size}", free)
 
 
-def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any], alphas: Sequence[float]) -> int:
-    """Load the asked checkpoint, or make the folder of a new run, which tells what alphas it begins with; returns the steps that were
-    already taken."""
+def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
+    """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if accelerator.is_main_process:
         checkpoint_files.remove_leftovers(run)
+        (run / checkpoint_files.BROKE).unlink(missing_ok=True)
     if options.resume_from_checkpoint is None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(run / checkpoint_files.CONFIG, {**config, "alphas": list(alphas), **checkpoint_files.run_metadata()})
+            write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
     step = checkpoint_files.step_of(checkpoint)
