@@ -158,7 +158,8 @@ MAE_PRESETS: dict[str, Preset] = {
         {
             "plain": "linear probe 18.8 %, kNN 11.4 %, three seeds, 100 classes of Tiny-ImageNet",
             "skips": "linear probe 20.0 %, kNN 11.4 %, as above: undecided",
-            "decayed": "linear probe 16.0 % (undecided), kNN 6.7 % (worse), as above; with --base_learning_rate 5e-4 17.8 and 7.2 %",
+            "decayed": "linear probe 16.0 % (undecided), kNN 6.7 % (worse), as above; with --base_learning_rate 5e-4 17.8 and "
+            "7.2 %, with --no-zero_init 18.7 and 10.6 % (both undecided, from --no-zero_init --alpha_min 1)",
         },
         alpha_min=0.4,
         **_MAE,
