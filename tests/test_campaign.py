@@ -24,12 +24,19 @@ TRAINING = [
 ]  # fmt: skip
 
 
+QUICK_PROBE = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparisons that take seconds: the presets of the table, the judges' real scripts."""
-    probe = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
-    arms = COMPARISONS["demo"].arms
-    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
+    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", COMPARISONS["demo"].arms, {"probe": QUICK_PROBE}))
+
+
+def two_at_once(images: Path, folder: Path) -> list[object]:
+    """Flags: the demo's arms with one seed, into runs/ and results/ of a folder."""
+    folders = ["--output", folder / "runs", "--results", folder / "results"]
+    return ["demo", "--data", images, "--seeds", "0", "--at_once", 2, *folders]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -40,19 +47,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 @pytest.mark.slow
 def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture) -> None:  # fmt: skip
-    flags = [
-        "demo",
-        "--data",
-        image_folder,
-        "--seeds",
-        "0",
-        "--at_once",
-        2,
-        "--output",
-        tmp_path / "runs",
-        "--results",
-        tmp_path / "results",
-    ]
+    flags = two_at_once(image_folder, tmp_path)
     monkeypatch.setattr(campaign, "SAVING_S", 0.0)
     command(monkeypatch, *flags, "--max_minutes", 0.001, *TRAINING)  # nothing, or a beginning
     assert "0 of 2 runs are done; the same command goes on" in capsys.readouterr().out
@@ -101,24 +96,10 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
 def test_a_training_that_breaks_down_is_a_result_and_the_others_go_on(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    probe = Judge(PROBE.script, PROBE.data, ("--k", "3", "--test_share", "0.5", "--no-pictures"))
     wild = {"learning_rate": 1e30, "max_grad_norm": 0, "checkpointing_steps": 1}
     arms = {"plain": ("demo-plain", {}), "wild": ("demo-decayed", wild), "decayed": ("demo-decayed", {})}
-    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": probe}))
-    flags = [
-        "demo",
-        "--data",
-        image_folder,
-        "--seeds",
-        "0",
-        "--output",
-        tmp_path / "runs",
-        "--results",
-        tmp_path / "results",
-        "--at_once",
-        2,
-    ]
-    flags += TRAINING
+    monkeypatch.setitem(COMPARISONS, "demo", Comparison("a try", arms, {"probe": QUICK_PROBE}))
+    flags = [*two_at_once(image_folder, tmp_path), *TRAINING]
     command(monkeypatch, *flags)
     assert "3 of 3 runs are done (1 broke down; to train one again, delete its folder and its result)" in capsys.readouterr().out
     broke = json.loads((tmp_path / "results/demo/wild-0.json").read_text())
@@ -220,7 +201,9 @@ def probed(alpha_min: float, accuracy: float, backbone: str = "mae", code: str =
     config = {"backbone": backbone, "size": "XS", "resolution": 32, "images_a_step": 2, "precision": "bf16", "learning_rate": 1e-3}
     probe = {"value": accuracy, "results": rows, "num_samples": 5, "train_num": 10, "rank_images": 10, "device": "cpu"}
     logged = ((500, 2 / alpha_min), (1000, 1 / alpha_min))
-    curves = [{"images": images, "images_per_s": 5.0, "loss": loss, "block_norms": [1.0, 4 * loss]} for images, loss in logged]
+    curves = [
+        {"images": images, "images_per_s": 5.0, "loss": loss, "block_norms": [1.0, 4 * loss], "probe_knn": 0.5} for images, loss in logged
+    ]
     return {
         "config": {**config, "git_revision": code}, "training": {"images_seen": 1000, "data": "photographs"}, "alphas": [1.0, alpha_min],
         "probe": probe, "curves": curves,
@@ -263,22 +246,22 @@ def test_arms_that_broke_down_have_no_numbers() -> None:
 
 
 def test_comparisons_are_written_whatever_broke_down(tmp_path: Path) -> None:
-    arms = dict(zip(COMPARISONS["demo"].arms, (probed(1.0, 0.5), broken(probed(0.5, 0.5), images=0)), strict=True))
+    good, lost = probed(1.0, 0.5), broken(probed(0.5, 0.5), images=0)
 
-    def written() -> str:
+    def written(**arms: dict[str, Any]) -> str:
         for arm, result in arms.items():
-            (tmp_path / "demo").mkdir(exist_ok=True)
-            (tmp_path / f"demo/{arm}-0.json").write_text(json.dumps({**result, "comparison": "demo", "arm": arm, "seed": 0}))
+            (tmp_path / "mae-32px").mkdir(exist_ok=True)
+            (tmp_path / f"mae-32px/{arm}-0.json").write_text(json.dumps({**result, "comparison": "mae-32px", "arm": arm, "seed": 0}))
         tables.write(tmp_path)
         return (tmp_path / "README.md").read_text()
 
-    text = written()
+    text = written(plain=good, skips=good, decayed=lost)
     assert "decayed with seed 0 broke down after 0 images" in text and "learning rate 0.001 / 7," in text and "curves.png" in text
-    arms["plain"], arms["decayed"] = arms["decayed"], arms["plain"]
-    assert "plain with seed 0 broke down" in (text := written()) and "Ahead of" not in text
-    arms["decayed"] = arms["plain"]
-    text = written()
-    assert text.count("broke down after 0 images") == 2 and "curves.png" not in text and "blocks.png" not in text
+    assert "Ahead of plain in kNN" in text
+    text = written(plain=lost, skips=good, decayed=good)
+    assert "plain with seed 0 broke down" in text and "Ahead of" not in text, "another arm became what others are compared with"
+    text = written(plain=lost, skips=lost, decayed=lost)
+    assert text.count("broke down after 0 images") == 3 and "curves.png" not in text and "blocks.png" not in text
 
 
 def test_tables_have_no_last_block_of_diffusion_models() -> None:

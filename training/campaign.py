@@ -239,12 +239,14 @@ class _Busy:
             self.wait()
             if not self.is_training:
                 tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
-        expected = (None, 0, *((130, -signal.SIGKILL) if self.asked else ()), *((1,) if self.is_training and self.run.broke else ()))
-        if self.process.poll() not in expected:
+        code = self.process.poll()
+        as_asked = self.asked and code in (130, -signal.SIGKILL)
+        broke_down = self.is_training and self.run.broke
+        if code not in (None, 0) and not as_asked and not broke_down:
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            killed = "it was killed, as a machine does that runs out of memory; " if self.process.returncode == -signal.SIGKILL else ""
+            killed = "it was killed, as a machine does that runs out of memory; " if code == -signal.SIGKILL else ""
             raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{' '.join(last)} (see {self.run.log})")
-        return self.process.poll() is not None
+        return code is not None
 
 
 def _start(command: list[str], log: Path, at_once: int) -> subprocess.Popen:

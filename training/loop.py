@@ -148,7 +148,7 @@ def train(
     Raises:
         ValueError: options that contradict each other, a folder that already holds a run or in which another training works, a
             checkpoint that does not fit.
-        FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept, and the folder says so.
+        FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept, and broke.json says why.
     """
     began, run = time.monotonic(), Path(options.output_dir or "")
     check_with_data(options, data)
@@ -182,7 +182,8 @@ def train(
         model.enable_gradient_checkpointing()
     if options.compile:
         model.compile(dynamic=False)
-    whole, alphas = Whole(accelerator, model), list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
+    alphas = list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
+    whole = Whole(accelerator, model)
     bare, (model, optimizer) = model, prepare(accelerator, model, optimizer, resolved)
     ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
     data = data.held(device)
