@@ -288,7 +288,8 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     result = next(iter(next(iter((unbroken(arms) or arms).values())).values()))
     config, parts = result["config"], []
     data = [f"data {result['training']['data']}"] if "broke" not in result else []
-    parts.append(", ".join([*data, f"{config['resolution']} px", f"{config['backbone']}-{config['size']}"]))
+    depth = [f"{config['depth']} blocks"] if config.get("depth") else []  # of another depth than the size's own
+    parts.append(", ".join([*data, f"{config['resolution']} px", f"{config['backbone']}-{config['size']}", *depth]))
     rates = dict.fromkeys(f"{run['config']['learning_rate']:g}" for runs in arms.values() for run in runs.values())
     parts.append(f"{config['images_a_step']} images a step, learning rate {' / '.join(rates)}, {config['precision']}")
     if "probe" in result:

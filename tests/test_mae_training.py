@@ -19,7 +19,7 @@ from eval.encoders import block_features, load_encoder
 from eval.knn import knn_accuracy
 from eval.linear import held_out_parts
 from eval.rank import effective_rank
-from models import Pipeline
+from models import Pipeline, effective_alpha
 from models.compat import import_torchvision
 from models.files import read_json
 from models.mae import MAE
@@ -472,6 +472,14 @@ def test_presets_are_whole(name: str) -> None:
         network(torch.empty(1, 3, data.resolution, data.resolution), mask_ratio=task.mask_ratio)
     assert network.config.long_skips == (not name.endswith("plain"))
     assert (network.alphas[-1] < 1) == name.endswith("decayed")
+
+
+def test_depth_wins_over_the_sizes_and_counts_in_the_depth_rule() -> None:
+    flags = ["--preset", "mae-32px-decayed", "--depth", "12", "--alpha_eff", "3e-3"]
+    _, (data, model, shortcuts, *_) = parse("", train_mae.GROUPS, MAE_PRESETS, flags)
+    network = train_mae.build(model, shortcuts, data.resolution)
+    assert (len(network.blocks), len(network.decoder_blocks), network.config.dim) == (12, 4, 192)
+    assert effective_alpha(network.alphas) == pytest.approx(3e-3) and 0.53 < network.alphas[-1] < 0.66
 
 
 def test_presets_of_a_family_differ_in_their_form_alone() -> None:

@@ -323,6 +323,9 @@ def test_the_end_of_accelerates_launcher_ends_several_processes(number: signal.S
         (["--resume_from_checkpoint", "latest"], "no checkpoint to resume"),
         (["--preset", "nonsense"], "openmoji-plain"),
         (["--size", "XXL"], "XS"),
+        (["--depth", "5"], "use an even depth"),
+        (["--depth", "257"], "between 1 and 256"),  # what could not be loaded again
+        (["--backbone", "unet", "--depth", "4"], "the backbone unet has no depth"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
@@ -506,8 +509,8 @@ def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--backbone uvit --objective ddpm --prediction_type v_prediction --snr_gamma 5 --shortcut_schedule cosine --learnable_alpha",
-        "--backbone unet --size XS --path gvp --time_distribution logit-normal --shortcut_placement attention",
+        "--backbone uvit --objective ddpm --prediction_type v_prediction --snr_gamma 5 --shortcut_schedule cosine --depth 2",
+        "--backbone unet --size XS --learnable_alpha --path gvp --time_distribution logit-normal --shortcut_placement attention",
         "--backbone dit --objective ddpm --beta_schedule squaredcos_cap_v2 --no-long_skips --no-zero_init",
     ],
 )
@@ -522,6 +525,7 @@ def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folde
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
     assert effective_alpha(pipeline.model.alphas) == pytest.approx(0.05, rel=0.1)
     assert pipeline.is_flow == ("ddpm" not in flags) and pipeline.config.path == ("gvp" if "gvp" in flags else "linear")
+    assert ("--depth 2" in flags) == (getattr(pipeline.model.config, "depth", None) == 2)
     assert getattr(pipeline.model.config, "time_scale", None) == (1 if "uvit" in flags else 1000 if "unet" in flags else None)
     assert (tmp_path / "samples" / "step-2.png").is_file()
 

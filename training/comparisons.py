@@ -144,6 +144,16 @@ COMPARISONS: dict[str, Comparison] = {
         {"probe": PROBE},
         _features_every(500),
     ),
+    "mae-32px-depth": Comparison(
+        "MAE-XS/8 at 32 px with 12 blocks instead of 6, one seed on a CPU: there 0.6 lies in the depth rule's window, as 0.4 does at 6; "
+        "mae-32px-alpha has 6 blocks at rate 1e-3, mae-32px at 5e-4",
+        {
+            f"{alpha}-lr-{rate:g}": ("mae-32px-decayed", {"depth": 12, "alpha_min": alpha, "base_learning_rate": rate})
+            for alpha, rate in ((1.0, 1e-3), (0.6, 5e-4), (0.6, 1e-3), (0.4, 1e-3))
+        },
+        {"probe": PROBE},
+        _features_every(500),
+    ),
     "mae-32px-ablation": Comparison(
         "the paper's ablation rows, MAE-XS/8 at 32 px, at the learning rate that is better for what fades in mae-32px; one seed on a CPU",
         {name: ("mae-32px-decayed", {"base_learning_rate": 5e-4, **flags}) for name, flags in _MAE_ROWS.items()},

@@ -19,7 +19,7 @@ from eval.while_training import WatchOptions, small_distance
 from models.files import one_line_errors, read_json
 from models.paths import PATHS
 from models.pipeline import Pipeline
-from models.registry import backbone_name, create_model, names, read_index, sizes, takes
+from models.registry import LARGEST, backbone_name, create_model, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
@@ -50,6 +50,9 @@ class ModelOptions:
 
     backbone: str = option("dit", "architecture", choices=names("diffusion"))
     size: str = option("XS", "width and depth", choices=sizes("diffusion"))
+    depth: int | None = option(
+        None, "blocks of a transformer, an even number with long skips; the size's own unless given", least=1, most=LARGEST["depth"]
+    )
     patch_size: int | None = option(None, "edge of a patch in pixels; divides the resolution", least=1)
     class_conditional: bool = option(True, "use the labels of the data, where it has them")
     init_from: str | None = option(None, "checkpoint whose averaged weights to begin with, such as models/pretrained/openmoji-plain")
@@ -80,6 +83,7 @@ def build(options: ModelOptions, shortcuts: ShortcutOptions, objective: str, sha
         options.size,
         **asdict(shortcuts),
         image_size=shape[-1],
+        depth=options.depth,
         patch_size=options.patch_size,
         in_channels=shape[0],
         num_classes=num_classes,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.files import one_line_errors
 from models.pipeline import to_uint8
-from models.registry import backbone_name, create_model, names, sizes
+from models.registry import LARGEST, backbone_name, create_model, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
@@ -44,6 +44,9 @@ class ModelOptions:
 
     backbone: str = option("mae", "architecture", choices=names("mae"))
     size: str = option("XS", "width and depth of encoder and decoder", choices=sizes("mae"))
+    depth: int | None = option(
+        None, "blocks of the encoder, an even number with long skips; the size's own unless given", least=1, most=LARGEST["depth"]
+    )
     patch_size: int | None = option(None, "edge of a patch in pixels; divides the resolution", least=1)
     norm_pixels: bool = option(True, "predict pixels normalised by the mean and the deviation of their patch")
     init_from: str | None = option(None, "checkpoint whose averaged weights to begin with")
@@ -88,6 +91,7 @@ def build(options: ModelOptions, shortcuts: ShortcutOptions, resolution: int) ->
         options.size,
         **asdict(shortcuts),
         image_size=resolution,
+        depth=options.depth,
         patch_size=options.patch_size,
         norm_pixels=options.norm_pixels,
     )
