@@ -21,7 +21,7 @@ COPY eval eval
 COPY app app
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/app/runs/.cache HF_HOME=/app/runs/.cache/huggingface \
     MPLCONFIGDIR=/app/runs/.cache/matplotlib TORCHINDUCTOR_CACHE_DIR=/app/runs/.cache/inductor TRITON_CACHE_DIR=/app/runs/.cache/triton
-RUN python -m models.compat \
+RUN python -c "from models.compat import install; install()" \
  && useradd --create-home --uid 1000 painter && mkdir runs && chown painter runs
 USER painter
 VOLUME /app/runs

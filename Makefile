@@ -47,7 +47,7 @@ $(VENV)/ready: requirements.txt requirements.lock pyproject.toml
 		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) $(TORCH)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --editable .
-	$(BIN)/python -m models.compat
+	$(BIN)/python -c "from models.compat import install; install()"
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt

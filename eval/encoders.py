@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
-from models.compat import import_torchvision
-
-import_torchvision()
-
-import timm  # noqa: E402
-
-from models.files import require_memory  # noqa: E402
-from models.paths import from_sigma, interpolate  # noqa: E402
-from models.pipeline import Pipeline  # noqa: E402
-from models.precision import autocast, precision  # noqa: E402
-from models.progress import progress_bar  # noqa: E402
-from models.registry import backbone_name, load_backbone, read_index  # noqa: E402
-from models.shortcut import effective_alpha  # noqa: E402
-from training.data import ImageData  # noqa: E402
-from training.latents import encode  # noqa: E402
+from models.files import require_memory
+from models.paths import from_sigma, interpolate
+from models.pipeline import Pipeline
+from models.precision import autocast, precision
+from models.progress import progress_bar
+from models.registry import backbone_name, load_backbone, read_index
+from models.shortcut import effective_alpha
+from training.data import ImageData
+from training.latents import encode
 
 Times = Sequence[float | None]
 TEST_SEEDS = 2**31  # noise of test image i is seeded seed + TEST_SEEDS + i; torch takes the last 32 bits

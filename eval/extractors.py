@@ -10,26 +10,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from models.compat import import_torchvision
-from models.files import sha256
-
-import_torchvision()
-
-import timm  # noqa: E402
-from torch_fidelity import register_feature_extractor  # noqa: E402
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
-from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
     BasicConv2d,
     FeatureExtractorInceptionV3,
 )
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # noqa: E402
-from torch_fidelity.utils import create_feature_extractor  # noqa: E402
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor
+
+from models.files import sha256
 
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
 EXTRACTORS = tuple(dict.fromkeys([INCEPTION, LITE0, *FEATURE_EXTRACTORS_REGISTRY]))

@@ -5,17 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import calc_cdist_full
 
 from eval.frechet import frechet_infinity, frechet_influence, mean_and_covariance
 from eval.intervals import Estimate, OfHalves, halves_of, share
-from models.compat import import_torchvision
 from models.files import require_memory
-
-import_torchvision()
-
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # noqa: E402
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric  # noqa: E402
-from torch_fidelity.metric_prc import calc_cdist_full  # noqa: E402
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's
 IS_SPLITS, IS_SEED = 10, 2020

@@ -3,6 +3,10 @@
 from importlib import import_module
 from typing import Any
 
+from models.compat import watch
+
+watch()  # diffusers, timm and torch-fidelity, which may import torchvision, come later
+
 _HOMES = {
     "decayed_add": "shortcut",
     "linear_schedule": "shortcut",

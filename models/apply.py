@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from models.compat import import_torchvision
 from models.shortcut import PLACEMENTS, Shortcut, find_schedule, make_shortcuts, warnings_for
 
 DEFAULT_ALPHA_MIN = 0.6  # the paper's for 12 blocks
@@ -327,7 +326,6 @@ def __getattr__(name: str) -> type[nn.Module]:
     Loading it, a pipeline wants to see in the same module that it is a `ModelMixin`.
     """
     if name == "ModelMixin" or name.startswith("Decayed"):
-        import_torchvision()
         plain = getattr(importlib.import_module("diffusers"), name.removeprefix("Decayed"), None)
         if isinstance(plain, type) and issubclass(plain, nn.Module):
             return plain if name == "ModelMixin" else _decayed(plain)

@@ -2,9 +2,8 @@
 
 diffusers, timm, torch-fidelity and the `accelerate` command import torchvision. The wheel on the package index is built against CUDA;
 beside a CPU build of torch its extension does not load, and the import stops at "operator torchvision::nms does not exist" (then
-`qnms`). None of them calls those operators here, so declaring their schemas is enough.
-
-    python -m models.compat     lets this environment cure itself whenever torchvision is imported, if it needs that
+`qnms`). None of them calls those operators here, so declaring their schemas is enough: for what imports `models` first, and, where
+`install` was called, for every program of the environment.
 """
 
 import importlib.abc
@@ -19,20 +18,13 @@ LINE = 'import sys; exec("try:\\n import models.compat as c\\n c.watch()\\nexcep
 _declared: list[object] = []  # a library's schemas vanish with it
 
 
-def import_torchvision() -> None:
-    """Import torchvision, cured if it needs that; nothing where it is not installed."""
-    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
-        declare_operators()
-        importlib.import_module("torchvision")
-
-
 def declare_operators() -> bool:
-    """Declare torchvision's operators if its extension cannot be loaded; returns whether that was so."""
+    """Declare torchvision's operators if it is there and its extension cannot be loaded; returns whether that was so."""
     import torch
 
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("torchvision is not installed")
+        return False
     folder = Path(found.origin).parent
     extension = next((path for pattern in ("_C*.so", "_C*.pyd") for path in folder.glob(pattern)), None)
     try:
@@ -57,13 +49,13 @@ class _Watch(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """What the hook calls when Python starts."""
-    sys.meta_path.insert(0, _Watch())
+    """Cure torchvision just before it is imported, if it needs that; costs nothing until then. `models` calls it, and so does the hook."""
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
 
 
-if __name__ == "__main__":
-    from models import compat  # where the hook is installed already, it declares them there
-
-    if importlib.util.find_spec("torchvision") and compat.declare_operators():
+def install() -> None:
+    """Let this environment cure itself whenever torchvision is imported, if it needs that."""
+    if declare_operators():
         Path(sysconfig.get_path("purelib"), HOOK).write_text(LINE)
         print("torchvision's extension does not fit this torch; its operators are declared whenever it is imported")

@@ -8,14 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
-
-from models.compat import import_torchvision
-
-import_torchvision()
-
-from diffusers import (  # noqa: E402
+from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -25,12 +18,14 @@ from diffusers import (  # noqa: E402
     ImagePipelineOutput,
     UniPCMultistepScheduler,
 )
+from PIL import Image
+from torch import Tensor, nn
 
-from models.files import INDEX, read_json, require_memory  # noqa: E402
-from models.guidance import Guidance  # noqa: E402
-from models.paths import PATHS, data_from_prediction, from_sigma, split  # noqa: E402
-from models.registry import load_backbone, read_index  # noqa: E402
-from models.vae import AutoencoderKL, colours, factor, load_vae, to_images, to_small_images  # noqa: E402
+from models.files import INDEX, read_json, require_memory
+from models.guidance import Guidance
+from models.paths import PATHS, data_from_prediction, from_sigma, split
+from models.registry import load_backbone, read_index
+from models.vae import AutoencoderKL, colours, factor, load_vae, to_images, to_small_images
 
 _FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 # For models that predict a velocity ...

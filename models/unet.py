@@ -3,20 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from models.compat import import_torchvision
-
-import_torchvision()
-
-from diffusers import UNet2DModel  # noqa: E402
-from diffusers.configuration_utils import register_to_config  # noqa: E402
-from diffusers.models.attention_processor import Attention  # noqa: E402
-from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
-
-from models.apply import set_shortcuts, shortcuts_of  # noqa: E402
-from models.layers import DecayedModel  # noqa: E402
-from models.shortcut import Shortcut  # noqa: E402
+from models.apply import set_shortcuts, shortcuts_of
+from models.layers import DecayedModel
+from models.shortcut import Shortcut
 
 
 class UNet(DecayedModel):

@@ -7,16 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from models.compat import import_torchvision
-
-import_torchvision()
-
-from diffusers import AutoencoderKL  # noqa: E402
-
-from models.files import read_json  # noqa: E402
+from models.files import read_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 

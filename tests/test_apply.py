@@ -11,15 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from torch import Tensor, nn
-
-from models.compat import import_torchvision
-
-import_torchvision()
-
-import timm  # noqa: E402
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
@@ -28,16 +22,17 @@ from diffusers import (  # noqa: E402
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
-from diffusers.models.attention_processor import Attention  # noqa: E402
-from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
-from diffusers.models.transformers.transformer_2d import Transformer2DModel  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer  # noqa: E402
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.training_utils import EMAModel
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from torch import Tensor, nn
 
-from models import apply, decay_shortcuts, effective_alpha, linear_schedule, restore_shortcuts  # noqa: E402
-from models.apply import register_block, shortcuts_of  # noqa: E402
-from models.shortcut import SCHEDULES, Shortcut  # noqa: E402
+from models import apply, decay_shortcuts, effective_alpha, linear_schedule, restore_shortcuts
+from models.apply import register_block, shortcuts_of
+from models.shortcut import SCHEDULES, Shortcut
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(depth rule|unstable training|shortcuts of the)")  # tiny networks are shallow
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+import torch_fidelity
 from PIL import Image
 from torch import nn
 from torch_fidelity.utils import create_feature_extractor
@@ -25,15 +26,10 @@ from eval.features import ArrayImages, FolderImages, extract_features, reference
 from eval.generate import SamplingOptions, class_labels, generate, label_counts
 from eval.judge import Judge, MetricOptions
 from eval.sources import open_source
-from models.compat import import_torchvision
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
 from tests.inception import write_inception
 from training.data import load_images
-
-import_torchvision()
-
-import torch_fidelity  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = (

@@ -14,13 +14,13 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms import RandomResizedCrop
 
 from eval.encoders import block_features, load_encoder
 from eval.knn import knn_accuracy
 from eval.linear import held_out_parts
 from eval.rank import effective_rank
 from models import Pipeline, effective_alpha
-from models.compat import import_torchvision
 from models.files import read_json
 from models.mae import MAE
 from models.registry import load_backbone
@@ -35,10 +35,6 @@ from training.monitor import feature_statistics, read_metrics
 from training.objectives import FlowMatching, MaskedAutoencoding
 from training.presets import MAE_PRESETS, PRESETS
 from training.train_mae import MAELoopOptions, main, parameter_groups, reconstructions
-
-import_torchvision()
-
-from torchvision.transforms import RandomResizedCrop  # noqa: E402
 
 SCRIPT = "training/train_mae.py"
 TINY = [

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval.frechet import INFINITY_SAMPLES, frechet_distance, frechet_infinity, frechet_influence, mean_and_covariance
 from eval.intervals import Estimate, difference, of_repeats, share, verdict
@@ -13,13 +16,6 @@ from eval.knn import knn_accuracy
 from eval.memorisation import memorisation, nearest
 from eval.metrics import Reference, extrapolated, frechet, inception_score, kernel_distance, kernel_influence, precision_recall
 from eval.rank import effective_rank
-from models.compat import import_torchvision
-
-import_torchvision()
-
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric  # noqa: E402
-from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric  # noqa: E402
-from torch_fidelity.metric_prc import prc_features_to_metric  # noqa: E402
 
 
 def features(seed: int, num: int, dim: int) -> np.ndarray:

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import torch
 
-from models.compat import import_torchvision
 from models.files import Parser, one_line_errors, read_json, write_json, written_aside
-
-import_torchvision()
-from tests.benchmarks.cases import CASES, Inputs  # noqa: E402
-from tests.benchmarks.measure import limits_of, machine, measure, peak_of  # noqa: E402
-from tests.benchmarks.report import page  # noqa: E402
-from training.memory import keep_freed_memory  # noqa: E402
+from tests.benchmarks.cases import CASES, Inputs
+from tests.benchmarks.measure import limits_of, machine, measure, peak_of
+from tests.benchmarks.report import page
+from training.memory import keep_freed_memory
 
 PAGE = "RESULTS.md"
 NOT_ASKED = {"uvit-loop", *([] if torch.cuda.is_available() else ["tuned-xl"])}  # unless they are named

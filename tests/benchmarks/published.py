@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from models.compat import import_torchvision
 from models.layers import TimestepEmbedding, patchify, sincos_positions, unpatchify
 from models.precision import autocast
 
@@ -78,7 +77,6 @@ def write_folder(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 def image_loader(folder: Path, batch_size: int, *augment: Callable) -> DataLoader:
     """Images of a folder from two workers, augmented one by one, in [-1, 1]."""
-    import_torchvision()
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
