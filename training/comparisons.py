@@ -155,14 +155,14 @@ COMPARISONS: dict[str, Comparison] = {
         _features_every(500),
     ),
     "mae-32px-ablation": Comparison(
-        "the paper's ablation rows, MAE-XS/8 at 32 px, at the learning rate that is better for what fades in mae-32px; one seed on a CPU",
+        "the paper's ablation rows, MAE-XS/8 at 32 px, at the rate that is nominally better for what fades in mae-32px; one seed on a CPU",
         {name: ("mae-32px-decayed", {"base_learning_rate": 5e-4, **flags}) for name, flags in _MAE_ROWS.items()},
         {"probe": PROBE},
         _features_every(500),
     ),
     "mae-32px-long": Comparison(
-        "102 epochs with long skips, alpha_min 1 and 0.4, each at the rate that is better for it in mae-32px; and 1 at 2e-3, which looked "
-        "best after 5 epochs",
+        "102 epochs with long skips, alpha_min 1 and 0.4, each at the rate that is nominally better for it in mae-32px; and 1 at 2e-3, "
+        "which looked best after 5 epochs",
         {
             f"{alpha}-lr-{rate:g}": (
                 "mae-32px-decayed",
@@ -180,7 +180,7 @@ COMPARISONS: dict[str, Comparison] = {
         _fd_every(3000, 1024),
     ),
     "demo": Comparison(
-        "the pair of `make demo`, for a try: a minute a run, and no evidence",
+        "the pair of `make demo`, for a try: a few minutes, and no evidence",
         _presets("demo", "plain", "decayed"),
         {"fd": FEW_FD},
     ),

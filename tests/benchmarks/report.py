@@ -82,15 +82,15 @@ def page(cases: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def reached(found: Mapping[str, Any]) -> str:
-    """Whether the goal is: by the median, or where that falls short, perhaps within the interval."""
+    """Whether the goal is: by the whole interval, or, where too few pairs have none, by the median."""
     if not found.get("goal"):
         return ""
     if not found.get("valid", True):
         return "no"
-    if 1 / found["ratio_median"] >= found["goal"]:
+    low, high = found.get("ratio_interval_95") or 2 * (found["ratio_median"],)
+    if 1 / high >= found["goal"]:
         return "yes"
-    interval = found.get("ratio_interval_95")
-    return "undecided" if interval and 1 / interval[0] >= found["goal"] else "no"
+    return "undecided" if 1 / low >= found["goal"] else "no"
 
 
 def machines(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
