@@ -284,6 +284,12 @@ def block_features(
     return features
 
 
+def require_tokens(encoder: Encoder, *sides: ImageData) -> None:
+    """Raise ValueError where all tokens of even the smallest block have no place in memory."""
+    num = sum(map(len, sides))
+    require_memory(4 * num * min(map(math.prod, block_shapes(encoder, sides[0]))), f"all tokens of {num:,} images")
+
+
 def block_tokens(
     encoder: Encoder, data: ImageData, time: float | None, block: int, seed: int = 0, batch_size: int = 64, mixed_precision: str = "no"
 ) -> Tensor:

@@ -20,6 +20,12 @@ from training.data import ImageData, Order
 LAYER_DECAY, WEIGHT_DECAY, LABEL_SMOOTHING, CROP_MIN_SCALE, WARM_UP = 0.75, 0.05, 0.1, 0.35, 0.1
 
 
+def require_pixels(encoder: Encoder) -> None:
+    """Raise ValueError for a network that looks at latents, which are encoded once and cannot be cropped."""
+    if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.vae is not None:
+        raise ValueError("--finetune crops pixels, and this network looks at latents; leave it away")
+
+
 def finetune(
     encoder: Encoder,
     train: ImageData,
@@ -50,8 +56,7 @@ def finetune(
     Raises:
         ValueError: a network that looks at latents, which are encoded once and cannot be cropped.
     """
-    if isinstance(encoder, DiffusionEncoder) and encoder.pipeline.vae is not None:
-        raise ValueError("--finetune crops pixels, and this network looks at latents; leave it away")
+    require_pixels(encoder)
     device, labels = encoder.device, torch.from_numpy(train.labels)
     classes, y = labels.unique(return_inverse=True)
     with torch.random.fork_rng(devices=[]):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from training.data import EMBEDDED, ImageData, NoSplit, load_images
 from training.options import option
 
 POOLINGS = ("all", "mean", "patches", "class")
+Require = Callable[[Encoder, ImageData, ImageData], None]  # raises ValueError for a network with training and test images
 TEST_SHARE = 0.2  # of images that have no validation split
 
 
@@ -153,8 +154,10 @@ def check_neighbours(ks: Sequence[int], num: int) -> None:
         raise ValueError(f"--k is {','.join(map(str, ks))} and there are {num} training images; choose numbers from 1 to {num}")
 
 
-def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int]) -> LookedThrough:
-    """The features of both splits through a network."""
+def look(
+    network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int], require: Require = lambda *_: None
+) -> LookedThrough:
+    """The features of both splits through a network; `require` refuses networks and images before hours are spent on them."""
     times = numbers(options.times, float, "--times")
     if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"--times is {options.times}; times lie between 0 (noise) and 1 (data)")
@@ -166,6 +169,7 @@ def look(network: NetworkOptions, data: DataOptions, options: LookOptions, ks: S
     train, test, drawn = load_splits(data, encoder.resolution, options.seed)
     check_neighbours(ks, len(train))
     encoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    require(encoder, train, test)
     num_blocks = len(block_shapes(encoder, test))
     blocks = {"all": range(num_blocks), "last": (num_blocks - 1,)}.get(options.blocks) or numbers(options.blocks, int, "--blocks")
     poolings = None if options.pooling == "all" else (options.pooling,)

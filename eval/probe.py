@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from eval import pictures
-from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, MAEEncoder, Place, block_shapes, block_tokens
+from eval.encoders import TEST_SEEDS, DiffusionEncoder, Encoder, MAEEncoder, Place, block_shapes, block_tokens, require_tokens
 from eval.extractors import LITE0
-from eval.finetune import finetune
+from eval.finetune import finetune, require_pixels
 from eval.linear import STEPS, attentive_probe, held_out_parts
 from eval.looking import (
     DataOptions,
@@ -112,7 +112,7 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         looked = read_features(network.features)
         check_neighbours(ks, len(looked.labelled.train_y))
     else:
-        looked = look(network, data, options, ks)
+        looked = look(network, data, options, ks, lambda *looked_at: require(probes, *looked_at))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     through = looked if isinstance(looked, LookedThrough) else None  # `check` refuses what features from files cannot give
     reference = None
@@ -163,6 +163,14 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         "versions": {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
     }
     return result, looked
+
+
+def require(probes: ProbeOptions, encoder: Encoder, train: ImageData, test: ImageData) -> None:
+    """Raise ValueError, before features are taken, for what could not be done with them in the end."""
+    if probes.attentive:
+        require_tokens(encoder, train, test)
+    if probes.finetune:
+        require_pixels(encoder)
 
 
 def attend(looked: LookedThrough, place: Place, options: LookOptions) -> dict[str, Any]:

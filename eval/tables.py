@@ -19,8 +19,10 @@ from matplotlib.ticker import EngFormatter
 from eval.intervals import of_repeats, verdict
 from eval.measure import best_row, shown_k
 from eval.pictures import save
+from eval.quick import FOLDS, IMAGES
 from models.files import Parser, one_line_errors, read_json, written_aside
 from models.shortcut import effective_alpha
+from training.checkpoint import revisions
 from training.comparisons import COMPARISONS, RESULTS
 
 Result = Mapping[str, Any]
@@ -64,7 +66,8 @@ INTRODUCTION = (
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
     "Loss: of training images, the mean over the last steps, with weights that are not averaged; a lower one is no better by itself. "
     "Largest RMS: of a block's output for 64 images, in any line of the log.",
-    "Quick looks are at 2,500 training images, of which 500 are judged: of their kNN, differences of 3 points and less may be chance.",
+    f"Quick looks are at {IMAGES:,} training images, of which {IMAGES // FOLDS:,} are judged: of their kNN, differences of 3 points and "
+    "less may be chance.",
 )
 
 
@@ -133,9 +136,27 @@ def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
                 result = read_json(path)
                 if not isinstance(result, dict) or not result.keys() >= FIELDS:
                     raise ValueError(f"{path} is no result of training.campaign; move it away")
+                if result["config"].get("seed", result["seed"]) != result["seed"]:
+                    raise ValueError(f"{path} is of seed {result['config']['seed']}; move it away")
                 if result["arm"] == arm:  # one name may begin like another
                     found.setdefault(name, {}).setdefault(arm, {})[result["seed"]] = result
+        require_same(str(folder / name), [result for of_seeds in found.get(name, {}).values() for result in of_seeds.values()])
     return found
+
+
+def require_same(where: str, results: Sequence[Result]) -> None:
+    """Raise ValueError for runs on other images, or judged by others: they say nothing about each other."""
+    seen: dict[str, set[Any]] = {}
+    for result in results:
+        probe, fd = result.get("probe", {}), result.get("fd", {})
+        seen.setdefault("trained on", set()).add(result["config"].get("data_fingerprint"))
+        if probe:
+            seen.setdefault("probed on", set()).add((probe.get("train_labels"), probe.get("test_labels")))
+        if fd:
+            seen.setdefault("measured against", set()).add((fd.get("reference_fingerprint"), fd.get("num_samples")))
+    for how, images in seen.items():
+        if len(images) > 1:
+            raise ValueError(f"{where} holds runs that were {how} {len(images)} sets of images; give each a --results of its own")
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float] | None:
@@ -286,12 +307,20 @@ def _legend(figure: Figure) -> None:
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     """One line on how the numbers came about, and with which rates and code others broke down."""
     result = next(iter(next(iter((unbroken(arms) or arms).values())).values()))
-    config, parts = result["config"], []
+    configs, parts = [run["config"] for runs in arms.values() for run in runs.values()], []
+
+    def all_of(value: Callable[[Result], str]) -> str:
+        return " / ".join(dict.fromkeys(map(value, configs)))
+
+    def network(config: Result) -> str:
+        blocks = f" of {config['depth']} blocks" if config.get("depth") else ""  # another number than the size has
+        return f"{config['resolution']} px, {config['backbone']}-{config['size']}{blocks}"
+
     data = [f"data {result['training']['data']}"] if "broke" not in result else []
-    depth = [f"{config['depth']} blocks"] if config.get("depth") else []  # of another depth than the size's own
-    parts.append(", ".join([*data, f"{config['resolution']} px", f"{config['backbone']}-{config['size']}", *depth]))
-    rates = dict.fromkeys(f"{run['config']['learning_rate']:g}" for runs in arms.values() for run in runs.values())
-    parts.append(f"{config['images_a_step']} images a step, learning rate {' / '.join(rates)}, {config['precision']}")
+    parts.append(", ".join([*data, all_of(network)]))
+    rates = all_of(lambda config: f"{config['learning_rate']:g}")
+    steps = all_of(lambda config: str(config["images_a_step"]))
+    parts.append(f"{steps} images a step, learning rate {rates}, {all_of(lambda config: config['precision'])}")
     if "probe" in result:
         probe = result["probe"]
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
@@ -302,7 +331,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
         parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
     parts += [f"device {result[judge]['device']}" for judge in ("probe", "fd") if judge in result][:1]
-    codes = {arm: list(dict.fromkeys(str(run["config"].get("git_revision")) for run in runs.values())) for arm, runs in arms.items()}
+    codes = {arm: list(dict.fromkeys(code for run in runs.values() for code in revisions(run["config"]))) for arm, runs in arms.items()}
     if len({code for of_arm in codes.values() for code in of_arm}) > 1:
         parts.append("trained by different revisions: " + ", ".join(f"{arm} {' '.join(of_arm)}" for arm, of_arm in codes.items()))
     return "; ".join(parts) + "."

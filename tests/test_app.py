@@ -36,6 +36,7 @@ from app.ui import build
 from app.votes import Votes
 from models import Pipeline, create_model
 from models.pipeline import INDEX, SAMPLER_NAMES
+from tests.conftest import wait_for
 from tests.tiny_pair import CLASSES, DECAYED, PAIR, PLAIN, write_pair
 from training.objectives import DDPM, Diffusion, FlowMatching
 
@@ -830,14 +831,6 @@ class Work:
                     raise self.error
         finally:
             self.closed.set()
-
-
-def wait_for(condition: object) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        threading.Event().wait(0.02)
-    raise AssertionError("waited in vain")
 
 
 def test_samplings_wait_in_line_and_stop_within_a_step() -> None:

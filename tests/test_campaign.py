@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from filelock import FileLock
 
 from eval import tables
+from tests.conftest import ROOT, script_environment, wait_for
 from training import campaign
-from training.campaign import main, runs_of
+from training.campaign import Run, main, runs_of
+from training.checkpoint import find_checkpoint
 from training.comparisons import COMPARISONS, PROBE, Comparison, Judge
+from training.monitor import read_metrics
 from training.presets import MAE_PRESETS, PRESETS
 
 TRAINING = [
@@ -114,6 +119,19 @@ def test_a_training_that_breaks_down_is_a_result_and_the_others_go_on(
     assert "| wild | 0.5 | 0.0071 |" in text and f"images: {broke['broke']}." in text
 
 
+@pytest.mark.slow
+def test_a_campaign_that_is_terminated_takes_its_runs_along(image_folder: Path, tmp_path: Path) -> None:
+    flags = [*two_at_once(image_folder, tmp_path), *TRAINING, "--max_train_steps", 10**6]
+    process = subprocess.Popen([sys.executable, "-m", "training.campaign", *map(str, flags)], cwd=ROOT, env=script_environment())
+    folders = [tmp_path / f"runs/demo/{arm}-0" for arm in ("plain", "decayed")]
+    wait_for(lambda: all(read_metrics(folder) for folder in folders))
+    runs = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait(60) == 130
+    assert len(runs) == 2 and not any(run.is_running() for run in runs)
+    assert all(find_checkpoint(folder, "latest") for folder in folders), "what was trained is kept"
+
+
 def test_a_run_that_takes_too_long_to_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "GRACE_S", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(100)"
@@ -136,10 +154,17 @@ def test_a_run_that_others_ended_is_told_and_not_begun_again(code: str, told: st
 
 
 def test_a_comparison_that_got_more_arms_is_compared_again(tmp_path: Path) -> None:
-    result = tmp_path / "compared-0.json"
-    assert not campaign._compares(result, ["decayed"])
+    result, runs = tmp_path / "compared-0.json", runs_of("demo", [0], tmp_path, tmp_path)
+    more = [*runs, Run("mae-32px", "skips", 0, tmp_path, runs[0].result)]
+    assert not campaign._compares(result, runs)
+    for run in runs:
+        run.result.parent.mkdir(exist_ok=True)
+        run.result.touch()
     result.write_text(json.dumps([{"contender": "decayed", "metric": each} for each in ("ridge", "kNN")]))
-    assert campaign._compares(result, ["decayed"]) and not campaign._compares(result, ["decayed", "more"])
+    assert campaign._compares(result, runs) and not campaign._compares(result, more)
+    later = result.stat().st_mtime_ns + 10**9
+    os.utime(runs[1].result, ns=(later, later))
+    assert not campaign._compares(result, runs), "an arm was run again"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +174,8 @@ def test_a_comparison_that_got_more_arms_is_compared_again(tmp_path: Path) -> No
         (["--at_once", "0"], "at least one"),
         (["--data", "/nowhere"], "does not exist"),
         (["--max_minutes", "0"], "give more"),
+        (["--seed", "5"], "--seed tells the runs of demo apart, and cannot be given to all; give --seeds"),
+        (["--alpha_min=0.7"], "--alpha_min tells the runs of demo apart"),
     ],
 )
 def test_bad_flags_are_told(flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -262,6 +289,30 @@ def test_comparisons_are_written_whatever_broke_down(tmp_path: Path) -> None:
     assert "plain with seed 0 broke down" in text and "Ahead of" not in text, "another arm became what others are compared with"
     text = written(plain=lost, skips=lost, decayed=lost)
     assert text.count("broke down after 0 images") == 3 and "curves.png" not in text and "blocks.png" not in text
+
+
+def test_runs_that_say_nothing_about_each_other_share_no_table(tmp_path: Path) -> None:
+    """As when a seed was added with other images, or under a name that is not its own."""
+    good, (folder, name) = probed(1.0, 0.5), (tmp_path / "mae-32px", "mae-32px")
+    folder.mkdir()
+    for seed, images in enumerate(("a", "a", "b")):
+        found = {**good, "config": {**good["config"], "data_fingerprint": images, "seed": seed}}
+        (folder / f"plain-{seed}.json").write_text(json.dumps({**found, "comparison": name, "arm": "plain", "seed": seed}))
+        if images == "a":
+            assert len(tables.read_results(tmp_path)[name]["plain"]) == seed + 1
+    with pytest.raises(ValueError, match="mae-32px holds runs that were trained on 2 sets of images; give each a --results of its own"):
+        tables.read_results(tmp_path)
+    (folder / "plain-2.json").write_text(json.dumps({**found, "comparison": name, "arm": "plain", "seed": 7}))
+    with pytest.raises(ValueError, match=r"plain-2\.json is of seed 2"):
+        tables.read_results(tmp_path)
+
+
+def test_protocols_name_every_network() -> None:
+    small, large = probed(1.0, 0.5), probed(0.5, 0.5)
+    large["config"] |= {"size": "S", "depth": 24, "precision": "no"}
+    assert "32 px, mae-XS / 32 px, mae-S of 24 blocks; 2 images a step, learning rate 0.001, bf16 / no" in tables.protocol(
+        {"plain": {0: small}, "decayed": {0: large}}
+    )
 
 
 def test_tables_have_no_last_block_of_diffusion_models() -> None:

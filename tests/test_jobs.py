@@ -50,7 +50,7 @@ from app.votes import Votes
 from models import Pipeline, create_model
 from models.files import read_json, sha256, write_json
 from models.progress import PROGRESS_FILE, progress_bar
-from tests.conftest import ROOT, script_environment
+from tests.conftest import ROOT, script_environment, wait_for
 from tests.tiny_pair import PLAIN, write_pair
 from training import monitor
 
@@ -106,13 +106,6 @@ def write_run(jobs: Jobs, name: str, saved: int = 0, log: str = "", rate: float 
     if saved:
         (run / "model_index.json").write_text(json.dumps({"training": {"steps": saved}}))
     return run
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 # ------------------------------------------------------------------------------------------------------------ real trainings

@@ -277,8 +277,7 @@ def test_the_objective_hands_the_model_noise_of_its_own_and_the_ratio() -> None:
     batch = {"images": torch.randn(3, 3, 16, 16)}
     ((images, noise, ratio),) = objective.inputs(batch, torch.Generator().manual_seed(3))
     output = model(images, noise, ratio)
-    loss, logs = objective(model, batch, torch.Generator().manual_seed(3))
-    assert torch.equal(loss, output.loss) and torch.equal(logs["loss"], loss)
+    assert torch.equal(objective(model, batch, torch.Generator().manual_seed(3)), output.loss)
     assert (output.mask.sum(1) == 8).all() and noise.unique().numel() == noise.numel()
 
 
@@ -372,16 +371,28 @@ def test_features_that_explode_stop_the_training(
 ) -> None:
     monkeypatch.setattr("training.loop.EXPLODED", 0.01)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "run", "--max_train_steps", 4, "--checkpointing_steps", 1)
+        train(tmp_path / "run", "--max_train_steps", 4, "--checkpointing_steps", 1, "--probe_every", 2)
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and error.count("\n") == 1
     assert "after step 2" in error and "--zero_init" in error and "the last checkpoint is of step 1" in error
-    assert len(read_metrics(tmp_path / "run")) == 1, "the line that tells it is kept"
+    (line,) = read_metrics(tmp_path / "run")  # the line that tells it is kept
+    assert "probe_knn" not in line, "there are no features to look at"
     told = read_json(tmp_path / "run/broke.json")
     assert "the features explode" in told["why"] and told["images_seen"] == 8
     monkeypatch.setattr("training.loop.EXPLODED", 1e4)
-    train(tmp_path / "run", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    again = (tmp_path / "run", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    with pytest.raises(SystemExit, match="2"):
+        train(*again, "--base_learning_rate", 1e-5)
+    assert (tmp_path / "run/broke.json").exists(), "going on was refused"
+    train(*again)
     assert not (tmp_path / "run/broke.json").exists(), "it goes on"
+
+
+def test_features_that_are_no_numbers_explode_too(train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.feature_statistics", lambda *_: {"block_norms": [1.0, math.nan, 2.0], "effective_rank": 1.0})
+    with pytest.raises(SystemExit, match="1"):
+        train(tmp_path / "run", "--max_train_steps", 4)
+    assert "the features explode" in read_json(tmp_path / "run/broke.json")["why"]
 
 
 # ------------------------------------------------------------------------------------------------------------------- crops

@@ -355,6 +355,24 @@ def test_images_that_the_network_was_trained_on_are_told(mae: Path, data: Path) 
     assert validation.notes == [] and validation.protocol["drawn"] is None
 
 
+@pytest.mark.parametrize(("asked", "told"), [("--attentive", "all tokens of 90 images would take"), ("--finetune", "looks at latents")])
+def test_what_could_not_be_done_in_the_end_is_refused_at_once(
+    asked: str, told: str, mae: Path, data: Path, probe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(num_bytes: int, what: str, free: int | None = None) -> None:
+        assert num_bytes >= 90 * 4 * 32
+        raise ValueError(f"{what} would take more than there is")
+
+    def refuse_latents(*_: object) -> None:
+        raise ValueError("this network looks at latents")
+
+    monkeypatch.setattr("eval.encoders.require_memory", refuse)
+    monkeypatch.setattr("eval.finetune.require_pixels", refuse_latents)
+    monkeypatch.setattr("eval.looking.block_features", lambda *_: pytest.fail("features were taken"))
+    code, _, error = probe("--checkpoint", mae, "--dataset", data, "--k", 3, asked, *([2] if asked == "--finetune" else []))
+    assert code == 2 and told in error
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.35, 0.4, 0.5])
 def test_a_test_share_is_what_was_asked_for(share: float, data: Path) -> None:
     train, test, _ = load_splits(DataOptions(dataset=str(data), test_share=share), 16, seed=0)

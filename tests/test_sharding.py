@@ -132,8 +132,8 @@ import runpy, sys
 from training.objectives import FlowMatching
 
 def with_nan_gradients(self, *arguments, call=FlowMatching.__call__):
-    loss, logs = call(self, *arguments)
-    return loss + (0 * loss).sqrt(), logs
+    loss = call(self, *arguments)
+    return loss + (0 * loss).sqrt()
 
 FlowMatching.__call__ = with_nan_gradients
 sys.argv = sys.argv[1:]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -21,11 +20,11 @@ from safetensors.torch import load_file
 
 from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
-from models.files import sha256
+from models.files import read_json, sha256
 from models.paths import data_from_prediction
-from tests.conftest import ROOT, script_environment
+from tests.conftest import ROOT, script_environment, wait_for
 from training import train_mae
-from training.checkpoint import alone, checkpoints, find_checkpoint
+from training.checkpoint import BROKE, alone, checkpoints, continued, find_checkpoint, revisions
 from training.command import parse
 from training.data import Order
 from training.ema import EMA
@@ -195,13 +194,6 @@ def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], tra
     assert step >= 4
     train(run, "--max_train_steps", step + 2, "--resume_from_checkpoint", "latest")
     assert Pipeline.from_pretrained(run).config.training["steps"] == step + 2
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def test_minutes_end_a_run(train: Callable, tmp_path: Path) -> None:
@@ -432,9 +424,8 @@ def test_a_step_that_is_not_finite_can_be_left_out(train: Callable, monkeypatch:
     calls, objective = iter(range(100)), FlowMatching.__call__
 
     def broken_at(*bad: int) -> Callable:
-        def call(*arguments: object) -> tuple:
-            loss, logs = objective(*arguments)
-            return loss * (torch.nan if next(calls) in bad else 1), logs
+        def call(*arguments: object) -> torch.Tensor:
+            return objective(*arguments) * (torch.nan if next(calls) in bad else 1)
 
         return call
 
@@ -447,6 +438,20 @@ def test_a_step_that_is_not_finite_can_be_left_out(train: Callable, monkeypatch:
     with pytest.raises(SystemExit, match="1"):
         train(tmp_path / "ended", "--max_train_steps", 50, "--skip_nonfinite", "--checkpointing_steps", 3)
     assert len(read_metrics(tmp_path / "ended")) == 9, "it did not end after 20 steps"
+    told = read_json(tmp_path / "ended" / BROKE)
+    assert "in 20 steps in a row, up to step 20" in told["why"] and told["images_seen"] == 20 * 4
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(revision: str | None) -> None:
+        monkeypatch.setattr("training.checkpoint.run_metadata", lambda: {"versions": {"torch": "2"}, "git_revision": revision})
+
+    config = {"seed": 0, "versions": {"torch": "2"}, "git_revision": "a"}
+    for step, revision in ((1, "a"), (2, "b"), (3, "b"), (4, "a"), (5, None)):
+        at(revision)
+        config |= continued(config, step)
+    assert [(each["step"], each["git_revision"]) for each in config["continued"]] == [(2, "b"), (4, "a"), (5, None)]
+    assert revisions(config) == ["a", "b", "unknown"] and revisions({}) == ["unknown"]
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
@@ -484,7 +489,7 @@ def test_flow_matching_asks_for_data_minus_noise(tiny_dit: Callable) -> None:
     torch.testing.assert_close(x, t * batch["images"] + (1 - t) * noise, atol=1e-5, rtol=1e-5)
     assert 0 < (labels == 3).sum() < 40 and set(labels.tolist()) == {0, 3}
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    loss, _ = FlowMatching(3)(lambda x, t, labels: torch.zeros_like(x), batch, torch.Generator().manual_seed(0))
+    loss = FlowMatching(3)(lambda x, t, labels: torch.zeros_like(x), batch, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(2, rel=0.02)  # E (data - noise)^2 for two unit normals
 
 

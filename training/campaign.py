@@ -5,6 +5,7 @@ A training that breaks down (a loss or weights that are not finite, features tha
 python -m training.campaign mae-64px --data ../tiny-imagenet-100 --seeds 0,1,2 --max_minutes 9 --at_once 3
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -22,14 +23,16 @@ from tqdm import tqdm
 from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
-from training.comparisons import COMPARISONS, PROBE, RESULTS
+from training.comparisons import COMPARISONS, PROBE
 from training.monitor import read_metrics
-from training.presets import MAE_PRESETS
+from training.presets import MAE_PRESETS, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVING_S = 20.0  # what a training needs after it was told to stop
 COMMAND = "command.json"  # in a run's folder: the training that it was made for
 GRACE_S = 60.0  # after which it is ended; its last checkpoint stays
+# flags of a training that the campaign gives, or that change the alphas, which tell arms apart
+OWN = set("seed preset output_dir resume_from_checkpoint train_data_dir dataset_name alpha_min alpha_eff shortcut_schedule".split())
 
 
 @dataclass
@@ -130,36 +133,62 @@ class Run:
         write_json(self.result, anywhere(found))
 
 
-def compare(runs: list[Run], data: str, result: Path) -> None:
+def compare(runs: list[Run], data: str, result: Path, deadline: float = math.inf) -> bool:
     """Write what the judges of all arms with one seed say against the first, when all were judged here.
 
     Probes are paired over the test images; images are drawn once more, from the same noise for all arms.
+
+    Returns:
+        Whether there was time for it, if there was anything to do.
 
     Raises:
         ValueError: eval/compare.py failed, its last line says why.
     """
     judges = COMPARISONS[runs[0].comparison].judges
     if runs[0].broke:
-        return
+        return True
     runs = [run for run in runs if not run.broke]
     judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
-    if not judged or len(runs) < 2 or _compares(result, [run.arm for run in runs[1:]]):
-        return
+    if not judged or len(runs) < 2 or _compares(result, runs):
+        return True
     arms, differences = {str(run.folder): run.arm for run in runs}, []
     for name, judge in judges.items():
         folder = runs[0].folder.parent / f"{result.stem}-{name}"
         sampling = () if judge.script == PROBE.script else (judge.data, data, *judge.flags)
         command = [sys.executable, "eval/compare.py", *arms, *sampling, "--output", str(folder)]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        environment, left = {**os.environ, "PYTHONPATH": str(ROOT)}, deadline - time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left if math.isfinite(left) else None
+            )
+        except subprocess.TimeoutExpired:
+            tqdm.write(
+                f"comparing the runs of seed {runs[0].seed} was cut short, and begins anew; if it always is, give more --max_minutes"
+            )
+            return False
         if done.returncode:
             raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
         differences += read_json(folder / "comparison.json")["differences"]
     write_json(result, [{**each, "contender": arms[each["contender"]], "against": arms[each["against"]]} for each in differences])
+    return True
 
 
-def _compares(result: Path, arms: list[str]) -> bool:
-    """Whether the file is there, with all these arms: a comparison may have got more of them since."""
-    return result.is_file() and {each.get("contender") for each in read_json(result) if isinstance(each, dict)} == set(arms)
+def _compares(result: Path, runs: list[Run]) -> bool:
+    """Whether the file is there, of all these runs as they are: a comparison may have got more arms since, or one was run again."""
+    if not result.is_file() or any(run.result.stat().st_mtime_ns > result.stat().st_mtime_ns for run in runs):
+        return False
+    return {each.get("contender") for each in read_json(result) if isinstance(each, dict)} == {run.arm for run in runs[1:]}
+
+
+def require_common(comparison: str, flags: list[str]) -> None:
+    """Raise ValueError for flags of all trainings that would make runs others than their names say."""
+    arms = [{**{**PRESETS, **MAE_PRESETS}[preset].flags, **own} for preset, own in COMPARISONS[comparison].arms.values()]
+    differing = {name for arm in arms for name in arm if any(other.get(name) != arm[name] for other in arms)}
+    for word in flags:
+        name = word.split("=")[0].removeprefix("--").removeprefix("no-")
+        if word.startswith("--") and name in OWN | differing:
+            instead = "give --seeds" if name == "seed" else "leave it away"
+            raise ValueError(f"--{name} tells the runs of {comparison} apart, and cannot be given to all; {instead}")
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -240,7 +269,7 @@ class _Busy:
             if not self.is_training:
                 tqdm.write(f"{self.run.folder.name}: judging was cut short, and begins anew; if it always is, give more --max_minutes")
         code = self.process.poll()
-        as_asked = self.asked and code in (130, -signal.SIGKILL)
+        as_asked = self.asked and code in (130, -signal.SIGINT, -signal.SIGKILL)
         broke_down = self.is_training and self.run.broke
         if code not in (None, 0) and not as_asked and not broke_down:
             last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
@@ -258,6 +287,18 @@ def _start(command: list[str], log: Path, at_once: int) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal, too, let the runs save: these are processes of their own, and would go on unseen."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     """The command line."""
     listed = "\n".join(f"  {name:18} {each.about}" for name, each in COMPARISONS.items())
@@ -272,9 +313,12 @@ def main() -> None:
     flags.add_argument("--max_minutes", type=float, help="save and leave after so long (default: when all is done)")
     flags.add_argument("--at_once", type=int, default=1, help="runs side by side on this device (default: %(default)s)")
     flags.add_argument("--output", type=Path, default=Path("runs/campaign"), help="folder of the runs (default: %(default)s)")
-    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one file a run (default: eval/results)")
+    flags.add_argument(
+        "--results", type=Path, default=Path("runs/results"), help="folder of the results, one file a run (default: %(default)s)"
+    )
     parsed, more = flags.parse_known_args()
-    with one_line_errors():
+    with one_line_errors(), _ended_as_by_ctrl_c():
+        require_common(parsed.name, more)
         try:
             seeds = list(dict.fromkeys(int(seed) for seed in parsed.seeds.split(",")))
         except ValueError:
@@ -304,12 +348,15 @@ def main() -> None:
                 found = read_json(run.result)
                 told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges if name in found)
                 tqdm.write(f"{run.result}: {told or found['broke']}")
-        for seed in seeds:
-            compare([run for run in runs if run.seed == seed], data, parsed.results.resolve() / parsed.name / f"compared-{seed}.json")
+        folder = parsed.results.resolve() / parsed.name
+        compared = [compare([run for run in runs if run.seed == seed], data, folder / f"compared-{seed}.json", deadline) for seed in seeds]
         done = sum(run.result.is_file() for run in runs)
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""
-        print(f"{parsed.name}: {done} of {len(runs)} runs are done{told}" + ("; the same command goes on" if done < len(runs) else ""))
+        print(
+            f"{parsed.name}: {done} of {len(runs)} runs are done{told}"
+            + ("" if done == len(runs) and all(compared) else "; the same command goes on")
+        )
 
 
 if __name__ == "__main__":

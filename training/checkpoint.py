@@ -226,6 +226,19 @@ def averaged(model: nn.Module, ema: EMA) -> nn.Module:
     return twin
 
 
+def continued(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """What config.json gets when its run goes on at `step`: with which code, where that is not what it was last made with."""
+    now = run_metadata()
+    last = [config, *config.get("continued", ())][-1]
+    changed = any(last.get(name) != value for name, value in now.items())
+    return {"continued": [*config.get("continued", ()), {"step": step, **now}]} if changed else {}
+
+
+def revisions(config: dict[str, Any]) -> list[str]:
+    """The code that a run was made with, in order; "unknown" where git could not tell."""
+    return list(dict.fromkeys(str(each.get("git_revision") or "unknown") for each in (config, *config.get("continued", ()))))
+
+
 def run_metadata() -> dict[str, Any]:
     """What a run was made with: versions of the libraries that matter, and the git revision."""
     versions = {name: version(name) for name in ("torch", "diffusers", "accelerate")}

@@ -66,8 +66,8 @@ class Objective(Protocol):
         """The model's arguments, and what the loss needs besides."""
         ...
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what is to be logged."""
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """The loss."""
         ...
 
 
@@ -151,7 +151,6 @@ def train(
         FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept, and broke.json says why.
     """
     began, run = time.monotonic(), Path(options.output_dir or "")
-    check_with_data(options, data)
     batch_size, resolved = options.train_batch_size, precision(options.mixed_precision)
     zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
     accelerator = Accelerator(
@@ -165,6 +164,7 @@ def train(
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
     device = accelerator.device
+    check_with_data(options, data, device)
     if device.type == "cpu":
         keep_freed_memory()
     micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
@@ -249,7 +249,7 @@ def train(
                 generator = torch.Generator(device).manual_seed(seed_of(options.seed, step, micro + 1))
                 batch = data.batch(indices, device, generator, options.random_flip)
                 with accelerator.accumulate(model):
-                    loss, _ = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
+                    loss = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite or zero):
                         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
@@ -264,9 +264,9 @@ def train(
                     optimizer.zero_grad()
                     if not options.skip_nonfinite or loss.isfinite():
                         losses.add(loss)
+            step += 1
             if skipped == MAX_SKIPPED:
                 raise broken(f"gradients are not finite in {skipped} steps in a row, up to step {step}")
-            step += 1
             ema.update(bare.parameters(), step)
             bar.update()
 
@@ -283,13 +283,16 @@ def train(
                         "images_per_s": round(rate, 2),
                         **statistics,
                     }
-                    network, averages = whole(bare, ema, to_compute=True) if looks else (bare, ema)
-                    if accelerator.is_main_process:
-                        for look in looks:
-                            line |= look(run, step, network, averages) or {}
+                    largest = accelerator.gather(torch.tensor(line["block_norms"], device=device)).max().item()  # of all processes
+                    exploded = not largest <= EXPLODED  # what is not a number is none
+                    if looks and not exploded:  # a look asks for features that can be looked at
+                        network, averages = whole(bare, ema, to_compute=True)
+                        if accelerator.is_main_process:
+                            for look in looks:
+                                line |= look(run, step, network, averages) or {}
                 metrics.write(line)
-                if max(line["block_norms"]) > EXPLODED:
-                    size = f"after step {step} a block puts out numbers of size {max(line['block_norms']):.2g}: the features explode"
+                if exploded:
+                    size = f"after step {step} a block puts out numbers of size {largest:.2g}: the features explode"
                     raise broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
                 minutes = None if options.max_train_steps else options.max_train_minutes
                 left = "" if minutes is None else f", {minutes - (time.monotonic() - began) / 60:.1f} min left"
@@ -373,13 +376,13 @@ def check(options: LoopOptions) -> Path:
     return run
 
 
-def check_with_data(options: LoopOptions, data: TrainingData) -> None:
+def check_with_data(options: LoopOptions, data: TrainingData, device: torch.device) -> None:
     """Raise ValueError for a batch that cannot fit into memory, and for a run that would lie among its own images."""
     run, folder = Path(options.output_dir or "").resolve(), Path(data.name).resolve()
     if folder.is_dir() and run.is_relative_to(folder):
         raise ValueError(f"--output_dir {run} lies in {data.name}, whose pictures are the data; choose a folder outside")
     needed = 2 * 4 * options.train_batch_size * math.prod(data.shape)  # the images and what is predicted of them, float32
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     require_memory(needed, f"--train_batch_size {options.train_batch_size}", free)
 
 
@@ -387,10 +390,10 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
     if accelerator.is_main_process:
         checkpoint_files.remove_leftovers(run)
-        (run / checkpoint_files.BROKE).unlink(missing_ok=True)
     if options.resume_from_checkpoint is None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (run / checkpoint_files.BROKE).unlink(missing_ok=True)
             write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
         return 0
     checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
@@ -422,6 +425,9 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
     if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
         checkpoint_files.drop_after(run, checkpoint)
         checkpoint_files.drop_before(run, options.checkpoints_total_limit)
+        (run / checkpoint_files.BROKE).unlink(missing_ok=True)
+        with_what = checkpoint_files.continued(before, step) | {"max_train_steps": options.max_train_steps}
+        write_json(run / checkpoint_files.CONFIG, {**before, **with_what})
     return step
 
 

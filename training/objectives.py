@@ -1,4 +1,4 @@
-"""Training objectives: `(model, batch, generator) -> loss, logs`.
+"""Training objectives: `(model, batch, generator) -> loss`.
 
 A batch is a dict of `images`, float in [-1, 1] (N, C, H, W) or latents, and `labels`, int64 (N,) or absent. All randomness comes
 from the generator, so a step can be repeated. `inputs` draws what the model is given, its positional arguments first; `bottleneck`
@@ -57,12 +57,11 @@ class Diffusion:
         dropped = torch.rand(len(data), device=data.device, generator=generator) < self.class_dropout
         return (x_t, t, batch["labels"].masked_fill(dropped, self.num_classes)), target, weights
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         arguments, target, weights = self.inputs(batch, generator)
         prediction = model(*arguments)[:, : target.shape[1]]  # a learned variance is left to itself
         error = (prediction.float() - target).square()
-        loss = error.mean() if weights is None else (weights * error.mean((1, 2, 3))).mean()
-        return loss, {"loss": loss.detach()}
+        return error.mean() if weights is None else (weights * error.mean((1, 2, 3))).mean()
 
     @staticmethod
     def bottleneck(num_blocks: int) -> int:
@@ -171,10 +170,9 @@ class MaskedAutoencoding:
         noise = torch.rand(len(images), self.num_patches, device=images.device, generator=generator)
         return ((images, noise, self.mask_ratio),)
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         (arguments,) = self.inputs(batch, generator)
-        loss = model(*arguments).loss
-        return loss, {"loss": loss.detach()}
+        return model(*arguments).loss
 
     @staticmethod
     def bottleneck(num_blocks: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
 from models.shortcut import describe, effective_alpha
-from training.checkpoint import CONFIG
+from training.checkpoint import CONFIG, revisions
 from training.data import EMBEDDED
 from training.monitor import read_metrics
 
@@ -66,7 +66,6 @@ def card(
     model, training = pipeline.model, pipeline.config.training
     data = data or ATTRIBUTION.get(training["data"], anywhere(training["data"]))
     steps_of_lines = zip(metrics, [{"images": 0}, *metrics], strict=False)
-    revision = config.get("git_revision") or "unknown"
     before = config.get("images_before", 0)
     begun = f", begun with the weights of `{config['init_from']}` ({before:,} of these images)" if config.get("init_from") else ""
     skips = "on" if model.config.get("long_skips", True) else "off"
@@ -89,7 +88,7 @@ A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-laye
 - Data, split "{config["dataset_split"]}": {data} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};
   preset `{config["preset"]}`{begun}, {hours:.1f} hours, precision {config["precision"]}, torch {config["versions"]["torch"]},
-  code {revision}.
+  code {", then ".join(revisions(config))}.
 
 {numbers or "No numbers were measured."}
 """

@@ -71,7 +71,7 @@ def step_with(model: nn.Module, network: Callable[..., torch.Tensor], objective:
 
     def step() -> None:
         with autocast(DEVICE, precision("auto")):
-            loss, _ = objective(network, batch, generator)
+            loss = objective(network, batch, generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -96,7 +96,7 @@ def whole_step(
     def step() -> None:
         batch, generator = next_batch()
         with autocast(device, precision("auto")):
-            loss, _ = objective(model, batch, generator)
+            loss = objective(model, batch, generator)
         loss.backward()
         if max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
