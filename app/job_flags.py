@@ -113,7 +113,7 @@ def parse(options: dict[str, Any], run: Path) -> dict[str, Any]:
             check(replace(group, resume_from_checkpoint="latest"))  # whether a run is there already was asked before
         if isinstance(group, ShortcutOptions) and values.get("vae") is None:  # of latents the size is not known here
             with torch.device("meta"):
-                sizes = dict(image_size=values["resolution"], patch_size=values["patch_size"])
+                sizes = dict(image_size=values["resolution"], depth=values["depth"], patch_size=values["patch_size"])
                 create_model(values["backbone"], values["size"], **asdict(group), **sizes)
         if hasattr(group, "objective"):
             given = asdict(group)
@@ -146,7 +146,7 @@ def advice(options: dict[str, Any]) -> str:
         return ""
     names = ("alpha_min", "alpha_eff", "shortcut_schedule", "shortcut_placement", "learnable_alpha", "long_skips", "zero_init")
     with torch.device("meta"):
-        sizes = dict(image_size=values["resolution"], patch_size=values["patch_size"])
+        sizes = dict(image_size=values["resolution"], depth=values["depth"], patch_size=values["patch_size"])
         network = create_model(values["backbone"], values["size"], **{name: values[name] for name in names}, **sizes)
     low, high = alpha_window(len(network.shortcuts))
     window = f"The depth rule advises alpha_min from {low:.2f} to {high:.2f} for {len(network.shortcuts)} sub-layers"

@@ -21,6 +21,7 @@ from eval.measure import best_row, shown_k
 from eval.pictures import save
 from eval.quick import FOLDS, IMAGES
 from models.files import Parser, one_line_errors, read_json, written_aside
+from models.registry import in_words
 from models.shortcut import effective_alpha
 from training.checkpoint import revisions
 from training.comparisons import COMPARISONS, RESULTS
@@ -58,8 +59,8 @@ DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
-    "Written by `python -m eval.tables` from the JSON beside it.",
-    "`python -m training.campaign NAME --data FOLDER --results runs/results` repeats a comparison.",
+    "Written by `python -m eval.tables --results FOLDER` from the JSON beside it.",
+    "`python -m training.campaign NAME --data FOLDER` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",
@@ -313,8 +314,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         return " / ".join(dict.fromkeys(map(value, configs)))
 
     def network(config: Result) -> str:
-        blocks = f" of {config['depth']} blocks" if config.get("depth") else ""  # another number than the size has
-        return f"{config['resolution']} px, {config['backbone']}-{config['size']}{blocks}"
+        return f"{config['resolution']} px, {in_words(config['backbone'], config['size'], config.get('depth'))}"
 
     data = [f"data {result['training']['data']}"] if "broke" not in result else []
     parts.append(", ".join([*data, all_of(network)]))
@@ -426,7 +426,7 @@ def write(folder: Path) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """Flags of the command line."""
     flags = Parser(prog="python -m eval.tables", description=__doc__)
-    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: eval/results)")
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return flags
 
 

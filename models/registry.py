@@ -98,6 +98,11 @@ def sizes(task: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(size for backbone in BACKBONES.values() if backbone.task == task for size in backbone.sizes))
 
 
+def in_words(backbone: str, size: str, depth: int | None = None) -> str:
+    """A network's name, such as "dit-XS"; with `depth`, where it has other blocks than its size, "dit-XS of 24 blocks"."""
+    return f"{backbone}-{size}" + (f" of {depth} blocks" if depth else "")
+
+
 def takes(backbone: str, option: str) -> bool:
     """Whether a backbone's class has that argument."""
     return option in inspect.signature(BACKBONES[backbone].load()).parameters

@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from filelock import FileLock
 from eval import tables
 from tests.conftest import ROOT, script_environment, wait_for
 from training import campaign
-from training.campaign import Run, main, runs_of
+from training.campaign import main, require_common, runs_of
 from training.checkpoint import find_checkpoint
 from training.comparisons import COMPARISONS, PROBE, Comparison, Judge
 from training.monitor import read_metrics
@@ -80,6 +80,13 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     command(monkeypatch, *flags, *TRAINING)
     assert {path: path.stat().st_mtime_ns for path in times} == times, "done twice"
+
+    runs = runs_of("demo", [0], tmp_path / "runs", tmp_path / "results")
+    runs[1].gather()  # as if it had been trained again
+    assert not campaign.comparison_of(runs[0]).exists(), "it was of another run"
+    assert not campaign.compare(runs, str(image_folder), deadline=time.monotonic() - 1), "there was no time"
+    command(monkeypatch, *flags, *TRAINING)
+    assert json.loads(campaign.comparison_of(runs[0]).read_text()) == compared
 
     tables.write(tmp_path / "results")
     text = (tmp_path / "results/README.md").read_text()
@@ -153,18 +160,13 @@ def test_a_run_that_others_ended_is_told_and_not_begun_again(code: str, told: st
         campaign._Busy(run, process, is_training=True).ended(left=60)
 
 
-def test_a_comparison_that_got_more_arms_is_compared_again(tmp_path: Path) -> None:
-    result, runs = tmp_path / "compared-0.json", runs_of("demo", [0], tmp_path, tmp_path)
-    more = [*runs, Run("mae-32px", "skips", 0, tmp_path, runs[0].result)]
-    assert not campaign._compares(result, runs)
-    for run in runs:
-        run.result.parent.mkdir(exist_ok=True)
-        run.result.touch()
-    result.write_text(json.dumps([{"contender": "decayed", "metric": each} for each in ("ridge", "kNN")]))
-    assert campaign._compares(result, runs) and not campaign._compares(result, more)
-    later = result.stat().st_mtime_ns + 10**9
-    os.utime(runs[1].result, ns=(later, later))
-    assert not campaign._compares(result, runs), "an arm was run again"
+def test_what_is_compared_is_known_by_its_arms(tmp_path: Path) -> None:
+    (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
+    compared = campaign.comparison_of(run)
+    assert (compared.name, campaign._compared(compared)) == ("compared-0.json", set())
+    compared.parent.mkdir()
+    compared.write_text(json.dumps([{"contender": "decayed", "against": "plain", "metric": each} for each in ("ridge", "kNN")]))
+    assert campaign._compared(compared) == {"plain", "decayed"}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,13 @@ def test_bad_flags_are_told(flags: list[str], told: str, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "demo", "--data", "openmoji", *flags)
     assert told in capsys.readouterr().err
+
+
+def test_flags_that_win_over_those_of_arms_are_refused() -> None:
+    for name, flag in (("mae-32px-lr", "--learning_rate"), ("mae-64px-depth", "--depth"), ("mae-32px-ablation", "--no-long_skips")):
+        with pytest.raises(ValueError, match=f"{flag.replace('no-', '')} tells the runs of {name} apart"):
+            require_common(name, ["--compile", flag, "1e-3"])
+    require_common("photographs", ["--compile", "--no-long_skips", "--learning_rate", "1e-3", "--depth=4"])
 
 
 def test_arms_name_presets_and_differ(parse: Callable, tmp_path: Path) -> None:

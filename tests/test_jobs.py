@@ -477,6 +477,7 @@ def test_the_estimate_follows_runs_of_the_same_network_and_size(jobs: Jobs) -> N
     assert jobs.estimate(flags) is None
     write_run(jobs, "other-size", size="S", lines=3, rate=1.0)
     write_run(jobs, "other-pixels", resolution=64, lines=3, rate=1.0)
+    write_run(jobs, "other-depth", depth=24, lines=3, rate=1.0)
     write_run(jobs, "no-lines")
     assert jobs.estimate(flags) is None
     write_run(jobs, "older", lines=3, rate=20.0)
@@ -550,6 +551,7 @@ def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, 
         ({**FLAGS, "resume_from_checkpoint": "latest"}, "the page gives it"),
         ({**FLAGS, "size": "Q"}, "--size cannot be 'Q'; choose from"),
         ({**FLAGS, "patch_size": 5}, "patch"),
+        ({**FLAGS, "depth": 5}, "use an even depth"),
         ({**FLAGS, "alpha_min": 0}, "alpha_min"),
         ({**FLAGS, "alpha_min": float("nan")}, "alpha_min"),
         ({**FLAGS, "learning_rate": float("nan")}, "learning_rate"),

@@ -442,6 +442,32 @@ def test_a_step_that_is_not_finite_can_be_left_out(train: Callable, monkeypatch:
     assert "in 20 steps in a row, up to step 20" in told["why"] and told["images_seen"] == 20 * 4
 
 
+ONE_EXPLODES = """
+import os, runpy, sys
+import training.loop
+
+def explode(*arguments, tell=training.loop.feature_statistics):
+    return tell(*arguments) | ({"block_norms": [float("nan")] * 8} if os.environ["RANK"] == "1" else {})
+
+training.loop.feature_statistics = explode
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_features_that_explode_in_another_process_end_all(
+    image_folder: Path, run_script: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(ONE_EXPLODES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", 2]
+    flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 4, "--probe_every", 2]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    done = run_script(*launcher, tmp_path / "broken.py", SCRIPT, *flags)
+    assert done.returncode and "error: after step 2 a block puts out numbers of size nan" in done.stderr, done.stderr
+    assert "the features explode" in read_json(tmp_path / "run" / BROKE)["why"] and len(read_metrics(tmp_path / "run")) == 1
+
+
 def test_a_run_that_goes_on_with_other_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def at(revision: str | None) -> None:
         monkeypatch.setattr("training.checkpoint.run_metadata", lambda: {"versions": {"torch": "2"}, "git_revision": revision})
@@ -449,9 +475,25 @@ def test_a_run_that_goes_on_with_other_code_says_so(monkeypatch: pytest.MonkeyPa
     config = {"seed": 0, "versions": {"torch": "2"}, "git_revision": "a"}
     for step, revision in ((1, "a"), (2, "b"), (3, "b"), (4, "a"), (5, None)):
         at(revision)
-        config |= continued(config, step)
+        config["continued"] = continued(config, step)
     assert [(each["step"], each["git_revision"]) for each in config["continued"]] == [(2, "b"), (4, "a"), (5, None)]
-    assert revisions(config) == ["a", "b", "unknown"] and revisions({}) == ["unknown"]
+    assert revisions(config) == ["a", "b", "a", "unknown"] and revisions({}) == ["unknown"]
+    at("c")
+    assert [each["git_revision"] for each in continued(config, 4)] == ["b", "c"], "what was trained after step 4 is given up"
+
+
+def test_config_tells_what_a_run_went_on_with(train: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def went_on(*flags: object) -> dict:
+        train(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+        return read_json(tmp_path / "config.json")
+
+    train(tmp_path, "--max_train_steps", 1)
+    monkeypatch.setattr("training.checkpoint.run_metadata", lambda: {"git_revision": "later"})
+    assert "continued" not in went_on("--max_train_steps", 1), "no step was taken"
+    config = went_on("--max_train_steps", 2)
+    assert config["continued"] == [{"step": 1, "git_revision": "later"}] and config["git_revision"] != "later"
+    assert config["max_train_steps"] == 2
+    assert went_on("--max_train_minutes", 0.0001)["max_train_steps"] == 2, "where none is given the last one stays"
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
-from training.comparisons import COMPARISONS, PROBE
+from training.comparisons import COMPARISONS, PROBE, RESULTS
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS, PRESETS
 
@@ -33,6 +33,9 @@ COMMAND = "command.json"  # in a run's folder: the training that it was made for
 GRACE_S = 60.0  # after which it is ended; its last checkpoint stays
 # flags of a training that the campaign gives, or that change the alphas, which tell arms apart
 OWN = set("seed preset output_dir resume_from_checkpoint train_data_dir dataset_name alpha_min alpha_eff shortcut_schedule".split())
+
+
+WINS_OVER = {"learning_rate": "base_learning_rate", "depth": "size"}  # where both are given
 
 
 @dataclass
@@ -131,15 +134,29 @@ class Run:
             if any(row[field] != value for field, value in found["probe"]["best"].items() if field in row):
                 row.pop("spectrum", None)  # most of the file; of one place it is enough
         write_json(self.result, anywhere(found))
+        compared = comparison_of(self)
+        if self.arm in _compared(compared):  # as it was before it was trained again
+            compared.unlink()
 
 
-def compare(runs: list[Run], data: str, result: Path, deadline: float = math.inf) -> bool:
+def comparison_of(run: Run) -> Path:
+    """Where the arms with a run's seed are compared with the first."""
+    return run.result.with_name(f"compared-{run.seed}.json")
+
+
+def _compared(path: Path) -> set[str]:
+    """The arms that a comparison is about; none if it is not there."""
+    found = read_json(path) if path.is_file() else []
+    return {each[side] for each in found if isinstance(each, dict) for side in ("contender", "against") if side in each}
+
+
+def compare(runs: list[Run], data: str, deadline: float = math.inf) -> bool:
     """Write what the judges of all arms with one seed say against the first, when all were judged here.
 
     Probes are paired over the test images; images are drawn once more, from the same noise for all arms.
 
     Returns:
-        Whether there was time for it, if there was anything to do.
+        False where there was something to do and, until the deadline (of `time.monotonic`), no time for it.
 
     Raises:
         ValueError: eval/compare.py failed, its last line says why.
@@ -147,9 +164,9 @@ def compare(runs: list[Run], data: str, result: Path, deadline: float = math.inf
     judges = COMPARISONS[runs[0].comparison].judges
     if runs[0].broke:
         return True
-    runs = [run for run in runs if not run.broke]
+    runs, result = [run for run in runs if not run.broke], comparison_of(runs[0])
     judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
-    if not judged or len(runs) < 2 or _compares(result, runs):
+    if not judged or len(runs) < 2 or _compared(result) == {run.arm for run in runs}:  # it may have got more arms since
         return True
     arms, differences = {str(run.folder): run.arm for run in runs}, []
     for name, judge in judges.items():
@@ -157,14 +174,14 @@ def compare(runs: list[Run], data: str, result: Path, deadline: float = math.inf
         sampling = () if judge.script == PROBE.script else (judge.data, data, *judge.flags)
         command = [sys.executable, "eval/compare.py", *arms, *sampling, "--output", str(folder)]
         environment, left = {**os.environ, "PYTHONPATH": str(ROOT)}, deadline - time.monotonic()
+        if left < 2 * SAVING_S:
+            return False
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left if math.isfinite(left) else None
             )
         except subprocess.TimeoutExpired:
-            tqdm.write(
-                f"comparing the runs of seed {runs[0].seed} was cut short, and begins anew; if it always is, give more --max_minutes"
-            )
+            tqdm.write(f"comparing the runs of seed {runs[0].seed} was cut short, and begins anew")
             return False
         if done.returncode:
             raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
@@ -173,17 +190,11 @@ def compare(runs: list[Run], data: str, result: Path, deadline: float = math.inf
     return True
 
 
-def _compares(result: Path, runs: list[Run]) -> bool:
-    """Whether the file is there, of all these runs as they are: a comparison may have got more arms since, or one was run again."""
-    if not result.is_file() or any(run.result.stat().st_mtime_ns > result.stat().st_mtime_ns for run in runs):
-        return False
-    return {each.get("contender") for each in read_json(result) if isinstance(each, dict)} == {run.arm for run in runs[1:]}
-
-
 def require_common(comparison: str, flags: list[str]) -> None:
     """Raise ValueError for flags of all trainings that would make runs others than their names say."""
     arms = [{**{**PRESETS, **MAE_PRESETS}[preset].flags, **own} for preset, own in COMPARISONS[comparison].arms.values()]
     differing = {name for arm in arms for name in arm if any(other.get(name) != arm[name] for other in arms)}
+    differing |= {wins for wins, name in WINS_OVER.items() if name in differing}
     for word in flags:
         name = word.split("=")[0].removeprefix("--").removeprefix("no-")
         if word.startswith("--") and name in OWN | differing:
@@ -291,7 +302,13 @@ def _start(command: list[str], log: Path, at_once: int) -> subprocess.Popen:
 def _ended_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM and a closed terminal, too, let the runs save: these are processes of their own, and would go on unseen."""
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+
+    def interrupt(*_: object) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # a closed terminal may say so twice, and what follows must come to its end
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -313,9 +330,7 @@ def main() -> None:
     flags.add_argument("--max_minutes", type=float, help="save and leave after so long (default: when all is done)")
     flags.add_argument("--at_once", type=int, default=1, help="runs side by side on this device (default: %(default)s)")
     flags.add_argument("--output", type=Path, default=Path("runs/campaign"), help="folder of the runs (default: %(default)s)")
-    flags.add_argument(
-        "--results", type=Path, default=Path("runs/results"), help="folder of the results, one file a run (default: %(default)s)"
-    )
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one file a run (default: %(default)s)")
     parsed, more = flags.parse_known_args()
     with one_line_errors(), _ended_as_by_ctrl_c():
         require_common(parsed.name, more)
@@ -342,14 +357,18 @@ def main() -> None:
         except Timeout:
             folder = parsed.output / parsed.name
             raise ValueError(f"{folder} is being worked on by another campaign; wait for it, or give another --output") from None
+
+        def compare_all() -> list[bool]:
+            return [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
+
+        compare_all()  # first what a slice before had no time for
         with tqdm(total=len(runs), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
             for run in work(runs, data, deadline, parsed.at_once, more):
                 bar.update()
                 found = read_json(run.result)
                 told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges if name in found)
                 tqdm.write(f"{run.result}: {told or found['broke']}")
-        folder = parsed.results.resolve() / parsed.name
-        compared = [compare([run for run in runs if run.seed == seed], data, folder / f"compared-{seed}.json", deadline) for seed in seeds]
+        compared = compare_all()
         done = sum(run.result.is_file() for run in runs)
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""

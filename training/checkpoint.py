@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -226,17 +227,17 @@ def averaged(model: nn.Module, ema: EMA) -> nn.Module:
     return twin
 
 
-def continued(config: dict[str, Any], step: int) -> dict[str, Any]:
-    """What config.json gets when its run goes on at `step`: with which code, where that is not what it was last made with."""
-    now = run_metadata()
-    last = [config, *config.get("continued", ())][-1]
-    changed = any(last.get(name) != value for name, value in now.items())
-    return {"continued": [*config.get("continued", ()), {"step": step, **now}]} if changed else {}
+def continued(config: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """From which steps on a run was made with other code than its config.json begins with, now that it goes on at `step`."""
+    before = [each for each in config.get("continued", ()) if each["step"] < step]  # later steps are given up
+    now, last = run_metadata(), [config, *before][-1]
+    return before if all(last.get(name) == value for name, value in now.items()) else [*before, {"step": step, **now}]
 
 
 def revisions(config: dict[str, Any]) -> list[str]:
     """The code that a run was made with, in order; "unknown" where git could not tell."""
-    return list(dict.fromkeys(str(each.get("git_revision") or "unknown") for each in (config, *config.get("continued", ()))))
+    codes = (str(each.get("git_revision") or "unknown") for each in (config, *config.get("continued", ())))
+    return [code for code, _ in itertools.groupby(codes)]
 
 
 def run_metadata() -> dict[str, Any]:

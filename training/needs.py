@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.files import Parser, one_line_errors
-from models.registry import create_model, names, sizes
+from models.registry import LARGEST, create_model, in_words, names, sizes
 from training.options import add_options, option, read_options
 
 BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "averages": 4}  # a parameter, in float32
@@ -30,6 +30,7 @@ class Network:
 
     backbone: str = option("dit", "architecture", choices=names("diffusion"))
     size: str = option("XL", "width and depth", choices=sizes("diffusion"))
+    depth: int | None = option(None, "blocks of a transformer; the size's own unless given", least=1, most=LARGEST["depth"])
     patch_size: int | None = option(None, "edge of a patch; the size's own unless given", least=1)
     resolution: int = option(32, "edge of what the network sees: 32 for latents of 256 px images", least=1)
     channels: int = option(4, "3 for images, 4 for latents", least=1)
@@ -120,9 +121,9 @@ def table(network: Network, counted: Counted, machine: Machine) -> str:
     exported = sum(BYTES[part] for part in EXPORTED) * counted.parameters
     read_s, write_s = (size / 1e9 / machine.disk_gb_s for size in (checkpoint, checkpoint + exported))
     lines = [
-        f"{network.backbone}-{network.size}: {counted.parameters / 1e6:,.1f} M parameters, {counted.operations / 1e9:,.0f} GFLOP and at "
-        f"most {counted.activations / 2**20:,.0f} MiB of activations an image, forward and backward; a checkpoint has "
-        f"{checkpoint / 1e9:.1f} GB and the exported model {exported / 1e9:.1f} GB: {write_s:.1f} s to "
+        f"{in_words(network.backbone, network.size, network.depth)}: {counted.parameters / 1e6:,.1f} M parameters, "
+        f"{counted.operations / 1e9:,.0f} GFLOP and at most {counted.activations / 2**20:,.0f} MiB of activations an image, forward and "
+        f"backward; a checkpoint has {checkpoint / 1e9:.1f} GB and the exported model {exported / 1e9:.1f} GB: {write_s:.1f} s to "
         f"write and {read_s:.1f} s to read back for its hashes, at {machine.disk_gb_s:g} GB/s.",
         "",
         "| devices | images each | memory whole, GiB | sharded, GiB | computing, ms | traffic whole, ms | sharded, ms |",

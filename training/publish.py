@@ -12,6 +12,7 @@ import torch
 
 from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json, written_aside
 from models.pipeline import Pipeline
+from models.registry import in_words
 from models.shortcut import describe, effective_alpha
 from training.checkpoint import CONFIG, revisions
 from training.data import EMBEDDED
@@ -83,7 +84,7 @@ def card(
 
 A diffusion model: {describe(model.shortcuts)} over {len(model.alphas)} sub-layers, alpha_eff {effective_alpha(model.alphas):.2g}.
 
-- Model: {config["backbone"]}-{config["size"]}, {patch}{config["resolution"]} px, long skips {skips},
+- Model: {in_words(config["backbone"], config["size"], config.get("depth"))}, {patch}{config["resolution"]} px, long skips {skips},
   {model.num_parameters():,} parameters; averaged weights (EMA {config["ema_decay"]:g}) in bf16.
 - Data, split "{config["dataset_split"]}": {data} Fingerprint {training["data_fingerprint"]}.
 - Training: {training["steps"]:,} steps of {config["images_a_step"]}, {training["images_seen"]:,} images seen, seed {config["seed"]};

@@ -19,7 +19,7 @@ from eval.while_training import WatchOptions, small_distance
 from models.files import one_line_errors, read_json
 from models.paths import PATHS
 from models.pipeline import Pipeline
-from models.registry import LARGEST, backbone_name, create_model, names, read_index, sizes, takes
+from models.registry import LARGEST, backbone_name, create_model, in_words, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
@@ -141,7 +141,7 @@ def run(
     if model_options.init_from and not resuming:
         check_time(model_options.init_from, objective)
     say(f"{data.extent} of {data.name}{classes}")
-    say(describe(f"{model_options.backbone}-{model_options.size}", model))
+    say(describe(in_words(model_options.backbone, model_options.size, model_options.depth), model))
 
     def pipeline(network: nn.Module, training: dict[str, Any] | None = None) -> Pipeline:
         class_names = data.class_names if num_classes else ()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.files import one_line_errors
 from models.pipeline import to_uint8
-from models.registry import LARGEST, backbone_name, create_model, names, sizes
+from models.registry import LARGEST, backbone_name, create_model, in_words, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
@@ -160,7 +160,7 @@ def run(
     resuming = loop_options.resume_from_checkpoint is not None
     images_before = begin_with(model, model_options.init_from, folder, resuming) if model_options.init_from else 0
     say(f"{data.extent} of {data.name}")
-    say(describe(f"{model_options.backbone}-{model_options.size}", model))
+    say(describe(in_words(model_options.backbone, model_options.size, model_options.depth), model))
 
     groups = (data_options, model_options, shortcut_options, task_options)
     config = {"preset": preset, "images_before": images_before}
