@@ -32,7 +32,7 @@ from tests.screenshot import free_port
 from tests.tiny_pair import DECAYED, PAIR, PLAIN, write_pair
 
 MANY = int(os.environ.get("FADING_SHORTCUTS_FUZZ", 0))
-REQUESTS = MANY or 250
+REQUESTS = MANY or 150
 PATIENCE_S = 60.0  # of a request
 START_S = 120.0
 CANARY = "canary-5f0c2d9e"  # stands in every file that nobody may read

@@ -111,12 +111,14 @@ def test_recomputed_blocks_train_the_same(train: Callable, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_compiled_network_trains_and_resumes_alike(train: Callable, tmp_path: Path) -> None:
     train(tmp_path / "eager", "--max_train_steps", 6, "--sample_steps", 3)
-    train(tmp_path / "compiled", "--max_train_steps", 6, "--sample_steps", 3, "--compile")
+    flags = ("--max_train_steps", 6, "--sample_steps", 3, "--checkpointing_steps", 3, "--compile")
+    train(tmp_path / "compiled", *flags)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0 and not torch._dynamo.utils.counters["graph_break"]
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("eager", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    train(tmp_path / "resumed", "--max_train_steps", 3, "--compile", "--sample_steps", 3)
-    train(tmp_path / "resumed", "--max_train_steps", 6, "--compile", "--sample_steps", 3, "--resume_from_checkpoint", "latest")
+    shutil.copytree(tmp_path / "compiled", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-6")  # as after a crash
+    train(tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "compiled", tmp_path / "resumed")
     assert without_speed(tmp_path / "compiled") == without_speed(tmp_path / "resumed")
     torch.compiler.reset()
