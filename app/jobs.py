@@ -17,7 +17,6 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ MAX_QUEUED = 32
 KILL_AFTER_S = 5.0  # a second "stop" before that is a double click, after it an order
 LOCK_S = 30.0
 MOVE_S = 5.0  # how often the queue is looked at
-MOST_FILES = 200_000  # that are looked at to find an image among them
 
 
 @dataclass(frozen=True)
@@ -515,11 +513,10 @@ class Jobs:
     def _images(self, option: str, name: str) -> str:
         """A folder with images; what is wrong with them only reading tells."""
         load_libraries()
-        from training.data import IMAGE_SUFFIXES
+        from training.data import holds_images
 
         folder = self._folder(option, name)
-        files = (file for _, _, files in os.walk(folder) for file in files)
-        if not any(Path(file).suffix.lower() in (*IMAGE_SUFFIXES, ".parquet") for file in islice(files, MOST_FILES)):
+        if not holds_images(Path(folder)):
             raise ValueError(f"--{option} {name} holds no images")
         return folder
 

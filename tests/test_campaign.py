@@ -175,6 +175,7 @@ def test_what_is_compared_is_known_by_its_arms(tmp_path: Path) -> None:
         (["--seeds", "a"], "whole numbers"),
         (["--at_once", "0"], "at least one"),
         (["--data", "/nowhere"], "does not exist"),
+        (["--data", "models"], "holds no images"),
         (["--max_minutes", "0"], "give more"),
         (["--seed", "5"], "--seed tells the runs of demo apart, and cannot be given to all; give --seeds"),
         (["--alpha_min=0.7"], "--alpha_min tells the runs of demo apart"),

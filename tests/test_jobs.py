@@ -655,6 +655,11 @@ def test_images_come_from_the_allowed_folder_alone(jobs: Jobs, image_folder: Pat
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="images holds no images"):
         jobs.check("mine", {"train_data_dir": str(tmp_path / "images"), "max_train_steps": 1})
+    for archive in ("train-000.tar", "train.parquet", "a.PNG"):
+        place = tmp_path / "images" / archive
+        place.touch()
+        assert jobs.check("mine", {"train_data_dir": str(tmp_path / "images"), "max_train_steps": 1})
+        place.unlink()
     (tmp_path / "images" / "a.PNG").touch()
     fenced = Jobs(jobs.runs, data=tmp_path)
     stored = fenced.check("mine", {"train_data_dir": "images", "max_train_steps": 1})["mine"]

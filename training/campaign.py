@@ -24,6 +24,7 @@ from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, wr
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
+from training.data import holds_images
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS, PRESETS
 
@@ -350,6 +351,8 @@ def main() -> None:
         done = sum(run.result.is_file() for run in runs)
         if data.startswith(("/", ".", "~")) and not Path(data).exists():
             raise ValueError(f"--data {data} does not exist; give a folder, a hub name, or openmoji")
+        if Path(data).is_dir() and not holds_images(Path(data)):
+            raise ValueError(f"--data {data} holds no images; point to a folder that does")
         lock = FileLock(parsed.output / f".{parsed.name}.lock", blocking=False)
         parsed.output.mkdir(parents=True, exist_ok=True)
         try:

@@ -27,6 +27,7 @@ from models.progress import progress_bar
 EMBEDDED = "openmoji"
 SPLITS = ("train", "validation", "all")
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm".split())
+TABLES = (".parquet", ".tar")  # of the `datasets` library, and WebDataset archives
 PACKING = 3  # raise it when images are packed differently: cached packs are then made anew
 
 
@@ -180,6 +181,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fading-shortcuts"
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether a file in a folder, among its first 200,000, is one that `load_images` reads; what is wrong with it only reading tells."""
+    files = (Path(file) for _, _, files in os.walk(folder) for file in files)
+    return any(file.suffix in TABLES or file.suffix.lower() in IMAGE_SUFFIXES for file in islice(files, 200_000))
+
+
 def load_images(
     name: str,
     resolution: int,
@@ -305,7 +312,7 @@ def open_dataset(name: str, split: str, streaming: bool = False) -> Any:
     try:
         if folder.is_dir():
             files = [path for path in folder.rglob("*") if path.is_file()]
-            if any(path.suffix in (".parquet", ".tar") for path in files):
+            if any(path.suffix in TABLES for path in files):
                 splits = datasets.load_dataset(name, streaming=streaming)
             elif any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
                 splits = datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
