@@ -426,10 +426,13 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
         checkpoint_files.drop_after(run, checkpoint)
         checkpoint_files.drop_before(run, options.checkpoints_total_limit)
         (run / checkpoint_files.BROKE).unlink(missing_ok=True)
-        ends = {"max_train_steps": options.max_train_steps or before.get("max_train_steps")}
-        if step < (options.max_train_steps or math.inf):
-            before["continued"] = checkpoint_files.continued(before, step)
-        write_json(run / checkpoint_files.CONFIG, {**before, **ends})
+        told = {**before, "max_train_steps": options.max_train_steps or before.get("max_train_steps")}
+        if step < (options.max_train_steps or math.inf) and (codes := checkpoint_files.continued(before, step)) != before.get(
+            "continued", []
+        ):
+            told["continued"] = codes
+        if told != before:
+            write_json(run / checkpoint_files.CONFIG, told)
     return step
 
 
