@@ -35,7 +35,7 @@ def loss_of(model: nn.Module, backbone: str, step: int) -> Tensor:
     if backbone == "mae":
         return model(images, generator=generator).loss
     batch = {"images": images, "labels": torch.tensor([0, 1, 2, 0])}
-    return FlowMatching(3)(model, batch, generator)[0]
+    return FlowMatching(3)(model, batch, generator)
 
 
 def alpha_min_of(schedule: str) -> float:

@@ -14,6 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from models.files import read_json
 from tests.conftest import ROOT, script_environment
 from training.train_diffusion import main
 
@@ -215,7 +216,12 @@ def test_a_full_disk_is_told_and_nothing_whole_is_lost(
     flags = ["--train_data_dir", str(image_folder), *FLAGS, "--sample_steps", "0", "--output_dir", str(run)]
     AcceleratorState._reset_state(True)
     main([*flags, "--max_train_steps", "2"])
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
+
+    def held() -> dict[Path, bytes]:
+        on_the_way = ("metrics.jsonl", "config.json")  # which tells how many steps are wanted now
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in on_the_way}
+
+    before = held()
     AcceleratorState._reset_state(True)
     file_limit(size)
     with pytest.raises(SystemExit, match="2"):
@@ -223,7 +229,8 @@ def test_a_full_disk_is_told_and_nothing_whole_is_lost(
     file_limit(resource.RLIM_INFINITY)
     error = capsys.readouterr().err
     assert "step-4 cannot be written" in error and "MiB are free there" in error and error.count("\n") == 1
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "metrics.jsonl"} == before
+    assert held() == before
+    assert read_json(run / "config.json")["max_train_steps"] == STEPS
     AcceleratorState._reset_state(True)
     main([*flags, "--resume_from_checkpoint", "latest"])
     assert [line["step"] for line in told(run)] == list(range(1, STEPS + 1))
