@@ -49,7 +49,7 @@ class _Watch(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Cure torchvision just before it is imported, if it needs that; costs nothing until then. `models` calls it, and so does the hook."""
+    """Cure torchvision just before it is looked for or imported, if it needs that. `models` calls this, and so does the hook."""
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, write_json
+from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, require_writable, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
@@ -351,8 +351,10 @@ def main() -> None:
         done = sum(run.result.is_file() for run in runs)
         if data.startswith(("/", ".", "~")) and not Path(data).exists():
             raise ValueError(f"--data {data} does not exist; give a folder, a hub name, or openmoji")
-        if Path(data).is_dir() and not holds_images(Path(data)):
+        if Path(data).exists() and not holds_images(Path(data)):
             raise ValueError(f"--data {data} holds no images; point to a folder that does")
+        for flag, folder in {"--output": parsed.output, "--results": parsed.results}.items():  # not after hours of training
+            require_writable(folder.resolve() / parsed.name, f"choose another {flag}")
         lock = FileLock(parsed.output / f".{parsed.name}.lock", blocking=False)
         parsed.output.mkdir(parents=True, exist_ok=True)
         try:
@@ -364,7 +366,8 @@ def main() -> None:
         def compare_all() -> list[bool]:
             return [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
 
-        compare_all()  # first what a slice before had no time for
+        with contextlib.suppress(ValueError):  # what a slice before had no time for; should it fail, that is told when all is trained
+            compare_all()
         with tqdm(total=len(runs), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
             for run in work(runs, data, deadline, parsed.at_once, more):
                 bar.update()

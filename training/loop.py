@@ -427,11 +427,9 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
         checkpoint_files.drop_before(run, options.checkpoints_total_limit)
         (run / checkpoint_files.BROKE).unlink(missing_ok=True)
         told = {**before, "max_train_steps": options.max_train_steps or before.get("max_train_steps")}
-        if step < (options.max_train_steps or math.inf) and (codes := checkpoint_files.continued(before, step)) != before.get(
-            "continued", []
-        ):
-            told["continued"] = codes
-        if told != before:
+        if step < (options.max_train_steps or math.inf):
+            told["continued"] = checkpoint_files.continued(before, step)
+        if told != {"continued": [], **before}:
             write_json(run / checkpoint_files.CONFIG, told)
     return step
 
