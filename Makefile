@@ -3,6 +3,8 @@ PYTHON ?= python3
 PORT ?= 7860
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers take a file at a time, in the order that tests/conftest.py gives them.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 # Without an NVIDIA GPU torch's own index offers a build for CPUs, a tenth of the size. Where it is out of reach pip takes what its
 # configured sources offer.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -14,13 +16,13 @@ test: $(VENV)/ready-dev  ## everything; a browser must be there (Debian: apt-get
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
 
 test-fast: $(VENV)/ready-dev  ## without what takes more than a few seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 coverage: $(VENV)/ready-dev  ## every test, and the share of lines that ran; scripts and pages run as processes of their own, which count too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) --cov --cov-report=term
 
 demo: $(VENV)/ready  ## train, sample, judge and compare a small pair; then open runs/demo/report.html
 	$(BIN)/python -m eval.demo

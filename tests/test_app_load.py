@@ -23,7 +23,7 @@ from app.settings import Comparison
 from tests.screenshot import app_server
 from tests.tiny_pair import PAIR, write_pair
 
-PEOPLE, WISHES = 20, 3
+PEOPLE, WISHES = 20, 2
 CROWD, CROWD_S = 50, float(os.environ.get("FADING_SHORTCUTS_LOAD_S", 10))
 SETTINGS = dict(label="squares", num_images=4, steps=3, guidance_scale=2.0, sampler="euler")
 
