@@ -56,6 +56,9 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     monkeypatch.setattr(campaign, "SAVING_S", 0.0)
     command(monkeypatch, *flags, "--max_minutes", 0.001, *TRAINING)  # nothing, or a beginning
     assert "0 of 2 runs are done; the same command goes on" in capsys.readouterr().out
+    command(monkeypatch, *flags, *TRAINING, "--arms", "decayed")
+    assert "1 of 2 runs are done; the same command without --arms goes on" in capsys.readouterr().out
+    assert [path.stem for path in (tmp_path / "results/demo").glob("*.json")] == ["decayed-0"]
     command(monkeypatch, *flags, *TRAINING)
     assert "2 of 2 runs are done" in capsys.readouterr().out
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/demo").glob("*.json")}
@@ -173,6 +176,7 @@ def test_what_is_compared_is_known_by_its_arms(tmp_path: Path) -> None:
     ("flags", "told"),
     [
         (["--seeds", "a"], "whole numbers"),
+        (["--arms", "plain,faded"], "demo has no faded; choose from plain, decayed"),
         (["--at_once", "0"], "at least one"),
         (["--data", "/nowhere"], "does not exist"),
         (["--data", "models"], "holds no images"),

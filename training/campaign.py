@@ -328,6 +328,7 @@ def main() -> None:
     flags.add_argument("name", choices=COMPARISONS, metavar="NAME", help="the comparison (listed below)")
     flags.add_argument("--data", required=True, help="labelled images: a folder of images or of parquet files, a hub name, or openmoji")
     flags.add_argument("--seeds", default="0,1,2", help="training seeds (default: %(default)s)")
+    flags.add_argument("--arms", help="train these alone this time, such as plain,decayed (default: all)")
     flags.add_argument("--max_minutes", type=float, help="save and leave after so long (default: when all is done)")
     flags.add_argument("--at_once", type=int, default=1, help="runs side by side on this device (default: %(default)s)")
     flags.add_argument("--output", type=Path, default=Path("runs/campaign"), help="folder of the runs (default: %(default)s)")
@@ -339,6 +340,10 @@ def main() -> None:
             seeds = list(dict.fromkeys(int(seed) for seed in parsed.seeds.split(",")))
         except ValueError:
             raise ValueError(f"--seeds {parsed.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
+        arms = list(COMPARISONS[parsed.name].arms)
+        chosen = parsed.arms.split(",") if parsed.arms else arms
+        if unknown := [arm for arm in chosen if arm not in arms]:
+            raise ValueError(f"--arms: {parsed.name} has no {', '.join(unknown)}; choose from {', '.join(arms)}")
         if parsed.at_once < 1:
             raise ValueError(f"--at_once is {parsed.at_once}; at least one run must go on")
         if parsed.max_minutes is not None and not 60 * parsed.max_minutes > 2 * SAVING_S:
@@ -348,7 +353,7 @@ def main() -> None:
         data = str(Path(parsed.data).resolve()) if Path(parsed.data).exists() else parsed.data  # the commands run elsewhere
         deadline = time.monotonic() + 60 * parsed.max_minutes if parsed.max_minutes else math.inf
         runs = runs_of(parsed.name, seeds, parsed.output.resolve(), parsed.results.resolve())
-        done = sum(run.result.is_file() for run in runs)
+        mine = [run for run in runs if run.arm in chosen]
         if data.startswith(("/", ".", "~")) and not Path(data).exists():
             raise ValueError(f"--data {data} does not exist; give a folder, a hub name, or openmoji")
         if Path(data).exists() and not holds_images(Path(data)):
@@ -368,20 +373,20 @@ def main() -> None:
 
         with contextlib.suppress(ValueError):  # what a slice before had no time for; should it fail, that is told when all is trained
             compare_all()
-        with tqdm(total=len(runs), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
-            for run in work(runs, data, deadline, parsed.at_once, more):
+        done = sum(run.result.is_file() for run in mine)
+        with tqdm(total=len(mine), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
+            for run in work(mine, data, deadline, parsed.at_once, more):
                 bar.update()
                 found = read_json(run.result)
                 told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges if name in found)
                 tqdm.write(f"{run.result}: {told or found['broke']}")
         compared = compare_all()
-        done = sum(run.result.is_file() for run in runs)
+        done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""
-        print(
-            f"{parsed.name}: {done} of {len(runs)} runs are done{told}"
-            + ("" if done == len(runs) and all(compared) else "; the same command goes on")
-        )
+        alike = "the same command without --arms" if mine_done == len(mine) < len(runs) else "the same command"
+        rest = "" if done == len(runs) and all(compared) else f"; {alike} goes on"
+        print(f"{parsed.name}: {done} of {len(runs)} runs are done{told}{rest}")
 
 
 if __name__ == "__main__":
