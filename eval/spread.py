@@ -8,10 +8,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from training.processes import PATIENCE
+
 
 def processes() -> PartialState:
     """The processes of this launch; the first call finds them, and gives each its GPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 _by_themselves = False

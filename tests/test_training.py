@@ -1,11 +1,13 @@
 """The loop: exact resumption, processes, signals, files, bad input."""
 
+import gc
 import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +26,7 @@ from models.files import read_json, sha256
 from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment, wait_for
 from training import train_mae
-from training.checkpoint import BROKE, alone, checkpoints, continued, find_checkpoint, revisions
+from training.checkpoint import BROKE, alone, averaged, checkpoints, continued, find_checkpoint, revisions
 from training.command import parse
 from training.data import Order
 from training.ema import EMA
@@ -122,6 +124,20 @@ def test_a_compiled_network_trains_and_resumes_alike(train: Callable, tmp_path: 
     assert_same_weights(tmp_path / "compiled", tmp_path / "resumed")
     assert without_speed(tmp_path / "compiled") == without_speed(tmp_path / "resumed")
     torch.compiler.reset()
+
+
+def test_a_copy_with_averaged_weights_goes_as_soon_as_it_is_let_go(tiny_dit: Callable) -> None:
+    """What a prepared model holds of itself would keep each copy, on a GPU, until a garbage collection."""
+    AcceleratorState._reset_state(True)
+    model = tiny_dit()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    assert "forward" in vars(prepared)
+    gc.disable()
+    try:
+        twin = weakref.ref(averaged(prepared, EMA(model.parameters(), decay=0.9)))
+        assert twin() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])

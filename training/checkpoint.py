@@ -221,8 +221,10 @@ def exported_step(run: Path) -> int | None:
 
 
 def averaged(model: nn.Module, ema: EMA) -> nn.Module:
-    """A copy of the model in evaluation mode with the averaged parameters."""
+    """A copy of the model in evaluation mode with the averaged parameters; it computes in the precision of whoever calls it."""
     twin = copy.deepcopy(model).eval()
+    for name in ("forward", "_original_forward"):  # of a prepared model; bound to the twin they would keep it until a garbage collection
+        vars(twin).pop(name, None)
     ema.copy_to(twin.parameters())
     return twin
 

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ from training.ema import EMA
 from training.memory import keep_freed_memory
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.options import option
-from training.processes import StopSignals
+from training.processes import PATIENCE, StopSignals
 from training.sharding import FSDP2, Whole, ZeRO, asks_for_deepspeed, load_state, local, prepare
 from training.stream import Streams
 
@@ -160,6 +161,8 @@ def train(
         project_dir=run,
         step_scheduler_with_optimizer=False,
         deepspeed_plugin=zero,
+        # of DDP's gradients there is one copy then, not two
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")

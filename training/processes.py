@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from itertools import pairwise
 
 import psutil
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal this process gets when its parent ends; kept by execv
+PATIENCE = timedelta(hours=2)  # of processes while the main one samples, judges or writes; NCCL's own is 10 minutes
 STOP_CHECK_STEPS = 10  # how often several processes on GPUs agree on stopping; on CPUs they do it at every step
 
 

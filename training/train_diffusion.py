@@ -19,6 +19,7 @@ from eval.while_training import WatchOptions, small_distance
 from models.files import one_line_errors, read_json
 from models.paths import PATHS
 from models.pipeline import Pipeline
+from models.precision import autocast, precision
 from models.registry import LARGEST, backbone_name, create_model, in_words, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
@@ -31,7 +32,7 @@ from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option
 from training.presets import PRESETS
-from training.processes import spread_over_cpu_processes
+from training.processes import PATIENCE, spread_over_cpu_processes
 from training.stream import at_hand
 
 GRID_IMAGES, GRID_COLUMNS = 36, 9
@@ -123,7 +124,7 @@ def run(
     data_options.source()  # before anything is spent
     folder = check(loop_options)
     # where the loop will compute; PartialState alone does not look at `accelerate launch --cpu`
-    device = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    device = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).device
     vae = load_vae(data_options.vae).to(device) if data_options.vae else None
     shape = latent_shape(vae, data_options.resolution) if vae else (3, data_options.resolution, data_options.resolution)
     with torch.device("meta"):  # sizes that do not fit are told before the data are read
@@ -148,7 +149,8 @@ def run(
         return Pipeline(network, objective.scheduler, class_names, training, path=objective.path, vae=vae)
 
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
-        sample_grid(run / "samples" / f"step-{step}.png", pipeline(averaged(network, ema)))
+        with autocast(network.device, precision(loop_options.mixed_precision)):
+            sample_grid(run / "samples" / f"step-{step}.png", pipeline(averaged(network, ema)))
 
     looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
     if watch_options.metrics_during_training:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models.files import one_line_errors
 from models.pipeline import to_uint8
+from models.precision import autocast, precision
 from models.registry import LARGEST, backbone_name, create_model, in_words, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
@@ -167,7 +168,8 @@ def run(
     shown = data.some(PICTURES)
 
     def show(run: Path, step: int, network: nn.Module, ema: EMA) -> None:
-        pictures = reconstructions(averaged(network, ema), shown, mask_ratio)
+        with autocast(network.device, precision(loop_options.mixed_precision)):
+            pictures = reconstructions(averaged(network, ema), shown, mask_ratio)
         save_grid(run / "samples" / f"step-{step}.png", pictures, 3 * PICTURES_A_ROW)
 
     looks: list[tuple[int, Callback]] = [(loop_options.sample_steps, show)] if loop_options.sample_steps else []
