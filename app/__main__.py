@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--no-training", action="store_true", help="for public pages: nothing can be trained, judged or deleted")
     flags.add_argument("--data", type=Path, help="folder that images to train on must lie in (default: all that you may read)")
     flags.add_argument("--num-processes", type=int, default=1, help="of each training, one for each GPU (default: %(default)s)")
-    flags.add_argument("--at-most", type=int, default=1, help="trainings and evaluations at once; the others wait (default: %(default)s)")
+    at_most = "trainings and evaluations at once, all on the same GPUs; the others wait"
+    flags.add_argument("--at-most", type=int, default=1, help=f"{at_most} (default: %(default)s)")
     flags.add_argument("--stop-trainings", action="store_true", help="let trainings save and end when the page ends, as containers want it")
     return flags
 

@@ -13,6 +13,7 @@ import psutil
 
 from app import job_flags, judging
 from app.job_files import EVALUATION, JOB, LOG, PART, Job, read_job
+from app.sampler import loaded
 from models.files import remove, write_json
 from models.progress import PROGRESS_FILE
 
@@ -39,6 +40,7 @@ def launch(run: Path, num_processes: int = 1) -> None:
     process = trained_outside().get(run)  # a page that was killed right after the start did not write it down
     if process is None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        loaded.let_go()
         try:
             with (run / LOG).open("ab") as log:
                 job = replace(job, log_begins=log.tell())

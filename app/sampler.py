@@ -75,6 +75,13 @@ class PipelineCache:
                 self._loaded.popitem(last=False)
             return pipeline
 
+    def let_go(self) -> None:
+        """Of all, so that a training finds room on the GPU; what is asked for again is loaded anew."""
+        with self._lock:
+            if self._loaded:
+                self._loaded.clear()
+                _give_back()
+
 
 def _load(source: Source) -> "Pipeline":
     load_libraries()
@@ -146,18 +153,29 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
     states: list[Any] = [None] * len(streams)
     images: list[Any] = [None] * len(streams)
     started = time.perf_counter()
-    with ThreadPoolExecutor(len(streams), initializer=_take_cores, initargs=(len(streams),)) as together:
-        while True:
-            going = [i for i, state in enumerate(states) if state is None or state.step < state.num_steps]
-            for i, state in zip(going, together.map(next, [streams[i] for i in going]), strict=True):
-                states[i] = state
-                images[i] = _picture(pipelines[i], state)
-            longest = max(states, key=lambda state: state.num_steps)
-            done = all(state.step == state.num_steps for state in states)
-            wall_s = time.perf_counter() - started
-            yield Frame(tuple(images), longest.step, longest.num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
-            if done:
-                return
+    try:
+        with ThreadPoolExecutor(len(streams), initializer=_take_cores, initargs=(len(streams),)) as together:
+            while True:
+                going = [i for i, state in enumerate(states) if state is None or state.step < state.num_steps]
+                for i, state in zip(going, together.map(next, [streams[i] for i in going]), strict=True):
+                    states[i] = state
+                    images[i] = _picture(pipelines[i], state)
+                longest = max(states, key=lambda state: state.num_steps)
+                done = all(state.step == state.num_steps for state in states)
+                wall_s = time.perf_counter() - started
+                yield Frame(tuple(images), longest.step, longest.num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
+                if done:
+                    return
+    finally:
+        del streams, states
+        _give_back()
+
+
+def _give_back() -> None:
+    """What torch keeps of a GPU's memory for later: trainings are other processes, and may need it."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def _take_cores(num_streams: int) -> None:
