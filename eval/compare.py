@@ -144,7 +144,7 @@ def judge_contenders(
             made = checkpoint_protocol(folder, pipeline, each, ema and (Path(folder) / "ema").is_dir(), counts)
             result = judge.result([measured], made, training_notes(pipeline, source))
             words = ", ".join(f"{name} {setting[field]:g}" for name, (field, *_) in SWEEPABLE.items() if field in setting)
-            shown = all_images(images, each)[:STRIP]
+            shown = all_images(images[:STRIP], each)  # every process has its own batches of the first ones, too
             entries.append(Entry(path, words, result, measured.estimates, shown.copy()))  # the features are let go
     return entries
 

@@ -25,6 +25,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from eval.spread import processes
 from models.files import sha256
 
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
@@ -188,7 +189,7 @@ def create_extractor(name: str, weights_path: str | None = None, scores: bool = 
         with redirect_stdout(io.StringIO()):  # torch.hub speaks before it connects; its progress bar, on stderr, stays
             if name == INCEPTION and weights_path is None:
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True)
-            cuda = torch.cuda.is_available()
+            cuda = processes().device.type == "cuda"
             extractor = create_feature_extractor(name, layers, cuda=cuda, feature_extractor_weights_path=weights_path, verbose=False)
             return fuse_relus(fold_batch_norms(extractor)) if isinstance(extractor, FeatureExtractorInceptionV3) else extractor
     except (OSError, http.client.HTTPException) as error:

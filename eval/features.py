@@ -1,6 +1,9 @@
 """Images -> features through a torch-fidelity extractor, in batches."""
 
 import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,13 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from eval.extractors import FeatureExtractorBase
 from eval.spread import everywhere, gathered, is_main, own_batches
 from models.files import require_memory, sha256, written_aside
 from models.progress import progress_bar
 from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
+
+MOST_READERS = 8  # threads
 
 
 class ArrayImages(Dataset):
@@ -113,9 +118,8 @@ def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size:
     device = next(extractor.parameters()).device
     layers: tuple[np.ndarray, ...] = ()
     batches = own_batches(len(images), batch_size)
-    loader = DataLoader(images, batch_sampler=[list(range(*batch)) for batch in batches])
     with progress_bar(total=len(images), desc=f"features of {about}", unit=" images") as bar:
-        for (start, stop), batch in zip(batches, loader, strict=True):
+        for (start, stop), batch in zip(batches, _read(images, batches), strict=True):
             found = extractor(batch.to(device))  # a (B, D) for each layer
             if not layers:
                 require_memory(4 * len(images) * sum(layer.shape[1] for layer in found), f"features of {len(images):,} images")
@@ -124,6 +128,16 @@ def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size:
                 layer[start:stop] = part.cpu().numpy()
             bar.update(stop - start)
     return tuple(gathered(layers, len(images), batch_size))
+
+
+def _read(images: Dataset, batches: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """Batches uint8 (B, 3, H, W), by threads that read the next one while the last is worked on: decoders let go of Python's lock."""
+    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as readers:
+        coming: list[Future[Tensor]] = []
+        for batch in [*batches, (0, 0)]:
+            reading, coming = coming, [readers.submit(images.__getitem__, i) for i in range(*batch)]
+            if reading:
+                yield torch.stack([each.result() for each in reading])
 
 
 def extract_features(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> np.ndarray:
@@ -139,8 +153,9 @@ def reference_features(data: ImageData, extractor: FeatureExtractorBase, weights
             computed anew.
     """
     code = Path(__file__).with_name("extractors.py").read_text(encoding="utf-8")
+    device = next(extractor.parameters()).device.type  # a GPU rounds otherwise
     libraries = [version(name) for name in ("torch", "torch-fidelity", "timm")]
-    key = "\n".join((data.fingerprint, extractor.get_name(), weights, *libraries, code))
+    key = "\n".join((data.fingerprint, extractor.get_name(), weights, *libraries, code, device))
     path = cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if everywhere(path.is_file()):  # another evaluation may write it between the looks of two processes
         return np.load(path)

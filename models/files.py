@@ -20,6 +20,7 @@ import psutil
 EXIT_BAD_INPUT = 2
 HEARD_S = 3.0  # within that a launcher notices that a process has ended, and ends the others
 # what torch's backends say where a process waits for another one: gloo names its transport, NCCL speaks of a remote process
+OUT_OF_MEMORY = r"out of memory|can't allocate memory|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # the last ones of a full GPU
 LOST_PROCESS = r"gloo/transport|remote process exit|Connection (reset|closed) by peer"
 INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded
 # of a training's checkpoint, as accelerate names them: what the loop registers first; the weights, those by FSDP2 and those by DeepSpeed
@@ -161,7 +162,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+        out_of_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
         left_alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(LOST_PROCESS, str(error))
         if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not (out_of_memory or left_alone)):
             raise

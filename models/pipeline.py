@@ -268,10 +268,10 @@ class Pipeline(DiffusionPipeline):
         """What the scheduler wants in step i, noise - data = d x / d sigma, and the preview."""
         path = self.config.path
         # all four schedulers evaluate step i at sigmas[i]; some round `timesteps` to integers
-        sigma = scheduler.sigmas[i]  # on the host, where the time is asked for without waiting
-        time = from_sigma(sigma, sigma, path)[1].item()
-        x_t, t = from_sigma(x, sigma.to(x.device), path)
-        t = t.expand(len(x))
+        sigma = scheduler.sigmas[i]  # on the host, as t is at first: nothing waits for a GPU
+        x_t, t = from_sigma(x, sigma, path)
+        time = t.item()
+        t = torch.full((len(x),), time, dtype=t.dtype, device=x.device)
         output = guidance(self.model, x_t.to(self.model.dtype), t, labels, time, self.num_classes)
         data, noise = split(x_t, output[:, : x.shape[1]], t, path)
         return noise - data, data
@@ -280,7 +280,7 @@ class Pipeline(DiffusionPipeline):
         """What the scheduler wants in step i, the network's own output, and the preview."""
         timestep = scheduler.timesteps[i]
         time = 1 - timestep.item() / scheduler.config.num_train_timesteps
-        t = timestep.to(x.device).expand(len(x))
+        t = torch.full((len(x),), timestep.item(), dtype=timestep.dtype, device=x.device)
         output = guidance(self.model, x.to(self.model.dtype), t, labels, time, self.num_classes)
         prediction = output[:, : x.shape[1]]
         # the others keep the word in their config, and take no variance

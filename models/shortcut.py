@@ -31,7 +31,7 @@ def decayed_add(x: Tensor, branch: Tensor, alpha: float | Tensor) -> Tensor:
         alpha: share of x that is kept; 1 is the plain residual, bit for bit. A tensor of no dimensions where it is learned.
     """
     if isinstance(alpha, Tensor):
-        return torch.addcmul(branch, x, alpha)
+        return torch.addcmul(branch, x, alpha.to(x.dtype))  # else autocast on a GPU would turn the stream into float32
     return torch.add(branch, x, alpha=alpha)
 
 

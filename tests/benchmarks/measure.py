@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from models.precision import autocast, precision
+from models.precision import precision
 
 Work = Callable[[], object]
 
@@ -58,6 +58,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     """
     for work in (case.ours, case.theirs) * case.warm_ups:
         work()
+    finish()
     seconds: tuple[list[float], list[float]] = [], []
     worked: tuple[list[float], list[float]] = [], []
     for i in range(pairs):
@@ -128,12 +129,11 @@ def limits_of(case: Case) -> dict[str, float]:
         case.ours()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     edge = 2048 if device.type == "cpu" else 8192
-    matrix = torch.randn(edge, edge, device=device)
+    matrix = torch.randn(edge, edge, device=device, dtype=torch.bfloat16 if precision("auto") == "bf16" else torch.float32)
     memory = torch.empty(2**26, device=device)  # 256 MiB
 
     def multiply() -> None:
-        with autocast(device, precision("auto")):
-            matrix @ matrix
+        matrix @ matrix
 
     flops_per_s = 2 * edge**3 / quickest(multiply)
     bytes_per_s = 2 * memory.nbytes / quickest(lambda: memory.add_(1))
