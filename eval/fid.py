@@ -1,8 +1,9 @@
-"""Judge images by the Fréchet distance of their features to those of real ones, and by what else is asked for.
+r"""Judge images by the Fréchet distance of their features to those of real ones, and by what else is asked for.
 
     python eval/fid.py --checkpoint runs/x --reference openmoji --num_samples 2048 --json runs/x/eval/fid.json
     python eval/fid.py --input1 generated/ --input2 real/ --kid --isc --prc --feature_extractor efficientnet-lite0
-    accelerate launch eval/fid.py --checkpoint runs/x --input2 VIRTUAL_imagenet256_labeled.npz --num_samples 50000
+    accelerate launch --num_cpu_threads_per_process 8 eval/fid.py --checkpoint runs/x --num_samples 50000 \
+        --input2 VIRTUAL_imagenet256_labeled.npz
 
 It is called FID only where the features are Inception's, and FD with the extractor's name elsewhere. The features come from
 torch-fidelity's extractors, and the numbers equal those of its own call. An interval (95 %) is of the number's mean over other
