@@ -167,16 +167,13 @@ def _autoencoder(folder: Path, changed_ns: int) -> Any:
 
 
 def _square(picture: Path, edge: int) -> np.ndarray:
-    """uint8 (edge, edge, 3): the middle of a picture, resized."""
+    """uint8 (edge, edge, 3): the middle of a picture, resized as those that were trained on."""
+    from training.data import centre_square
+
     try:
         with Image.open(picture, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"this picture has more than {MAX_PIXELS // 10**6} million pixels; make it smaller")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            cut = image.convert("RGBA").crop((left, top, left + side, top + side)).resize((edge, edge), Image.Resampling.BICUBIC)
+            return centre_square(image, edge).copy()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("this file is no picture that can be read; give a PNG or a JPEG") from error
-    on_white = Image.new("RGBA", cut.size, "white")
-    on_white.alpha_composite(cut)
-    return np.asarray(on_white.convert("RGB")).copy()

@@ -94,10 +94,7 @@ def parse(options: dict[str, Any], run: Path) -> dict[str, Any]:
         ValueError: options that the script refuses.
     """
     load_libraries()
-    import torch
-
-    from models.registry import create_model
-    from training.command import DataOptions, ShortcutOptions, parse
+    from training.command import DataOptions, parse
     from training.loop import LoopOptions, check
     from training.objectives import create_objective
 
@@ -111,14 +108,26 @@ def parse(options: dict[str, Any], run: Path) -> dict[str, Any]:
             group.source()
         if isinstance(group, LoopOptions):
             check(replace(group, resume_from_checkpoint="latest"))  # whether a run is there already was asked before
-        if isinstance(group, ShortcutOptions) and values.get("vae") is None:  # of latents the size is not known here
-            with torch.device("meta"):
-                sizes = dict(image_size=values["resolution"], depth=values["depth"], patch_size=values["patch_size"])
-                create_model(values["backbone"], values["size"], **asdict(group), **sizes)
         if hasattr(group, "objective"):
             given = asdict(group)
             create_objective(given.pop("objective"), num_classes=0, **given)
+    _network(values)
     return values
+
+
+def _network(values: dict[str, Any]) -> Any:
+    """That of all flags, without weights; None of latents, whose size is not known here. ValueError: options that it refuses."""
+    import torch
+
+    from models.registry import create_model
+    from training.command import ShortcutOptions
+
+    if values.get("vae") is not None:
+        return None
+    shortcuts = {field.name: values[field.name] for field in fields(ShortcutOptions)}
+    sizes = dict(image_size=values["resolution"], depth=values["depth"], patch_size=values["patch_size"])
+    with torch.device("meta"):
+        return create_model(values["backbone"], values["size"], **shortcuts, **sizes)
 
 
 @cache
@@ -130,24 +139,17 @@ def choices(option: str) -> tuple[str, ...]:
 
 
 def advice(options: dict[str, Any]) -> str:
-    """The window of alpha_min that the depth rule advises for the network, and what speaks against the one that is chosen.
+    """What the depth rule advises for the network, and what speaks against the alpha that is chosen; of latents nothing.
 
     Raises:
         ValueError: options that the training script refuses.
     """
     load_libraries()
-    import torch
+    from models.shortcut import advised, warnings_for
 
-    from models.registry import create_model
-    from models.shortcut import alpha_window, warnings_for
-
-    values = parse(options, Path("advice"))
-    if values.get("vae") is not None:
+    network = _network(parse(options, Path("advice")))
+    if network is None:
         return ""
-    names = ("alpha_min", "alpha_eff", "shortcut_schedule", "shortcut_placement", "learnable_alpha", "long_skips", "zero_init")
-    with torch.device("meta"):
-        sizes = dict(image_size=values["resolution"], depth=values["depth"], patch_size=values["patch_size"])
-        network = create_model(values["backbone"], values["size"], **{name: values[name] for name in names}, **sizes)
-    low, high = alpha_window(len(network.shortcuts))
-    window = f"The depth rule advises alpha_min from {low:.2f} to {high:.2f} for {len(network.shortcuts)} sub-layers"
-    return ". ".join([window, *warnings_for(network.alphas)]) + "."
+    window = advised(network.shortcuts, network.config.shortcut_schedule)
+    told = [f"The depth rule advises {window} for {len(network.shortcuts)} sub-layers"] if window else []
+    return "".join(f"{line}. " for line in [*told, *warnings_for(network.alphas)]).rstrip()

@@ -151,7 +151,7 @@ def _compared(path: Path) -> set[str]:
     return {each[side] for each in found if isinstance(each, dict) for side in ("contender", "against") if side in each}
 
 
-def compare(runs: list[Run], data: str, deadline: float = math.inf) -> bool:
+def compare(runs: list[Run], data: str, deadline: float) -> bool:
     """Write what the judges of all arms with one seed say against the first, when all were judged here.
 
     Probes are paired over the test images; images are drawn once more, from the same noise for all arms.

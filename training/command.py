@@ -11,7 +11,8 @@ from torch import nn
 
 from models.files import Parser, read_json
 from models.registry import backbone_name, load_backbone, read_index
-from models.shortcut import PLACEMENTS, SCHEDULES, describe
+from models.shortcut import PLACEMENTS, SCHEDULES, advised, effective_alpha, warnings_for
+from models.shortcut import describe as describe_shortcuts
 from training.checkpoint import CONFIG
 from training.data import SPLITS, ImageData, load_images
 from training.loop import LoopOptions
@@ -112,6 +113,15 @@ def parse(
     return preset, [read_options(parsed, group) for group in groups]
 
 
+def describe(name: str, model: nn.Module) -> str:
+    """What is about to be trained, and a warning where the paper saw instability or advises another alpha."""
+    alphas, against = model.alphas, warnings_for(model.alphas)
+    first = f"{name} with {model.num_parameters() / 1e6:.1f} M parameters, {describe_shortcuts(model.shortcuts)} "
+    first += f"over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
+    instead = advised(model.shortcuts, model.config.shortcut_schedule) if against else None
+    return "\n".join([first, *(f"warning: {line}" for line in against), *[f"{instead} would be advised"] * bool(instead)])
+
+
 def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> int:
     """Copy the averaged weights of a checkpoint into the model; a label table of another size stays fresh, and variances stay behind.
 
@@ -143,7 +153,7 @@ def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> 
         what = ", ".join(told) or f"{sorted(set(differ) - set(fresh))[0]} is of another size"
         raise ValueError(f"--init_from {checkpoint} does not fit: {what}; give this model the same")
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fresh}, strict=not fresh)
-    before, now = describe(source.shortcuts), describe(model.shortcuts)
+    before, now = describe_shortcuts(source.shortcuts), describe_shortcuts(model.shortcuts)
     if before != now:
         say(f"warning: {checkpoint} was trained with {before}, and this trains {now}")
     return read_index(checkpoint).get("training", {}).get("images_seen", 0)

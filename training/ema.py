@@ -38,7 +38,7 @@ class EMA:
         for parameter, average in zip(parameters, self.averages, strict=True):
             parameter.copy_(average)
 
-    def whole(self, keep: bool = True) -> "EMA":
+    def whole(self, keep: bool) -> "EMA":
         """The same with whole averages, which only those processes get that keep them; every process calls this."""
         same = EMA([], self.decay)
         same.averages = [gathered(average, keep) for average in self.averages]

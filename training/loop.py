@@ -25,8 +25,6 @@ from tqdm import tqdm
 
 from models.files import read_json, require_memory, require_writable, write_json
 from models.precision import precision
-from models.shortcut import SCHEDULES, UNSTABLE_UP_TO, alpha_window, effective_alpha, warnings_for
-from models.shortcut import describe as describe_shortcuts
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData, seed_of
 from training.ema import EMA
@@ -435,25 +433,3 @@ def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, 
         if told != {"continued": [], **before}:
             write_json(run / checkpoint_files.CONFIG, told)
     return step
-
-
-def describe(name: str, model: nn.Module) -> str:
-    """What is about to be trained, and a warning where the paper saw instability or advises another alpha."""
-    alphas = model.alphas
-    first = f"{name} with {model.num_parameters() / 1e6:.1f} M parameters, {describe_shortcuts(model.shortcuts)} "
-    first += f"over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
-    return "\n".join([first, *(f"warning: {line}" for line in warnings_for(alphas)), *_advised(model)])
-
-
-def _advised(model: nn.Module) -> list[str]:
-    """The window of alpha_min for this very network, where its own lies outside."""
-    schedule, fading = model.config.shortcut_schedule, [shortcut for shortcut in model.shortcuts if not shortcut.is_plain]
-    if not warnings_for(model.alphas) or not SCHEDULES[schedule].takes_alpha_min:
-        return []
-    kinds = {shortcut.kind for shortcut in fading}
-    low, high = alpha_window(sum(shortcut.kind in kinds for shortcut in model.shortcuts), schedule)
-    return [
-        f"--alpha_min {max(low, UNSTABLE_UP_TO + 0.001):.3f} to {high:.3f} would be advised"
-        if high > UNSTABLE_UP_TO
-        else "more blocks would be advised"
-    ]

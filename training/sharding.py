@@ -151,7 +151,7 @@ class Whole:
         return (copy.deepcopy(self.twin).to(self.device) if to_compute else self.twin), averages
 
 
-def gathered(tensor: Tensor, keep: bool = True) -> Tensor:
+def gathered(tensor: Tensor, keep: bool) -> Tensor:
     """The whole tensor, on the CPU if it was sharded; where it is not kept, an empty one."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -23,11 +23,11 @@ from models.precision import autocast, precision
 from models.registry import LARGEST, backbone_name, create_model, in_words, names, read_index, sizes, takes
 from models.vae import AutoencoderKL, latent_shape, load_vae
 from training.checkpoint import averaged, export_pipeline
-from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
+from training.command import DataOptions, ShortcutOptions, begin_with, describe, parse, say, say_end
 from training.data import ImageData
 from training.ema import EMA
 from training.latents import encode
-from training.loop import Callback, LoopOptions, check, describe, train
+from training.loop import Callback, LoopOptions, check, train
 from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option

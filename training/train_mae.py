@@ -25,10 +25,10 @@ from models.precision import autocast, precision
 from models.registry import LARGEST, backbone_name, create_model, in_words, names, sizes
 from training.augment import with_crops
 from training.checkpoint import averaged, export_network
-from training.command import DataOptions, ShortcutOptions, begin_with, parse, say, say_end
+from training.command import DataOptions, ShortcutOptions, begin_with, describe, parse, say, say_end
 from training.data import ImageData
 from training.ema import EMA
-from training.loop import Callback, LoopOptions, check, describe, train
+from training.loop import Callback, LoopOptions, check, train
 from training.monitor import save_grid
 from training.objectives import MaskedAutoencoding
 from training.options import option
