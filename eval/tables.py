@@ -1,6 +1,6 @@
-"""What `training.campaign` measured, as tables and curves: eval/results/README.md is written from eval/results/*/*.json.
+"""What `training.campaign` measured, as tables and curves: FOLDER/README.md is written from FOLDER/*/*.json.
 
-python -m eval.tables
+python -m eval.tables --results eval/results
 """
 
 import argparse

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 
 from models.files import read_json
+from tests.conftest import ROOT
 
-COMMANDS = """
-training/train_diffusion training/train_mae training/campaign training/publish models/convert models/shortcut
-eval/fid eval/probe eval/compare eval/tables eval/demo app/__main__ tests/benchmarks/__main__ tests/screenshot
-""".split()
+PRODUCT = [path for folder in ("models", "training", "eval", "app") for path in sorted((ROOT / folder).glob("*.py"))]
+COMMANDS = [str(path.relative_to(ROOT)) for path in PRODUCT if '\nif __name__ == "__main__":' in path.read_text()]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "tests/benchmarks/__main__.py", "tests/screenshot.py"])
 def test_every_command_has_help_with_defaults(command: str, run_here: Callable) -> None:
-    code, said, errors = run_here(f"{command}.py", "--help")
+    code, said, errors = run_here(command, "--help")
     assert code == 0 and not errors
-    assert "usage:" in said and ("default" in said or command == "training/publish")
+    assert "usage:" in said and ("default" in said or command == "training/publish.py")
 
 
 @pytest.mark.parametrize("code", ["import models, torchvision.transforms, timm", "import eval.encoders"])

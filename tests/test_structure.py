@@ -1,11 +1,13 @@
 """The walls of the house: models -> training -> eval, app."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 ORDER = {"models": 0, "training": 1, "eval": 2, "app": 2}
 MODULES = [path for folder in ORDER for path in sorted((ROOT / folder).glob("*.py"))]
 BACKBONES = {"dit", "uvit", "unet", "mae"}
@@ -44,7 +46,8 @@ def test_imports_run_leftward(path: Path) -> None:
 def test_the_equation_stands_in_one_place() -> None:
     for path in MODULES:
         if path.name != "shortcut.py":
-            assert "alpha=alpha" not in path.read_text(), f"{path} writes the decayed sum once more; use decayed_add"
+            found = re.search(r"addcmul|torch\.add\(|alpha \* |\* (self\.)?alpha\b", path.read_text())
+            assert not found, f"{path} writes the decayed sum once more ({found[0]}); use decayed_add"
 
 
 def test_the_image_is_given_all_that_it_copies() -> None:
