@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if min(parsed.at_most, parsed.num_processes) < 1:
             raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
         if parsed.data is not None and not parsed.data.is_dir():
-            raise ValueError(f"--data {parsed.data} is not a folder")
+            raise ValueError(f"--data {parsed.data} is not a folder; give the one that images may be read from")
         if "GRADIO_TEMP_DIR" not in os.environ:
             # a folder of its own: at its end a page deletes what it was sent, by content, which may be another page's, too
             os.environ["GRADIO_TEMP_DIR"] = str(temporary_folder())

@@ -150,7 +150,8 @@ def reconstruct(names: Sequence[str], runs: Path, picture: Path, mask_ratio: flo
     known, found = autoencoders(runs), []
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no masked autoencoder {str(name)[:100]!r}")
+            listed = f"choose from {', '.join(known)}" if known else "train one first"
+            raise ValueError(f"there is no masked autoencoder {str(name)[:100]!r}; {listed}")
         model = _autoencoder(known[name], (known[name] / INDEX).stat().st_mtime_ns)
         pixels = torch.from_numpy(_square(picture, model.config.image_size)).permute(2, 0, 1).float().div(127.5).sub(1)[None]
         with torch.inference_mode():

@@ -517,7 +517,7 @@ class Jobs:
 
         folder = self._folder(option, name)
         if not holds_images(Path(folder)):
-            raise ValueError(f"--{option} {name} holds no images")
+            raise ValueError(f"--{option} {name} holds no images; give one that does")
         return folder
 
     def _folder(self, option: str, name: str) -> str:
@@ -525,7 +525,7 @@ class Jobs:
         if self.data and not folder.is_relative_to(self.data):
             raise ValueError(f"--{option} {name} lies outside of {self.data}; this page reads no other folders")
         if not folder.is_dir():
-            raise ValueError(f"--{option} {name} is not a folder")
+            raise ValueError(f"--{option} {name} is not a folder; give the path of one")
         return str(folder)
 
     def _statuses(self) -> list[Status]:

@@ -157,7 +157,9 @@ def load_guide(pipeline: Pipeline, checkpoint: str) -> nn.Module:
     guide = Pipeline.from_pretrained(checkpoint)
     for name, theirs in _meaning(guide).items():
         if theirs != (ours := _meaning(pipeline).get(name)):
-            raise ValueError(f"--guide {checkpoint} has {name} {theirs}, and the checkpoint that it shall guide {ours}")
+            raise ValueError(
+                f"--guide {checkpoint} has {name} {theirs}, and the checkpoint that it shall guide {ours}; guide by one of its kind"
+            )
     return guide.model.to(pipeline.device)
 
 

@@ -96,7 +96,7 @@ class DiT(DecayedModel):
         if long_skips and depth % 2:
             raise ValueError(f"depth {depth} is odd, and long skips need equal halves; use an even depth or switch long skips off")
         if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}; choose heads that divide it")
         self.shortcuts = make_shortcuts(("attention", "mlp") * depth, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
         grid = image_size // patch_size
 

@@ -32,12 +32,12 @@ class DecayedModel(ModelMixin, ConfigMixin):
         return tuple(shortcut.value for shortcut in self.shortcuts)
 
 
-PLAIN_UP_TO = 1024  # tokens; beyond, (T, T) scores that are kept for the way back take more memory than they save time
+UNFUSED_UP_TO = 1024  # tokens; beyond, (T, T) scores that are kept for the way back take more memory than they save time
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for 3 x (N, H, T, d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_UP_TO:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= UNFUSED_UP_TO:
         # on CPUs torch's fused kernel in bf16 takes 2.7 to 6 times as long, forward and back, as three plain steps at 64 to 256 tokens
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, T, T)
         return scores.softmax(dim=-1) @ v
@@ -158,7 +158,7 @@ def unpatchify(patches: Tensor, patch_size: int, height_px: int, width_px: int) 
 def sincos_positions(dim: int, height: int, width: int) -> Tensor:
     """Fixed two-dimensional sine-cosine positions (T, D): the first half encodes the column, the second the row (MAE)."""
     if dim % 4:
-        raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}")
+        raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}; choose {max(4, dim // 4 * 4)}")
     omega = 1 / 10_000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     halves = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # 2 x (T, D/4)

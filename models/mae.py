@@ -113,7 +113,7 @@ class MAE(DecayedModel):
             raise ValueError(f"depth is {depth} and decoder_depth {decoder_depth}; both must be at least 1")
         for name, width, heads in (("", dim, num_heads), ("decoder_", decoder_dim, decoder_num_heads)):
             if width % heads:
-                raise ValueError(f"{name}dim {width} is not divisible by {name}num_heads {heads}")
+                raise ValueError(f"{name}dim {width} is not divisible by {name}num_heads {heads}; choose heads that divide it")
         self.shortcuts = make_shortcuts(("attention", "mlp") * depth, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
         grid = image_size // patch_size
         self.num_patches = grid**2

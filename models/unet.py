@@ -67,9 +67,11 @@ class UNet(DecayedModel):
         if not set(attention_levels) <= set(range(levels)):
             raise ValueError(f"attention_levels {tuple(attention_levels)} must lie in 0 to {levels - 1}, as there are {levels} channels")
         if any(width % norm_groups for width in channels):
-            raise ValueError(f"norm_groups {norm_groups} does not divide all channels {tuple(channels)}")
+            raise ValueError(f"norm_groups {norm_groups} does not divide all channels {tuple(channels)}; choose one that does")
         if any(width % head_dim for width, here in zip(channels, [*attends[:-1], True], strict=True) if here):
-            raise ValueError(f"head_dim {head_dim} does not divide the channels of the attention levels and of the last level")
+            raise ValueError(
+                f"head_dim {head_dim} does not divide the channels of the attention levels and of the last level; choose one that does"
+            )
         self.unet = UNet2DModel(
             sample_size=image_size,
             in_channels=in_channels,

@@ -26,7 +26,7 @@ from models.files import read_json, sha256
 from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment, wait_for
 from training import train_mae
-from training.checkpoint import BROKE, alone, averaged, checkpoints, continued, find_checkpoint, revisions
+from training.checkpoint import BROKE, averaged, checkpoints, continued, find_checkpoint, locked, revisions
 from training.command import describe, parse
 from training.data import Order
 from training.ema import EMA
@@ -268,7 +268,7 @@ def test_what_a_checkpoint_would_run_is_not_run(
 
 
 def test_nobody_else_trains_in_a_folder(train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with alone(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         with pytest.raises(SystemExit, match="2"):
             train(tmp_path / "run", "--max_train_steps", 1)
         assert (tmp_path / "run").is_dir(), "the folder of the one that works is left alone"

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def alone(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[None]:
     """While it lasts no other training begins in this folder. It ends with the process, however that ends.
 
     Raises:

@@ -50,7 +50,7 @@ class DataOptions:
         if name is None or (self.train_data_dir and self.dataset_name):
             raise ValueError("give one of --dataset_name (such as openmoji) and --train_data_dir")
         if self.train_data_dir and not Path(self.train_data_dir).is_dir():
-            raise ValueError(f"--train_data_dir {self.train_data_dir} is not a folder")
+            raise ValueError(f"--train_data_dir {self.train_data_dir} is not a folder; give one with images")
         return name
 
     def load(self) -> ImageData | ImageStream:

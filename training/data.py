@@ -293,7 +293,9 @@ def undecoded(name: str, table: Any, image_column: str, label_column: str | None
     try:
         table = table.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, NotImplementedError, ValueError):
-        raise ValueError(f"the column {image_column!r} of {name} holds no images but {table.features[image_column]}") from None
+        raise ValueError(
+            f"the column {image_column!r} of {name} holds no images but {table.features[image_column]}; give another --image_column"
+        ) from None
     return table, label_column
 
 

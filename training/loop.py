@@ -113,7 +113,7 @@ def _alone_in_its_folder(train: Callable[Concatenate["LoopOptions", P], int]) ->
 
     @wraps(train)
     def alone(options: LoopOptions, *rest: P.args, **more: P.kwargs) -> int:
-        with checkpoint_files.alone(check(options)):
+        with checkpoint_files.locked(check(options)):
             return train(options, *rest, **more)
 
     return alone

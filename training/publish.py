@@ -71,7 +71,7 @@ def card(
     begun = f", begun with the weights of `{config['init_from']}` ({before:,} of these images)" if config.get("init_from") else ""
     skips = "on" if model.config.get("long_skips", True) else "off"
     patch = f"patch {model.config.patch_size}, " if "patch_size" in model.config else ""
-    hours = sum((line["images"] - before["images"]) / max(line["images_per_s"], 0.01) for line, before in steps_of_lines) / 3600
+    hours = sum((line["images"] - last["images"]) / max(line["images_per_s"], 0.01) for line, last in steps_of_lines) / 3600
     numbers = "\n".join(
         f"- {result['metric']} ({result['feature_extractor']}) {result['value']:.1f}{_interval(result)}: "
         f"{result['num_samples']:,} samples against {_reference(result)}, {result['sampler']}, "

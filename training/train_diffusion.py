@@ -77,7 +77,7 @@ GROUPS = (LatentOptions, ModelOptions, ShortcutOptions, ObjectiveOptions, WatchO
 
 def build(options: ModelOptions, shortcuts: ShortcutOptions, objective: str, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """The model that the options describe, for inputs (C, H, W), with fresh weights."""
-    # flow times lie in [0, 1], a DDPM's in [0, 999]; where the backbone stretches the first ones, the others are long enough
+    # flow times lie in [0, 1], and backbones with a `time_scale` multiply them by 1000; a DDPM's are that large already
     time_scale = 1.0 if objective == "ddpm" and takes(options.backbone, "time_scale") else None
     return create_model(
         options.backbone,
