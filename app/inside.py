@@ -169,7 +169,7 @@ def _autoencoder(folder: Path, changed_ns: int) -> Any:
 
 def _square(picture: Path, edge: int) -> np.ndarray:
     """uint8 (edge, edge, 3): the middle of a picture, resized as those that were trained on."""
-    from training.data import centre_square
+    from training.images import centre_square
 
     try:
         with Image.open(picture, formats=FORMATS) as image:

@@ -53,6 +53,7 @@ from app.job_flags import MAX_TEXT, OWN_OPTIONS, flag_names, parse, plain
 from app.job_process import ROOT, ask_to_stop, kill, launch, process_of, trained_outside
 from app.libraries import load_libraries
 from models.files import remove, write_json
+from training.images import EMBEDDED, holds_images
 
 LOCK, EVALUATIONS, ARCHIVE = ".jobs.lock", ".evaluations", ".archive"  # in the folder of runs; runs have no dot
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -209,7 +210,7 @@ class Jobs:
             ValueError: as `judging.checked`, or the queue is full, or the same is on its way.
         """
         options = judging.checked(options, self.runs)
-        if options["reference"] != judging.EMBEDDED:
+        if options["reference"] != EMBEDDED:
             options["reference"] = self._images("reference", options["reference"])
         weights = judging.weights_of(options["checkpoints"], sources(self.runs))  # read before the others have to wait
         with self._locked_then_started():
@@ -504,17 +505,14 @@ class Jobs:
         if "train_data_dir" in options:
             options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
         for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders
-            name = str(options.get(option, judging.EMBEDDED))
+            name = str(options.get(option, EMBEDDED))
             there = any((base / name).exists() for base in (ROOT, self.data or Path.cwd()))
-            if name != judging.EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
+            if name != EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
                 options[option] = folder_of(option, name)
         return options
 
     def _images(self, option: str, name: str) -> str:
         """A folder with images; what is wrong with them only reading tells."""
-        load_libraries()
-        from training.data import holds_images
-
         folder = self._folder(option, name)
         if not holds_images(Path(folder)):
             raise ValueError(f"--{option} {name} holds no images; give one that does")

@@ -13,6 +13,7 @@ from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, Updates, clears
 from app.train_tab import FIELDS, form_errors, unseen
 from app.train_view import on_their_way, state_words
+from training.images import EMBEDDED
 
 SAME_PROTOCOL = (
     *("metric", "reference", "reference_split", "reference_num", "reference_fingerprint", "feature_extractor", "feature_extractor_weights"),
@@ -54,9 +55,7 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
         measures = [(measure.about, name) for name, measure in judging.MEASURES.items()]
         measure = gr.Dropdown(measures, value="FD", label="Measure", scale=3, min_width=300, elem_id="measure")
         words = "openmoji, or the folder of images that they were trained on"
-        reference = gr.Textbox(
-            judging.EMBEDDED, label=FIELDS["reference"], placeholder=words, max_length=500, min_width=220, elem_id="reference"
-        )
+        reference = gr.Textbox(EMBEDDED, label=FIELDS["reference"], placeholder=words, max_length=500, min_width=220, elem_id="reference")
         number = gr.Number(2048, label="Samples", min_width=110, elem_id="num-samples")
     start = gr.Button("Judge", variant="primary", min_width=140, elem_id="judge")
     told = gr.HTML(render.message(""), elem_id="judge-told")
@@ -67,12 +66,12 @@ def _form(site: Site, jobs: Jobs, tab: gr.Tab) -> None:
             status = jobs.judge(options)
         return render.message(f"{judging.title(status.options)}: {state_words(status)}. Its result appears here and in the cards.")
 
-    proposed = gr.State(judging.EMBEDDED)  # what stands there unless the visitor wrote something else
+    proposed = gr.State(EMBEDDED)  # what stands there unless the visitor wrote something else
 
     def propose(names: list[str], reference: str, proposed: str) -> tuple[Any, str]:
         """What the checkpoints were trained on, where that is here."""
         data = {judging.training_data(name, site.runs) for name in names}
-        new = data.pop() if len(data) == 1 else judging.EMBEDDED if not names else ""
+        new = data.pop() if len(data) == 1 else EMBEDDED if not names else ""
         return (gr.update(value=new) if reference == proposed else gr.skip()), new
 
     clears([start.click], told)

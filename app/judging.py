@@ -10,11 +10,11 @@ from app.catalog import Source, Version, find, folders, hash_of_version, numbers
 from app.render import protocol
 from app.settings import whole
 from models.files import INDEX, read_json
+from training.images import EMBEDDED
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
 MAX_CHECKPOINTS = 4
 MOST_SAMPLES = 50_000
-EMBEDDED = "openmoji"  # as training/data.py has it, which takes seconds to import
 UNKNOWN = "unknown"  # instead of the hash of weights
 
 

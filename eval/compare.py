@@ -34,7 +34,7 @@ from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
 from models.files import Parser, one_line_errors, read_json, require_writable, write_json
 from models.pipeline import Pipeline
-from training.data import SPLITS
+from training.images import SPLITS
 from training.options import add_options, option, read_options
 from training.processes import spread_over_cpu_processes
 

@@ -17,7 +17,9 @@ from eval.extractors import FeatureExtractorBase
 from eval.spread import everywhere, gathered, is_main, own_batches
 from models.files import require_memory, sha256, written_aside
 from models.progress import progress_bar
-from training.data import IMAGE_SUFFIXES, ImageData, cache_dir, centre_square, to_rgb
+from training.data import ImageData
+from training.images import IMAGE_SUFFIXES, centre_square, to_rgb
+from training.packing import cache_dir
 
 MOST_READERS = 8  # threads
 

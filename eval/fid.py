@@ -46,8 +46,10 @@ from eval.sources import Source, coloured, export_reference, open_source, requir
 from eval.spread import is_main, processes
 from models.files import INDEX, Parser, one_line_errors, require_writable, write_json
 from models.pipeline import MAX_SEED, Pipeline
-from training.data import SPLITS, ImageData, NoSplit, load_images
+from training.data import ImageData
+from training.images import SPLITS, NoSplit
 from training.options import add_options, option, read_options
+from training.packing import load_images
 from training.processes import spread_over_cpu_processes
 
 

@@ -19,8 +19,10 @@ from eval.linear import held_out_parts
 from eval.measure import SIMILARITY_IMAGES, Labelled, check_labels, draw_share, spread_over
 from models.files import require_memory
 from models.precision import precision
-from training.data import EMBEDDED, ImageData, NoSplit, load_images
+from training.data import ImageData
+from training.images import EMBEDDED, NoSplit
 from training.options import option
+from training.packing import load_images
 
 POOLINGS = ("all", "mean", "patches", "class")
 Require = Callable[[Encoder, ImageData, ImageData], None]  # raises ValueError for a network with training and test images

@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from eval.features import ArrayImages, FolderImages
 from models.files import require_memory, sha256, written_aside
-from training.data import EMBEDDED, IMAGE_SUFFIXES, ImageData, load_images
+from training.data import ImageData
+from training.images import EMBEDDED, IMAGE_SUFFIXES
+from training.packing import load_images
 
 # what numpy and zipfile raise for files that are torn, encrypted or packed by other means
 UNREADABLE = (
@@ -73,7 +75,7 @@ def open_source(
     """Find out what `name` is.
 
     Args:
-        name: an .npz file, a folder of images, or a data set (training/data.py).
+        name: an .npz file, a folder of images, or a data set (training/packing.py).
         resolution: edge to crop and resize to, if asked for.
         data_resolution: the same for a data set, which needs one, if not.
         split: of a data set.

@@ -15,8 +15,10 @@ from PIL import Image
 
 from tests.conftest import ROOT, script_environment
 from training.augment import with_crops
-from training.data import cache_dir, copied, in_unit_range, load_images, to_rgb
+from training.data import copied, in_unit_range
+from training.images import to_rgb
 from training.openmoji import draw, emoji_groups, family, motifs
+from training.packing import cache_dir, load_images
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def test_columns_of_another_kind_are_named(tmp_path: Path) -> None:
 
 
 def test_processes_that_need_the_same_pack_wait_for_one(image_folder: Path, tmp_path: Path, run_script: Callable) -> None:
-    program = f"from training.data import load_images; print(load_images({str(image_folder)!r}, 6).fingerprint)"
+    program = f"from training.packing import load_images; print(load_images({str(image_folder)!r}, 6).fingerprint)"
     environment = {**script_environment(), "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -29,7 +29,7 @@ from eval.sources import open_source
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
 from tests.inception import write_inception
-from training.data import load_images
+from training.packing import load_images
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = (

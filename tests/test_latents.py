@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL
 from models.vae import latent_shape
 from tests.test_vae import SCALE, SHIFT, make_vae
 from training import latents
-from training.data import ImageData, cache_dir, load_images
+from training.data import ImageData
 from training.latents import LatentData, encode
+from training.packing import cache_dir, load_images
 
 CPU = torch.device("cpu")
 

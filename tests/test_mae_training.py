@@ -28,11 +28,12 @@ from tests.conftest import ROOT, script_environment
 from training import train_diffusion, train_mae
 from training.augment import Boxes, _resize_each, _resize_together, crop_and_resize, random_boxes, with_crops
 from training.command import parse
-from training.data import ImageData, load_images
+from training.data import ImageData
 from training.ema import EMA
 from training.loop import LoopOptions
 from training.monitor import feature_statistics, read_metrics
 from training.objectives import FlowMatching, MaskedAutoencoding
+from training.packing import load_images
 from training.presets import MAE_PRESETS, PRESETS
 from training.train_mae import MAELoopOptions, main, parameter_groups, reconstructions
 

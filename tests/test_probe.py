@@ -28,9 +28,9 @@ from models.paths import interpolate
 from models.pipeline import Pipeline
 from tests.conftest import ROOT
 from training.checkpoint import export_network
-from training.data import load_images
 from training.ema import EMA
 from training.openmoji import emoji_groups
+from training.packing import load_images
 
 PROTOCOL = (
     "metric value low high best baseline num_samples checkpoint dataset train_split test_split train_num test_num train_fingerprint "

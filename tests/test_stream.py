@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from models.pipeline import Pipeline
-from training.data import load_images
+from training.packing import load_images
 from training.stream import ImageStream, Streams, at_hand, open_stream
 
 COUNT, SHARDS = 48, 4

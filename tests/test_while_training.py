@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from eval.spread import alone, own_batches
 from eval.while_training import some_of
 from models.files import read_json
-from training.data import load_images
 from training.monitor import read_metrics
+from training.packing import load_images
 from training.train_diffusion import main
 
 

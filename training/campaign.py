@@ -24,7 +24,7 @@ from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, re
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
-from training.data import holds_images
+from training.images import holds_images
 from training.monitor import read_metrics
 from training.presets import MAE_PRESETS, PRESETS
 

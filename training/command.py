@@ -14,9 +14,11 @@ from models.registry import backbone_name, load_backbone, read_index
 from models.shortcut import PLACEMENTS, SCHEDULES, advised, effective_alpha, warnings_for
 from models.shortcut import describe as describe_shortcuts
 from training.checkpoint import CONFIG
-from training.data import SPLITS, ImageData, load_images
+from training.data import ImageData
+from training.images import SPLITS
 from training.loop import LoopOptions
 from training.options import add_options, option, read_options
+from training.packing import load_images
 from training.presets import Preset
 from training.stream import ImageStream, open_stream
 

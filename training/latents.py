@@ -12,7 +12,8 @@ from torch import Tensor
 from models.files import require_disk, written_aside
 from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
-from training.data import ImageData, TrainingData, cache_dir, made_once, moved
+from training.data import ImageData, TrainingData, moved
+from training.packing import cache_dir, made_once
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
 # Of the encoder's batches: 4 images of 256 px take 0.7 GiB with Stable Diffusion's, and 32 of them on a GPU

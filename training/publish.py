@@ -15,7 +15,7 @@ from models.pipeline import Pipeline
 from models.registry import in_words
 from models.shortcut import describe, effective_alpha
 from training.checkpoint import CONFIG, revisions
-from training.data import EMBEDDED
+from training.images import EMBEDDED
 from training.monitor import read_metrics
 
 CARD = "README.md"

@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from models.progress import progress_bar
-from training.data import EMBEDDED, ImageData, Order, TrainingData, decode_image, in_unit_range, moved, open_dataset, undecoded
+from training.data import ImageData, Order, TrainingData, in_unit_range, moved
+from training.images import EMBEDDED, decode_image, label_values, open_dataset, undecoded
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def at_hand(data: ImageData | ImageStream, flag: str) -> ImageData:
 
 
 def open_stream(name: str, resolution: int, split: str, image_column: str, label_column: str | None, shuffle_buffer: int) -> ImageStream:
-    """Open a data set to be read while training; see `training.data.load_images` for what it may be.
+    """Open a data set to be read while training; see `training.packing.load_images` for what it may be.
 
     Labels that are no `ClassLabel` are numbered in sorted order, for which all of them are read once.
 
@@ -149,10 +150,7 @@ def _class_names(name: str, table: Any, column: str) -> tuple[str, ...]:
     if hasattr(feature, "names"):
         return tuple(feature.names)
     rows = progress_bar(table.select_columns([column]), f"reading the labels of {name}", unit=" images")
-    values = {row[column] for row in rows}
-    if not all(isinstance(value, str | int) for value in values):
-        raise ValueError(f"the column {column!r} of {name} holds no labels but {feature}; labels are whole numbers or words")
-    return tuple(str(value) for value in sorted(values))
+    return tuple(str(value) for value in label_values(name, table, column, (row[column] for row in rows)))
 
 
 class Streams(Order):

@@ -20,7 +20,7 @@ from models.files import sha256, written_aside
 from models.pipeline import Pipeline, to_uint8
 from models.precision import precision
 from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
-from training.data import cache_dir, load_images
+from training.packing import cache_dir, load_images
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "models/pretrained/openmoji-decayed"
 TOLERANCE = 1.02
