@@ -13,9 +13,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,106 +23,42 @@ from typing import Any
 from filelock import FileLock
 
 from app import judging
-from app.catalog import PRETRAINED, find, sources
+from app.catalog import PRETRAINED, sources
 from app.job_files import (
     ACTIVE,
     CONFIG,
     EVALUATION,
-    FAILED,
     FINISHED,
     JOB,
     LOG,
     QUEUED,
     RUNNING,
     STOPPING,
-    TRAINING,
     Job,
-    curve_of,
     json_of,
-    log_of,
     options_of,
     pace_of,
-    part_of,
     queued_at,
     read_job,
     saved_step,
-    state_of,
-    wanted_steps,
 )
-from app.job_flags import MAX_TEXT, OWN_OPTIONS, flag_names, parse, plain
-from app.job_process import ROOT, ask_to_stop, kill, launch, process_of, trained_outside
+from app.job_flags import MAX_TEXT, flag_names, parse, plain
+from app.job_process import ask_to_stop, kill, launch, process_of, trained_outside
+from app.job_request import folder_of_images, pair_of, settled
+from app.job_status import Status, status_of
 from app.libraries import load_libraries
 from models.files import remove, write_json
-from training.images import EMBEDDED, holds_images
+from training.images import EMBEDDED
 
 LOCK, EVALUATIONS, ARCHIVE = ".jobs.lock", ".evaluations", ".archive"  # in the folder of runs; runs have no dot
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 VERSIONS = "unread_versions"  # of the weights that an evaluation is about, until somebody has read them
 SAME_SPEED = ("backbone", "size", "depth", "resolution", "patch_size", "vae")  # runs that agree in these are about as fast
 MAY_CHANGE = ("max_train_steps", "max_train_minutes")  # when a run goes on
-MOST = {"resolution": 1024, "train_batch_size": 4096, "gradient_accumulation_steps": 4096}
 MAX_QUEUED = 32
 KILL_AFTER_S = 5.0  # a second "stop" before that is a double click, after it an order
 LOCK_S = 30.0
 MOVE_S = 5.0  # how often the queue is looked at
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a run stands.
-
-    Attributes:
-        name: of the run; of an evaluation its number.
-        kind: "training" or "evaluation".
-        folder: where it is.
-        state: "queued", "running", "stopping" (it saves), "finished", "failed" or "interrupted" (stopped, or its process died).
-        message: one line for people; of a failed run the error.
-        position: in the queue, from 1; 0 if it is not queued.
-        options: flags of the training script; of an evaluation see `app.judging`.
-        started_at: seconds since 1970; None if it never was, or was started without the page.
-        log: of a failed run the last lines.
-    """
-
-    name: str
-    kind: str
-    folder: Path
-    state: str
-    message: str
-    position: int
-    options: dict[str, Any]
-    started_at: float | None
-    log: tuple[str, ...]
-
-    @property
-    def active(self) -> bool:
-        """It runs or will; else it can be resumed or deleted."""
-        return self.state in ACTIVE
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: last one that was logged or saved.
-        of: steps in all; None where minutes are counted.
-        images_per_s: lately.
-        seconds_left: of a running one, as far as that can be told.
-        part: what it is at beside its steps, as `models.progress` tells it: an evaluation has only such parts.
-        curve: lines of metrics.jsonl ("step", "loss", "images_per_s", "block_norms", ...), evenly thinned to `MAX_POINTS`.
-        sample: newest grid of samples.
-        log: last lines.
-    """
-
-    step: int
-    of: int | None
-    images_per_s: float | None
-    seconds_left: float | None
-    part: dict[str, Any] | None
-    curve: list[dict[str, Any]]
-    sample: Path | None
-    log: tuple[str, ...]
 
 
 class Jobs:
@@ -147,21 +83,11 @@ class Jobs:
             ValueError: a name that is taken or no plain word, options that the training script refuses, or a pair of two plain ones.
         """
         checked = {}
-        for each, given in self._pair(name, options) if pair else [(name, options)]:
-            run, settled = self._new(each), self._settled(given)
-            values = parse(settled, run)
-            checked[each] = {option: values[option] for option in settled}
+        for each, given in pair_of(name, options, self.runs, self.data) if pair else [(name, options)]:
+            run, asked = self._new(each), settled(given, self.runs, self.data)
+            values = parse(asked, run)
+            checked[each] = {option: values[option] for option in asked}
         return checked
-
-    def _pair(self, name: str, options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        values = parse(self._settled(options), self.runs / "pair")
-        from models.shortcut import SCHEDULES  # `parse` has loaded the libraries
-
-        fades = values["alpha_min"] < 1 or values["alpha_eff"] is not None or not SCHEDULES[values["shortcut_schedule"]].takes_alpha_min
-        if not fades and not values["learnable_alpha"]:
-            raise ValueError("a pair needs an alpha_min below 1 for the decayed one")
-        plain_one = {**options, "alpha_min": 1.0, "alpha_eff": None, "shortcut_schedule": None, "learnable_alpha": None}
-        return [(f"{name}-plain", plain_one), (f"{name}-decayed", options)]
 
     def warm_up(self) -> None:
         """Import the training scripts, so that the first check does not wait for it."""
@@ -211,7 +137,7 @@ class Jobs:
         """
         options = judging.checked(options, self.runs)
         if options["reference"] != EMBEDDED:
-            options["reference"] = self._images("reference", options["reference"])
+            options["reference"] = folder_of_images("reference", options["reference"], self.data)
         weights = judging.weights_of(options["checkpoints"], sources(self.runs))  # read before the others have to wait
         with self._locked_then_started():
             if any(status.active and _is_about(status.options, options, weights) for status in self._statuses()):
@@ -280,7 +206,7 @@ class Jobs:
         """
         with self._locked():
             run = self._find(name)
-            status, job = self._status(run), read_job(run)
+            status, job = status_of(run), read_job(run)
             if not status.active:
                 raise ValueError(f"{name} does not run; it is {status.state}")
             process = process_of(run, job) if job else None
@@ -402,37 +328,13 @@ class Jobs:
             (self.runs / ARCHIVE / name).rename(self._free(name))
         return self.status(name)
 
-    def progress(self, name: str, status: Status | None = None, brief: bool = False) -> Progress:
-        """How far a run is, and the curves, pictures and words that it left so far.
-
-        Args:
-            status: of the run, where it is known already.
-            brief: without the curves, pictures and words, for which many files are read.
-        """
-        run = status.folder if status else self._find(name)
-        status, job, config = status or self._status(run), read_job(run), json_of(run / CONFIG)
-        logged_step, rate = pace_of(run)
-        step, of = max(saved_step(run), logged_step), wanted_steps(run, job)
-        left = []
-        if status.state == RUNNING and of and rate and "images_a_step" in config:
-            left.append((of - step) * config["images_a_step"] / rate)
-        if status.state == RUNNING and status.started_at and (minutes := {**config, **status.options}.get("max_train_minutes")):
-            left.append(max(0.0, 60 * minutes - (time.time() - status.started_at)))
-        part = part_of(run) if status.active and job and process_of(run, job) else None  # else of a process that was killed
-        so_far = Progress(step, of, rate, min(left, default=None), part, curve=[], sample=None, log=())
-        if brief:
-            return so_far
-        samples = {int(path.stem[5:]): path for path in (run / "samples").glob("step-*.png") if path.stem[5:].isdigit()}
-        sample = samples[max(samples)] if samples else None
-        return replace(so_far, curve=curve_of(run), sample=sample, log=log_of(run, 0))
-
     def estimate(self, options: dict[str, Any]) -> float | None:
         """About how many minutes a training will take here, after the newest run of the same network on images of the same size.
 
         Raises:
             ValueError: options that the training script refuses.
         """
-        wanted = parse(self._settled(options), self.runs / "estimate")
+        wanted = parse(settled(options, self.runs, self.data), self.runs / "estimate")
         minutes = [wanted["max_train_minutes"]] if wanted["max_train_minutes"] is not None else []
         alike = [run for run in self._runs() if all(json_of(run / CONFIG).get(key) == wanted.get(key) for key in SAME_SPEED)]
         rates = {run: rate for run in alike if (rate := pace_of(run)[1])}
@@ -480,67 +382,20 @@ class Jobs:
         return self.runs / name
 
     def _require_idle(self, run: Path) -> None:
-        if (state := self._status(run).state) in ACTIVE:
+        if (state := status_of(run).state) in ACTIVE:
             raise ValueError(f"{run.name} is {state}; stop it first" + ", and let it save" * (state == STOPPING))
 
     def _require_training(self, folder: Path) -> None:
         if folder.parent != self.runs:
             raise ValueError("this is an evaluation; it can be stopped or deleted, and asked for anew")
 
-    def _settled(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options with folders as absolute paths, each of which the page may read."""
-        options = plain(options)
-        if taken := [option for option in OWN_OPTIONS if option in options]:
-            raise ValueError(f"--{taken[0]} is not for the form; the page gives it")
-        for option, most in MOST.items():
-            if _number(options.get(option)) > most:
-                raise ValueError(f"--{option} is {options[option]}; the page starts trainings up to {most}")
-        if "init_from" in options:
-            source = find(options["init_from"], self.runs)
-            if not source.is_newest:
-                raise ValueError(
-                    f"--init_from {options['init_from']}: trainings begin with the newest weights of a run; give its name alone"
-                )
-            options["init_from"] = str(source.folder.resolve())
-        if "train_data_dir" in options:
-            options["train_data_dir"] = self._images("train_data_dir", str(options["train_data_dir"]))
-        for option, folder_of in {"dataset_name": self._images, "vae": self._folder}.items():  # names of the hub, or folders
-            name = str(options.get(option, EMBEDDED))
-            there = any((base / name).exists() for base in (ROOT, self.data or Path.cwd()))
-            if name != EMBEDDED and (there or not HUB_NAME.fullmatch(name)):
-                options[option] = folder_of(option, name)
-        return options
-
-    def _images(self, option: str, name: str) -> str:
-        """A folder with images; what is wrong with them only reading tells."""
-        folder = self._folder(option, name)
-        if not holds_images(Path(folder)):
-            raise ValueError(f"--{option} {name} holds no images; give one that does")
-        return folder
-
-    def _folder(self, option: str, name: str) -> str:
-        folder = ((self.data or Path.cwd()) / name).resolve()
-        if self.data and not folder.is_relative_to(self.data):
-            raise ValueError(f"--{option} {name} lies outside of {self.data}; this page reads no other folders")
-        if not folder.is_dir():
-            raise ValueError(f"--{option} {name} is not a folder; give the path of one")
-        return str(folder)
-
     def _statuses(self) -> list[Status]:
         """Of all runs, with places in the queue."""
         outside = cache(trained_outside)  # looked for once, and only if a run needs it
-        statuses = [self._status(folder, outside) for folder in (*self._runs(), *self._evaluations())]
+        statuses = [status_of(folder, outside) for folder in (*self._runs(), *self._evaluations())]
         queue = sorted((status for status in statuses if status.state == QUEUED), key=lambda status: queued_at(status.folder))
         position = {status.name: i for i, status in enumerate(queue, 1)}
         return [replace(status, position=position.get(status.name, 0)) for status in statuses]
-
-    def _status(self, run: Path, outside: Callable[[], Container[Path]] | None = None) -> Status:
-        job = read_job(run)
-        lives = job is not None and process_of(run, job) is not None
-        state, message = state_of(run, job, lives, outside or trained_outside)
-        log = log_of(run, job.log_begins) if state == FAILED and job else ()
-        kind = job.kind if job else TRAINING
-        return Status(run.name, kind, run, state, message, 0, options_of(run, job), job.started_at if job else None, log)
 
     def _places(self, statuses: list[Status]) -> int:
         """Free ones; what was started without the page takes none."""
@@ -603,14 +458,6 @@ def _note(evaluation: Path, weights: list[str], versions: list[judging.Version |
     """Which weights an evaluation is about; versions as long as these are to be read. Only with the lock."""
     if (job := read_job(evaluation)) is not None:
         write_json(evaluation / JOB, asdict(replace(job, options={**job.options, "weights": weights, VERSIONS: versions})))
-
-
-def _number(value: Any) -> float:
-    """0 for what is none; the script tells that."""
-    try:
-        return float(value or 0)
-    except ValueError:
-        return 0.0
 
 
 def _no_run(name: Any) -> str:

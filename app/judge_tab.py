@@ -8,7 +8,8 @@ import gradio as gr
 
 from app import judging, render
 from app.catalog import all_results, sources
-from app.jobs import Jobs, Status
+from app.job_status import Status
+from app.jobs import Jobs
 from app.plots import text
 from app.site import AS_SENT, LATEST, QUIET, Site, Updates, clears
 from app.train_tab import FIELDS, form_errors, unseen

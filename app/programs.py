@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from app.catalog import all_results, card, checkpoints, variants
-from app.jobs import Jobs, Status
+from app.job_status import Status, progress_of
+from app.jobs import Jobs
 from app.judge_tab import measured
 from app.recipe import of_image
 from app.render import png_url
@@ -180,9 +181,10 @@ def _trainings(jobs: Jobs) -> None:
             at besides, as an evaluation always is ("part" in words, "done", "of", "seconds_left"), or null.
         """
         with page_errors():
-            progress = jobs.progress(name, brief=True)
+            status = jobs.status(name)
+            progress = progress_of(status, brief=True)
             told_of = {key: getattr(progress, key) for key in ("step", "of", "seconds_left", "part")}
-            return {**told(jobs.status(name)), **told_of}
+            return {**told(status), **told_of}
 
     def trainings() -> list[dict]:
         """All runs and evaluations: first those that run, then the queue in its order, then the others.

@@ -13,7 +13,8 @@ from app import render
 from app.catalog import checkpoints
 from app.job_files import TRAINING
 from app.job_flags import ALL_PRESETS, advice, choices
-from app.jobs import Jobs, Status
+from app.job_status import Status
+from app.jobs import Jobs
 from app.site import AS_SENT, AT_ONCE, LATEST, QUIET, Site, Updates, Values, clears, page_errors
 from app.train_view import details_of, overview_of, possible, state_words, time_words, title_of
 

@@ -9,7 +9,8 @@ from typing import Any
 from app import judging, render
 from app.job_files import CONFIG, EVALUATION, QUEUED, RUNNING, TRAINING, json_of
 from app.job_flags import ALL_PRESETS
-from app.jobs import Jobs, Progress, Status
+from app.job_status import Progress, Status, progress_of
+from app.jobs import Jobs
 from app.plots import Line, plot, text
 
 NO_RUN = '<p class="empty small">No run yet. Give one a name, choose a preset, and press <b>Start</b>.</p>'
@@ -51,7 +52,7 @@ def overview_of(jobs: Jobs, statuses: Sequence[Status]) -> str:
         return NO_RUN
     rows = []
     for status in statuses:
-        progress, done = jobs.progress(status.name, status, brief=True), ""
+        progress, done = progress_of(status, brief=True), ""
         if status.kind == TRAINING:
             done = f"step {progress.step:,}" + (f" of {progress.of:,}" if progress.of else "")
             if status.state == RUNNING and progress.seconds_left is not None:
@@ -89,7 +90,7 @@ def on_their_way(jobs: Jobs, statuses: Sequence[Status]) -> str:
     for status in statuses:
         if status.kind == EVALUATION and status.active:
             title = f"<b>{text(title_of(status))}</b> {_badge(status)}"
-            told.append(f'<p class="result">{title}</p>{part_of(jobs.progress(status.name, status, brief=True))}')
+            told.append(f'<p class="result">{title}</p>{part_of(progress_of(status, brief=True))}')
     return f"<h3>On their way</h3>{''.join(told)}" if told else ""
 
 
@@ -97,7 +98,7 @@ def details_of(jobs: Jobs, status: Status | None, other: Status | None) -> str:
     """Curves, newest samples and last words of a run, and the curves of another one beside them."""
     if status is None:
         return ""
-    progress = jobs.progress(status.name, status)
+    progress = progress_of(status)
     log = "\n".join(progress.log[-12:])
     # open: Gradio puts each new version into the old one's elements, and would close at every look what the visitor opened
     words = f'<p class="protocol">Last lines of its log</p><pre class="log">{text(log) or "nothing yet"}</pre>'
@@ -113,7 +114,7 @@ def details_of(jobs: Jobs, status: Status | None, other: Status | None) -> str:
     facts += [f"{progress.images_per_s:.0f} images/s"] if progress.images_per_s else []
     facts += [f"{time_words(progress.seconds_left)} left"] if progress.seconds_left is not None else []
     facts += [text(status.message)]
-    runs = [(status.name, progress), *([(other.name, jobs.progress(other.name, other))] if other else [])]
+    runs = [(status.name, progress), *([(other.name, progress_of(other))] if other else [])]
     colours = _colours([status.folder, *([other.folder] if other else [])])
     curves = f'<div class="plots">{_curves(runs, colours)}</div>' if any(each.curve for _, each in runs) else NO_CURVES
     samples = "".join(_sample(name, each) for name, each in runs)

@@ -4,20 +4,16 @@ python -m eval.tables --results eval/results
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
+from eval.curves import FD, KNN, RMS, Panel, Result, best, by_block, curves, neighbours, percent, points, unbroken
 from eval.intervals import of_repeats, verdict
-from eval.measure import best_row, shown_k
+from eval.measure import shown_k
 from eval.pictures import save
 from eval.quick import FOLDS, IMAGES
 from models.files import Parser, one_line_errors, read_json, written_aside
@@ -26,8 +22,6 @@ from models.shortcut import effective_alpha
 from training.checkpoint import revisions
 from training.comparisons import COMPARISONS, RESULTS
 
-Result = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Number:
@@ -35,24 +29,24 @@ class Number:
 
     Attributes:
         value: of a result; None where it was not asked for.
-        less_is_better: None where neither is.
+        lower_is_better: None where neither is.
     """
 
     value: Callable[[Result], float | None]
-    less_is_better: bool | None = False
+    lower_is_better: bool | None = False
 
 
 NUMBERS = {
-    "FD (Lite0)": Number(lambda result: result["fd"]["value"] if "fd" in result else None, less_is_better=True),
-    "KD (Lite0)": Number(lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, less_is_better=True),
-    "kNN, %": Number(lambda result: 100 * _neighbours(_best(result)) if "probe" in result else None),
-    "held out, %": Number(lambda result: 100 * _best(result)["linear"]["held_out_accuracy"] if "probe" in result else None),
+    "FD (Lite0)": Number(lambda result: result["fd"]["value"] if "fd" in result else None, lower_is_better=True),
+    "KD (Lite0)": Number(lambda result: result["fd"]["metrics"]["KD"]["value"] if "fd" in result else None, lower_is_better=True),
+    "kNN, %": Number(lambda result: 100 * neighbours(best(result)) if "probe" in result else None),
+    "held out, %": Number(lambda result: 100 * best(result)["linear"]["held_out_accuracy"] if "probe" in result else None),
     "linear probe, %": Number(lambda result: 100 * result["probe"]["value"] if "probe" in result else None),
-    "kNN, last block, %": Number(lambda result: _percent(_neighbours(last)) if (last := _last(result)) else None),
-    "linear probe, last block, %": Number(lambda result: _percent(last["linear"]["value"]) if (last := _last(result)) else None),
-    "effective rank (entropy)": Number(lambda result: _best(result)["rank_entropy"] if "probe" in result else None, less_is_better=None),
-    "loss": Number(lambda result: result["curves"][-1]["loss"] if result["curves"] else None, less_is_better=None),
-    "largest RMS": Number(lambda result: max((value for _, value in points(result, RMS)), default=None), less_is_better=None),
+    "kNN, last block, %": Number(lambda result: percent(neighbours(last)) if (last := _last(result)) else None),
+    "linear probe, last block, %": Number(lambda result: percent(last["linear"]["value"]) if (last := _last(result)) else None),
+    "effective rank (entropy)": Number(lambda result: best(result)["rank_entropy"] if "probe" in result else None, lower_is_better=None),
+    "loss": Number(lambda result: result["curves"][-1]["loss"] if result["curves"] else None, lower_is_better=None),
+    "largest RMS": Number(lambda result: max((value for _, value in points(result, RMS)), default=None), lower_is_better=None),
 }
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")
@@ -72,56 +66,11 @@ INTRODUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A panel of a figure.
-
-    Attributes:
-        label: of its axis.
-        value: of a line of the log, or of a row of the probe; None where it was not asked for.
-        log: whether the axis is logarithmic.
-    """
-
-    label: str
-    value: Callable[[Result], float | None]
-    log: bool = False
-
-
-FD = Panel("FD (Lite0) of a quick look", lambda line: line.get("fd"))
-RMS: Panel = Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True)
-KNN = Panel("kNN of a quick look, %", lambda line: _percent(line.get("probe_knn")))
-CURVES = (
-    Panel("loss", lambda line: line["loss"]),
-    FD,
-    KNN,
-    Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
-    RMS,
-)
-BY_BLOCK = (
-    Panel("kNN, %", lambda row: _percent(_neighbours(row))),
-    Panel("linear probe, %", lambda row: _percent(row["linear"]["value"])),
-    Panel("effective rank (entropy)", lambda row: row["rank_entropy"]),
-    Panel("mean norm of the features", lambda row: row["norm"], log=True),
-)
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _best(result: Result) -> Result:
-    return best_row(result["probe"]["results"])
-
-
 def _last(result: Result) -> Result | None:
     """Where the paper probes autoencoders: the mean of all tokens behind the last block. None for other networks."""
     if "probe" not in result or result["config"]["backbone"] != "mae":
         return None
     return max((row for row in result["probe"]["results"] if row["pooling"] == "mean"), key=lambda row: row["block"])
-
-
-def _neighbours(row: Result) -> float:
-    return row["knn"][shown_k([row])]["value"]
 
 
 def read_results(folder: Path) -> dict[str, dict[str, dict[int, Result]]]:
@@ -177,11 +126,6 @@ def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, floa
     return ahead[last_behind + 1][0] if last_behind + 2 < len(ahead) else None
 
 
-def unbroken(arms: Mapping[str, Mapping[int, Result]]) -> dict[str, Mapping[int, Result]]:
-    """The arms of which no training broke down: means of the seeds that are left would flatter the others."""
-    return {arm: of_seeds for arm, of_seeds in arms.items() if not any("broke" in result for result in of_seeds.values())}
-
-
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
     """Markdown: a row for each arm, with its difference from the first; below, how trainings broke down, and the differences of
     faded arms from the arm with skips alone."""
@@ -200,7 +144,7 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
         if not found:
             return ""
         mean, low, high = found
-        return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}], {_in_words(low, high, NUMBERS[name].less_is_better)}"
+        return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}], {_verdict(low, high, NUMBERS[name].lower_is_better)}"
 
     base = next(iter(arms))
     lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
@@ -229,80 +173,11 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
     return lines
 
 
-def _in_words(low: float, high: float, less_is_better: bool | None) -> str:
+def _verdict(low: float, high: float, lower_is_better: bool | None) -> str:
     """The verdict on a difference's interval."""
-    if less_is_better is None:
+    if lower_is_better is None:
         return "lower" if high < 0 else "higher" if low > 0 else "undecided"
-    return verdict(low, high, less_is_better)
-
-
-def points(result: Result, panel: Panel) -> list[tuple[int, float]]:
-    """(images seen, value) of a curve, where it has a finite one."""
-    found = [(line["images"], panel.value(line)) for line in result["curves"]]
-    return [(images, value) for images, value in found if value is not None and math.isfinite(value)]
-
-
-def images_a_minute(result: Result) -> float:
-    """Of the training, in the median over its log: other work on the machine, or a pause, counts little. NaN without a log."""
-    return 60 * median([line["images_per_s"] for line in result["curves"]] or [math.nan])
-
-
-def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure | None:
-    """Over images seen, and over training time: a colour for each arm, a line for each seed. None where nothing was logged.
-
-    A panel shows what all runs have looked at, but for those that broke down before that.
-    """
-    runs = [result for of_seeds in (unbroken(arms) or arms).values() for result in of_seeds.values()]
-    shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
-    if not shown:
-        return None
-    figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
-    for row, panel in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
-        for style, result in _styled(arms):
-            images, values = zip(*points(result, panel) or [(0, math.nan)], strict=True)
-            row[0].plot(images, values, **style)
-            row[1].plot([each / images_a_minute(result) for each in images], values, **style)
-        for axes, below in zip(row, ("images seen", "minutes of training, at a run's median speed"), strict=True):
-            _finish(axes, below, panel)
-        row[0].xaxis.set_major_formatter(EngFormatter())
-    _legend(figure)
-    return figure
-
-
-def by_block(arms: Mapping[str, Mapping[int, Result]]) -> tuple[Figure, str]:
-    """The probe by block, of the mean of all tokens at one time for all: a colour for each arm, a line for each seed.
-
-    Returns:
-        The figure, and in words where that is.
-    """
-    time = _best(next(iter(next(iter(arms.values())).values())))["time"]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2).flat, BY_BLOCK, strict=True):
-        for style, result in _styled(arms):
-            rows = [row for row in result["probe"]["results"] if (row["time"], row["pooling"]) == (time, "mean")]
-            known = [(row["block"], value) for row in rows if (value := panel.value(row)) is not None]
-            axes.plot([block for block, _ in known], [value for _, value in known], marker="o", markersize=3, **style)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        _finish(axes, "block", panel)
-    _legend(figure)
-    return figure, "by block, of the mean of all tokens" + (f" at t = {time:g}" if time is not None else "")
-
-
-def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str, Any], Result]]:
-    """Every run with how it is drawn; the first of an arm has its name."""
-    for i, (arm, of_seeds) in enumerate(arms.items()):
-        for j, result in enumerate(of_seeds.values()):
-            yield {"color": f"C{i}", "linewidth": 1.2, "label": arm if j == 0 else None}, result
-
-
-def _finish(axes: Axes, below: str, panel: Panel) -> None:
-    axes.set(xlabel=below, ylabel=panel.label, yscale="log" if panel.log else "linear")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure) -> None:
-    """One for all panels, above them, where it hides no curve."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return verdict(low, high, lower_is_better)
 
 
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
@@ -324,8 +199,8 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     if "probe" in result:
         probe = result["probe"]
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
-        best = f"the block (and time) that is best on held-out training images, k = {shown_k([_best(result)])}"
-        parts.append(f"probed on {images}, at {best}, rank over {probe['rank_images']:,} images")
+        where = f"the block (and time) that is best on held-out training images, k = {shown_k([best(result)])}"
+        parts.append(f"probed on {images}, at {where}, rank over {probe['rank_images']:,} images")
     if "fd" in result:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from eval import tables
+from eval import curves, tables
 from tests.conftest import ROOT, script_environment, wait_for
 from training import campaign
 from training.campaign import main, require_common, runs_of
@@ -361,10 +361,10 @@ def test_crossings_are_told_seed_by_seed() -> None:
     plain, decayed = log(probe_knn=[0.2, 0.2, 0.2], fd=[9, 9, 9]), log(probe_knn=[0.1, 0.3, 0.3], fd=[8, 8, 8])
     arms = {"plain": {0: plain, 1: plain}, "decayed": {0: decayed, 1: plain, 2: decayed}}
     told = "Ahead of plain in {}, for two looks or more and to the end: decayed {} (seed 0), never (seed 1)."
-    assert tables.crossings(arms, tables.KNN, 1) == told.format(tables.KNN.label, "from 20 images on")
-    assert tables.crossings(arms, tables.FD, -1) == told.format(tables.FD.label, "from the first look on")
+    assert tables.crossings(arms, curves.KNN, 1) == told.format(curves.KNN.label, "from 20 images on")
+    assert tables.crossings(arms, curves.FD, -1) == told.format(curves.FD.label, "from the first look on")
     without = {arm: {0: log(probe_knn=[None])} for arm in arms}
-    assert tables.crossings(without, tables.KNN, 1) == "", "nothing was looked at"
+    assert tables.crossings(without, curves.KNN, 1) == "", "nothing was looked at"
 
 
 def test_differences_over_images_are_told(tmp_path: Path) -> None:
@@ -385,10 +385,10 @@ def test_differences_over_images_are_told(tmp_path: Path) -> None:
 
 def test_curves_leave_out_what_is_missing_or_infinite() -> None:
     result = log(probe_knn=[None, 0.5, math.nan], block_norms=[[1.0, 2.0], [math.inf, 1.0], None])
-    (largest,) = (panel for panel in tables.CURVES if panel.label == "largest RMS of a block")
-    assert tables.points(result, tables.KNN) == [(20, 50.0)]
-    assert tables.points(result, largest) == [(10, 2.0)]
-    assert tables.points(result, tables.FD) == []
+    (largest,) = (panel for panel in curves.CURVES if panel.label == "largest RMS of a block")
+    assert curves.points(result, curves.KNN) == [(20, 50.0)]
+    assert curves.points(result, largest) == [(10, 2.0)]
+    assert curves.points(result, curves.FD) == []
 
 
 def test_blocks_are_compared_at_one_place() -> None:
@@ -404,7 +404,7 @@ def test_blocks_are_compared_at_one_place() -> None:
         return {"probe": {"results": rows}}
 
     arms = {"plain": {0: run(0.7, missing=0)}, "decayed": {0: run(0.5, missing=None)}}
-    figure, where = tables.by_block(arms)
+    figure, where = curves.by_block(arms)
     assert where == "by block, of the mean of all tokens at t = 0.7"
     knn, _, rank, _ = figure.axes
     assert [line.get_xydata().tolist() for line in knn.lines] == [[[0, 0], [1, 10], [2, 20]]] * 2
@@ -419,14 +419,14 @@ def test_curves_are_drawn_over_images_and_over_time() -> None:
         "plain": {0: log(loss=[3, 2], images_per_s=[5, 5]), 1: log(loss=[2, 1], images_per_s=[5, 5])},
         "decayed": {0: log(loss=[4, 2], images_per_s=[10, 10])},
     }
-    over_images, over_time = tables.curves(arms).axes  # what no run has looked at gets no panel
+    over_images, over_time = curves.curves(arms).axes  # what no run has looked at gets no panel
     assert [line.get_xydata().tolist() for line in over_images.lines] == [[[10, 3], [20, 2]], [[10, 2], [20, 1]], [[10, 4], [20, 2]]]
     assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 300, 20 / 300, 20 / 600])
     assert len({line.get_color() for line in over_images.lines}) == 2, "a colour for each arm"
 
 
 def test_time_is_that_of_training() -> None:
-    assert tables.images_a_minute(log(images_per_s=[5, 1, 7])) == 60 * 5
+    assert curves.images_a_minute(log(images_per_s=[5, 1, 7])) == 60 * 5
 
 
 def test_folders_without_results_are_told(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from app.job_files import (
     curve_of,
     part_of,
 )
+from app.job_status import progress_of
 from app.jobs import Jobs
 from app.judge_tab import leaderboard, measured, on_their_way_and_found
 from app.render import result_words
@@ -130,21 +131,21 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     assert [status.name for status in jobs.all()] == ["first", "second", "third"]
     stopped = jobs.stop("third")
     assert (stopped.state, stopped.message) == (INTERRUPTED, "stopped; there is no checkpoint yet")
-    wait_for(lambda: len(jobs.progress("first").curve) >= 2)
-    progress = jobs.progress("first")
+    wait_for(lambda: len(progress_of(jobs.status("first")).curve) >= 2)
+    progress = progress_of(jobs.status("first"))
     assert 0 < progress.step < progress.of == 100_000 and progress.seconds_left > 0
     assert any("images/s" in line for line in progress.log)
 
     # stopping saves; then comes the next one's turn, and it fails
     assert jobs.stop("first").state == STOPPING
     wait_for(lambda: not jobs.status("first").active)
-    stopped, step = jobs.status("first"), jobs.progress("first").step
+    stopped, step = jobs.status("first"), progress_of(jobs.status("first")).step
     assert stopped.state == INTERRUPTED
     assert (int(re.fullmatch(r"stopped; the last checkpoint is of step (\d+)", stopped.message)[1])) == step >= 4
     wait_for(lambda: not jobs.status("second").active)
     failed = jobs.status("second")
     assert failed.state == FAILED and "a.png" in failed.message and "\n" not in failed.message
-    assert failed.message in failed.log[-1] and jobs.progress("second").step == 0
+    assert failed.message in failed.log[-1] and progress_of(jobs.status("second")).step == 0
 
     # it goes on where it was, to an end that was moved
     with pytest.raises(ValueError, match="only max_train_steps and max_train_minutes can"):
@@ -152,9 +153,9 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     assert jobs.resume("first", {"max_train_steps": step + 4}).state == RUNNING
     wait_for(lambda: not jobs.status("first").active)
     finished = jobs.status("first")
-    assert (finished.state, finished.message) == (FINISHED, f"all {step + 4:,} steps are done"), jobs.progress("first").log
+    assert (finished.state, finished.message) == (FINISHED, f"all {step + 4:,} steps are done"), progress_of(jobs.status("first")).log
     assert Pipeline.from_pretrained(jobs.runs / "first").config.training["steps"] == step + 4
-    steps = [line["step"] for line in jobs.progress("first").curve]
+    steps = [line["step"] for line in progress_of(jobs.status("first")).curve]
     assert steps == sorted(set(steps)) and steps[-1] == step + 4
     with pytest.raises(ValueError, match="give it more"):
         jobs.resume("first")
@@ -169,8 +170,8 @@ def test_a_preset_of_the_masked_autoencoders_runs_their_script(jobs: Jobs, image
     process = psutil.Process(json.loads((jobs.runs / "masked" / JOB).read_text())["pid"])
     wait_for(lambda: any("train_mae.py" in word for word in process.cmdline()))  # a moment after it was forked it has the page's
     wait_for(lambda: not jobs.status("masked").active)
-    assert jobs.status("masked").state == FINISHED, jobs.progress("masked").log
-    progress = jobs.progress("masked")
+    assert jobs.status("masked").state == FINISHED, progress_of(jobs.status("masked")).log
+    progress = progress_of(jobs.status("masked"))
     assert (progress.step, progress.of, progress.sample) == (2, 2, jobs.runs / "masked/samples/step-2.png")
     config = json.loads((jobs.runs / "masked/config.json").read_text())
     assert (config["preset"], config["backbone"], config["alpha_min"], config["long_skips"]) == ("mae-openmoji-plain", "mae", 1.0, False)
@@ -336,7 +337,7 @@ def test_what_became_of_a_run_is_read_from_its_files(
     status = jobs.status("mine")
     assert status.state == expected[0] and status.message.startswith(expected[1])
     assert bool(status.log) == (status.state == FAILED) and len(status.log) <= 40
-    assert jobs.progress("mine").seconds_left is None
+    assert progress_of(jobs.status("mine")).seconds_left is None
 
 
 def test_old_words_do_not_speak_of_a_new_attempt(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +379,7 @@ def test_damaged_files_hide_no_run(jobs: Jobs) -> None:
         (jobs.runs / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "images_per_s": 1}\n{"step": 2, "lo')
     (jobs.runs / "a" / "config.json").write_text("\0")
     assert {status.name: status.state for status in jobs.all()} == dict.fromkeys("abcd", INTERRUPTED)
-    assert [jobs.progress(name).step for name in "abcd"] == [1, 1, 1, 1]
+    assert [progress_of(jobs.status(name)).step for name in "abcd"] == [1, 1, 1, 1]
 
 
 def test_progress_of_a_running_one(jobs: Jobs, process: Callable) -> None:
@@ -388,7 +389,7 @@ def test_progress_of_a_running_one(jobs: Jobs, process: Callable) -> None:
     (run / "samples").mkdir()
     for name in ("step-500.png", "step-1500.png", "step-x.png", ".step-9999.png.partial-1"):
         (run / "samples" / name).touch()
-    progress = jobs.progress("mine")
+    progress = progress_of(jobs.status("mine"))
     assert (progress.step, progress.of, progress.images_per_s) == (20_000, 30_000, 50.0)
     assert progress.seconds_left == pytest.approx(10_000 * 5 / 50)
     assert len(progress.curve) == MAX_POINTS
@@ -399,7 +400,7 @@ def test_progress_of_a_running_one(jobs: Jobs, process: Callable) -> None:
     job = json.loads((run / JOB).read_text())
     job |= {"options": {**options, "max_train_minutes": 10}, "started_at": time.time() - 590}
     (run / JOB).write_text(json.dumps(job))
-    assert jobs.progress("mine").seconds_left == pytest.approx(10, abs=5), "whichever ends it first"
+    assert progress_of(jobs.status("mine")).seconds_left == pytest.approx(10, abs=5), "whichever ends it first"
 
 
 def test_a_table_of_many_runs_reads_the_curves_of_each_once(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +431,7 @@ def test_of_a_long_training_only_what_is_shown_is_kept(jobs: Jobs, monkeypatch: 
     for _ in range(3):  # as it grows
         with (run / "metrics.jsonl").open("a") as file:
             file.write("{}\n")
-        progress = jobs.progress("mine")
+        progress = progress_of(jobs.status("mine"))
         assert (progress.step, progress.images_per_s, len(progress.curve)) == (10 * MAX_POINTS, 5.0, MAX_POINTS)
     assert len(read) == 3 * 10 * MAX_POINTS and sum(line() is not None for line in read) <= 3 * MAX_POINTS
 
@@ -499,7 +500,7 @@ def test_names_that_are_no_plain_words_are_refused(jobs: Jobs, name: object) -> 
     for use in (lambda: jobs.start(name, FLAGS), lambda: jobs.check(name, FLAGS), lambda: jobs.rename("mine", name)):
         with pytest.raises(ValueError, match="the name of a run must be"):
             use()
-    for use in (jobs.status, jobs.stop, jobs.resume, jobs.delete, jobs.progress, lambda name: jobs.rename(name, "other")):
+    for use in (jobs.status, jobs.stop, jobs.resume, jobs.delete, lambda name: jobs.rename(name, "other")):
         with pytest.raises(ValueError, match="there is no run"):
             use(name)
     assert {path.name for path in jobs.runs.iterdir()} <= {"mine", ".jobs.lock"}
@@ -527,7 +528,7 @@ def test_nothing_is_overwritten_and_links_that_lead_out_are_no_runs(jobs: Jobs, 
         for use in (lambda name=name: jobs.start(name, FLAGS), lambda name=name: jobs.rename("mine", name)):
             with pytest.raises(ValueError, match="already"):
                 use()
-    for use in (jobs.delete, jobs.progress, jobs.stop, jobs.resume):
+    for use in (jobs.delete, jobs.status, jobs.stop, jobs.resume):
         with pytest.raises(ValueError, match="there is no run"):
             use("link")
     assert [status.name for status in jobs.all()] == ["mine"]
@@ -838,15 +839,15 @@ def test_an_evaluation_tells_how_far_it_is(jobs: Jobs, tmp_path: Path, monkeypat
     program += "; bar.update(2); time.sleep(1); bar.update(2); time.sleep(600)"
     monkeypatch.setattr(judging, "command", lambda *_: ["-c", program])
     name = jobs.judge({"measure": "FD", "checkpoints": ["openmoji-plain"], "num_samples": 64}).name
-    wait_for(lambda: (jobs.progress(name).part or {}).get("done") == 4)
-    assert jobs.progress(name).part["seconds_left"] > 0
+    wait_for(lambda: (progress_of(jobs.status(name)).part or {}).get("done") == 4)
+    assert progress_of(jobs.status(name)).part["seconds_left"] > 0
     status = jobs.status(name)
     for shown in (overview_of(jobs, [status]), details_of(jobs, status, None), on_their_way(jobs, [status])):
         assert "generating: 4 of 8, " in shown and "left of this part" in shown
         assert time.strftime("FD of openmoji-plain, 64 images, %Y-%m-%d ", time.localtime(status.started_at)) in shown
     jobs.stop(name)
     wait_for(lambda: not jobs.status(name).active)
-    assert jobs.progress(name).part is None and on_their_way(jobs, jobs.all()) == ""
+    assert progress_of(jobs.status(name)).part is None and on_their_way(jobs, jobs.all()) == ""
 
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress.json"))
     for _ in progress_bar(range(3), desc="probing"):
@@ -859,10 +860,10 @@ def test_what_a_killed_process_was_at_is_not_told_of_another(jobs: Jobs, process
     write_job(jobs, "mine", process())
     run = write_run(jobs, "mine", saved=2, max_train_steps=50)
     write_json(run / PART, told)
-    assert jobs.progress("mine").part == told
+    assert progress_of(jobs.status("mine")).part == told
     (run / JOB).write_text(json.dumps(asdict(Job(FLAGS, 1.0, pid=2**22 - 1, process_began=0.0, started_at=1.0))))
     process("", "training/train_diffusion.py", f"--output_dir={run}")  # goes on in a shell
-    assert jobs.status("mine").message == "started outside the page" and jobs.progress("mine").part is None
+    assert jobs.status("mine").message == "started outside the page" and progress_of(jobs.status("mine")).part is None
 
 
 def test_only_times_that_can_be_told_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
