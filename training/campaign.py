@@ -5,6 +5,7 @@ A training that breaks down (a loss or weights that are not finite, features tha
 python -m training.campaign mae-64px --data ../tiny-imagenet-100 --seeds 0,1,2 --max_minutes 9 --at_once 3
 """
 
+import argparse
 import contextlib
 import math
 import os
@@ -317,8 +318,8 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main() -> None:
-    """The command line."""
+def parser() -> Parser:
+    """Flags of the command line."""
     listed = "\n".join(f"  {name:18} {each.about}" for name, each in COMPARISONS.items())
     flags = Parser(
         prog="python -m training.campaign",
@@ -333,60 +334,80 @@ def main() -> None:
     flags.add_argument("--at_once", type=int, default=1, help="runs side by side on this device (default: %(default)s)")
     flags.add_argument("--output", type=Path, default=Path("runs/campaign"), help="folder of the runs (default: %(default)s)")
     flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one file a run (default: %(default)s)")
-    parsed, more = flags.parse_known_args()
+    return flags
+
+
+def check(asked: argparse.Namespace, more: list[str]) -> tuple[list[int], list[str]]:
+    """The seeds and the arms that are asked for.
+
+    Raises:
+        ValueError: flags that say nothing or contradict each other, images that are not there, folders that cannot be written: not
+            after hours of training.
+    """
+    require_common(asked.name, more)
+    try:
+        seeds = list(dict.fromkeys(int(seed) for seed in asked.seeds.split(",")))
+    except ValueError:
+        raise ValueError(f"--seeds {asked.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
+    arms = list(COMPARISONS[asked.name].arms)
+    chosen = asked.arms.split(",") if asked.arms else arms
+    if unknown := [arm for arm in chosen if arm not in arms]:
+        raise ValueError(f"--arms: {asked.name} has no {', '.join(unknown)}; choose from {', '.join(arms)}")
+    if asked.at_once < 1:
+        raise ValueError(f"--at_once is {asked.at_once}; at least one run must go on")
+    if asked.max_minutes is not None and not 60 * asked.max_minutes > 2 * SAVING_S:
+        raise ValueError(f"--max_minutes is {asked.max_minutes:g}; nothing can be done in less than {2 * SAVING_S / 60:.1f}, give more")
+    if asked.data.startswith(("/", ".", "~")) and not Path(asked.data).exists():
+        raise ValueError(f"--data {asked.data} does not exist; give a folder, a hub name, or openmoji")
+    if Path(asked.data).exists() and not holds_images(Path(asked.data)):
+        raise ValueError(f"--data {asked.data} holds no images; point to a folder that does")
+    for flag, folder in {"--output": asked.output, "--results": asked.results}.items():
+        require_writable(folder.resolve() / asked.name, f"choose another {flag}")
+    return seeds, chosen
+
+
+@contextlib.contextmanager
+def _alone(output: Path, comparison: str) -> Iterator[None]:
+    """While it lasts no other campaign works on these runs; ValueError if one does."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / f".{comparison}.lock", blocking=False):
+            yield
+    except Timeout:
+        taken = f"{output / comparison} is being worked on by another campaign"
+        raise ValueError(f"{taken}; wait for it, or give another --output") from None
+
+
+def main() -> None:
+    """The command line."""
+    asked, more = parser().parse_known_args()
     with one_line_errors(), _ended_as_by_ctrl_c():
-        require_common(parsed.name, more)
-        try:
-            seeds = list(dict.fromkeys(int(seed) for seed in parsed.seeds.split(",")))
-        except ValueError:
-            raise ValueError(f"--seeds {parsed.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
-        arms = list(COMPARISONS[parsed.name].arms)
-        chosen = parsed.arms.split(",") if parsed.arms else arms
-        if unknown := [arm for arm in chosen if arm not in arms]:
-            raise ValueError(f"--arms: {parsed.name} has no {', '.join(unknown)}; choose from {', '.join(arms)}")
-        if parsed.at_once < 1:
-            raise ValueError(f"--at_once is {parsed.at_once}; at least one run must go on")
-        if parsed.max_minutes is not None and not 60 * parsed.max_minutes > 2 * SAVING_S:
-            raise ValueError(
-                f"--max_minutes is {parsed.max_minutes:g}; nothing can be done in less than {2 * SAVING_S / 60:.1f}, give more"
-            )
-        data = str(Path(parsed.data).resolve()) if Path(parsed.data).exists() else parsed.data  # the commands run elsewhere
-        deadline = time.monotonic() + 60 * parsed.max_minutes if parsed.max_minutes else math.inf
-        runs = runs_of(parsed.name, seeds, parsed.output.resolve(), parsed.results.resolve())
-        mine = [run for run in runs if run.arm in chosen]
-        if data.startswith(("/", ".", "~")) and not Path(data).exists():
-            raise ValueError(f"--data {data} does not exist; give a folder, a hub name, or openmoji")
-        if Path(data).exists() and not holds_images(Path(data)):
-            raise ValueError(f"--data {data} holds no images; point to a folder that does")
-        for flag, folder in {"--output": parsed.output, "--results": parsed.results}.items():  # not after hours of training
-            require_writable(folder.resolve() / parsed.name, f"choose another {flag}")
-        lock = FileLock(parsed.output / f".{parsed.name}.lock", blocking=False)
-        parsed.output.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            folder = parsed.output / parsed.name
-            raise ValueError(f"{folder} is being worked on by another campaign; wait for it, or give another --output") from None
+        seeds, arms = check(asked, more)
+        data = str(Path(asked.data).resolve()) if Path(asked.data).exists() else asked.data  # the commands run elsewhere
+        deadline = time.monotonic() + 60 * asked.max_minutes if asked.max_minutes else math.inf
+        runs = runs_of(asked.name, seeds, asked.output.resolve(), asked.results.resolve())
+        mine = [run for run in runs if run.arm in arms]
 
         def compare_all() -> list[bool]:
             return [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
 
-        with contextlib.suppress(ValueError):  # what a slice before had no time for; should it fail, that is told when all is trained
-            compare_all()
-        done = sum(run.result.is_file() for run in mine)
-        with tqdm(total=len(mine), initial=done, desc=parsed.name, unit=" runs", disable=None) as bar:
-            for run in work(mine, data, deadline, parsed.at_once, more):
-                bar.update()
-                found = read_json(run.result)
-                told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[parsed.name].judges if name in found)
-                tqdm.write(f"{run.result}: {told or found['broke']}")
-        compared = compare_all()
+        with _alone(asked.output, asked.name):
+            with contextlib.suppress(ValueError):  # what a slice before had no time for; should it fail, that is told when all is trained
+                compare_all()
+            done = sum(run.result.is_file() for run in mine)
+            with tqdm(total=len(mine), initial=done, desc=asked.name, unit=" runs", disable=None) as bar:
+                for run in work(mine, data, deadline, asked.at_once, more):
+                    bar.update()
+                    found = read_json(run.result)
+                    told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[asked.name].judges if name in found)
+                    tqdm.write(f"{run.result}: {told or found['broke']}")
+            compared = compare_all()
         done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""
         alike = "the same command without --arms" if mine_done == len(mine) < len(runs) else "the same command"
         rest = "" if done == len(runs) and all(compared) else f"; {alike} goes on"
-        print(f"{parsed.name}: {done} of {len(runs)} runs are done{told}{rest}")
+        print(f"{asked.name}: {done} of {len(runs)} runs are done{told}{rest}")
 
 
 if __name__ == "__main__":
