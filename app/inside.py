@@ -50,7 +50,7 @@ def sample_features(comparison: Comparison, runs: Path, cache: PipelineCache = l
     kept: list[list[list[np.ndarray]]] = [[] for _ in pipelines]
     images: tuple[np.ndarray, ...] = ()
     blocks: list[list[int]] = []
-    frames = sample(comparison, runs, cache)
+    frames = sample(comparison, runs, cache, pipelines)
     try:
         with closing(frames):
             for frame in frames:
@@ -176,5 +176,7 @@ def _square(picture: Path, edge: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"this picture has more than {MAX_PIXELS // 10**6} million pixels; make it smaller")
             return centre_square(image, edge).copy()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds, of what a camera wrote beside the pixels too
         raise ValueError("this file is no picture that can be read; give a PNG or a JPEG") from error

@@ -150,6 +150,6 @@ def advice(options: dict[str, Any]) -> str:
     network = _network(parse(options, Path("advice")))
     if network is None:
         return ""
-    window = advised(network.shortcuts, network.config.shortcut_schedule)
-    told = [f"The depth rule advises {window} for {len(network.shortcuts)} sub-layers"] if window else []
+    window = advised(network.shortcuts, network.config.shortcut_schedule, network.config.shortcut_placement)
+    told = [f"The depth rule advises {window}"] if window else []
     return "".join(f"{line}. " for line in [*told, *warnings_for(network.alphas)]).rstrip()

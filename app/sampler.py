@@ -5,7 +5,7 @@ import pickle
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,20 @@ class PipelineCache:
             return pipeline
 
     def let_go(self) -> None:
-        """Of all, so that a training finds room on the GPU; what is asked for again is loaded anew."""
-        with self._lock:
-            if self._loaded:
+        """Of all, where there is a GPU, so that a training finds room on it; what is asked for again is loaded anew.
+
+        It does not wait for a checkpoint that is being loaded: whoever starts trainings keeps others waiting.
+        """
+        if not self._loaded:
+            return
+        import torch
+
+        if torch.cuda.is_available() and self._lock.acquire(timeout=1):
+            try:
                 self._loaded.clear()
-                _give_back()
+            finally:
+                self._lock.release()
+            _give_back()
 
 
 def _load(source: Source) -> "Pipeline":
@@ -117,7 +126,7 @@ def _put_weights(model: Any, source: Source) -> None:
 loaded = PipelineCache()
 
 
-def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) -> Frames:
+def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded, pipelines: "Sequence[Pipeline] | None" = None) -> Frames:
     """Sample the sides of a comparison; image i of each comes from noise seeded seed + i.
 
     All take a step at once, each on its part of the cores. Closing the iterator ends the sampling within a step.
@@ -126,6 +135,7 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
         comparison: what to sample; a random seed is drawn here, and told in the recipe.
         runs: folder of the runs.
         cache: where loaded pipelines are kept.
+        pipelines: those of the sides, where somebody holds them already.
 
     Yields:
         A frame after each step, and a last one with `done`.
@@ -133,6 +143,13 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
     Raises:
         ValueError: an unknown checkpoint, label or sampler.
     """
+    try:
+        yield from _sample(comparison, runs, cache, pipelines)
+    finally:
+        _give_back()  # when nothing of the sampling is held any more
+
+
+def _sample(comparison: Comparison, runs: Path, cache: PipelineCache, pipelines: "Sequence[Pipeline] | None") -> Frames:
     comparison = comparison.settled()
     cards = cards_of([side.checkpoint for side in comparison.sides], runs)
     settings = [comparison.of(side) for side in comparison.sides]
@@ -140,7 +157,7 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
     shared = [(each, label) for each, label, side in zip(cards, labels, comparison.sides, strict=True) if "label" not in side.own]
     if len(meant := {each.class_names[label] for each, label in shared if label is not None and each.class_names}) > 1:
         raise ValueError(f"label {comparison.shared.label} stands for {' and '.join(sorted(meant))} here; give the name of one")
-    pipelines = [cache.get(each.source) for each in cards]
+    pipelines = pipelines or [cache.get(each.source) for each in cards]
     samplers = [
         pipeline.samplers[0] if own.sampler == OWN_SAMPLER else own.sampler for pipeline, own in zip(pipelines, settings, strict=True)
     ]
@@ -153,22 +170,18 @@ def sample(comparison: Comparison, runs: Path, cache: PipelineCache = loaded) ->
     states: list[Any] = [None] * len(streams)
     images: list[Any] = [None] * len(streams)
     started = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(len(streams), initializer=_take_cores, initargs=(len(streams),)) as together:
-            while True:
-                going = [i for i, state in enumerate(states) if state is None or state.step < state.num_steps]
-                for i, state in zip(going, together.map(next, [streams[i] for i in going]), strict=True):
-                    states[i] = state
-                    images[i] = _picture(pipelines[i], state)
-                longest = max(states, key=lambda state: state.num_steps)
-                done = all(state.step == state.num_steps for state in states)
-                wall_s = time.perf_counter() - started
-                yield Frame(tuple(images), longest.step, longest.num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
-                if done:
-                    return
-    finally:
-        del streams, states
-        _give_back()
+    with ThreadPoolExecutor(len(streams), initializer=_take_cores, initargs=(len(streams),)) as together:
+        while True:
+            going = [i for i, state in enumerate(states) if state is None or state.step < state.num_steps]
+            for i, state in zip(going, together.map(next, [streams[i] for i in going]), strict=True):
+                states[i] = state
+                images[i] = _picture(pipelines[i], state)
+            longest = max(states, key=lambda state: state.num_steps)
+            done = all(state.step == state.num_steps for state in states)
+            wall_s = time.perf_counter() - started
+            yield Frame(tuple(images), longest.step, longest.num_steps, wall_s, {**recipe, "wall_s": round(wall_s, 3)}, done)
+            if done:
+                return
 
 
 def _give_back() -> None:
@@ -215,7 +228,7 @@ def _precision() -> str:
     return precision("auto")
 
 
-def _environment(pipelines: "list[Pipeline]", settings: list[Settings]) -> dict[str, Any]:
+def _environment(pipelines: "Sequence[Pipeline]", settings: list[Settings]) -> dict[str, Any]:
     import diffusers
     import torch
 

@@ -108,7 +108,7 @@ class FolderImages(Dataset):
 
 @torch.inference_mode()
 def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> tuple[np.ndarray, ...]:
-    """Features (N, D) float32 of uint8 images for each layer of the extractor, in their order; one batch of images is held at a time.
+    """Features (N, D) float32 of uint8 images for each layer of the extractor, in their order; two batches of images are held at a time.
 
     Several processes take turns at the batches, which stay the same, and all get everything.
 
@@ -134,12 +134,17 @@ def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size:
 
 def _read(images: Dataset, batches: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
     """Batches uint8 (B, 3, H, W), by threads that read the next one while the last is worked on: decoders let go of Python's lock."""
-    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as readers:
-        coming: list[Future[Tensor]] = []
+    readers = ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0))))
+    reading: list[Future[Tensor]] = []
+    try:
         for batch in [*batches, (0, 0)]:
-            reading, coming = coming, [readers.submit(images.__getitem__, i) for i in range(*batch)]
-            if reading:
-                yield torch.stack([each.result() for each in reading])
+            coming = [readers.submit(images.__getitem__, i) for i in range(*batch)]
+            ready = torch.stack([each.result() for each in reading]) if reading else None
+            reading = coming
+            if ready is not None:
+                yield ready
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 def extract_features(images: Dataset, extractor: FeatureExtractorBase, batch_size: int, about: str) -> np.ndarray:

@@ -19,7 +19,7 @@ import psutil
 
 EXIT_BAD_INPUT = 2
 HEARD_S = 3.0  # within that a launcher notices that a process has ended, and ends the others
-OUT_OF_MEMORY = r"out of memory|can't allocate memory|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # the last ones of a full GPU
+OUT_OF_MEMORY = r"out of memory|can't allocate memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
 # what torch's backends say where a process waits for another one: gloo names its transport, NCCL speaks of a remote process
 LOST_PROCESS = r"gloo/transport|remote process exit|Connection (reset|closed) by peer"
 INDEX = "model_index.json"  # names the parts of a checkpoint; a folder that has one can be loaded

@@ -171,8 +171,8 @@ def describe(shortcuts: Sequence[Shortcut]) -> str:
     if not fading:
         return "plain shortcuts"
     kinds = {shortcut.kind for shortcut in fading}
-    chosen = _in_the_fall(shortcuts)
-    first, last = chosen[0].value, chosen[-1].value
+    chosen = [shortcut.value for shortcut in shortcuts if shortcut.kind in kinds]  # the first of a fall has alpha 1
+    first, last = chosen[0], chosen[-1]
     parts = [f"alpha {first:.3g}" if first == last else f"alpha {first:.3g} -> {last:.3g}"]
     parts += [f"{kind} only" for kind in kinds if len(kinds) < len({shortcut.kind for shortcut in shortcuts})]
     parts += [f"branches x {fading[0].branch_scale:.3g}"] if fading[0].branch_scale != 1 else []
@@ -214,20 +214,16 @@ def alpha_window(num_sublayers: int, schedule: str = "linear") -> tuple[float, f
     return alpha_min_for(num_sublayers, low, schedule), alpha_min_for(num_sublayers, high, schedule)
 
 
-def advised(shortcuts: Sequence[Shortcut], schedule: str = "linear") -> str | None:
+def advised(shortcuts: Sequence[Shortcut], schedule: str = "linear", placement: str = "both") -> str | None:
     """What the depth rule advises for a network, in words: its window without what is unstable; None for a schedule without alpha_min."""
     if not SCHEDULES[schedule].takes_alpha_min:
         return None
-    low, high = alpha_window(len(_in_the_fall(shortcuts)), schedule)
+    num_sublayers = sum(placement in ("both", shortcut.kind) for shortcut in shortcuts)
+    low, high = alpha_window(num_sublayers, schedule)
     if high <= UNSTABLE_UP_TO:
         return "more blocks"
-    return f"alpha_min from {low:.2f} to {high:.2f}" if low > UNSTABLE_UP_TO else f"alpha_min above {UNSTABLE_UP_TO:g}, up to {high:.2f}"
-
-
-def _in_the_fall(shortcuts: Sequence[Shortcut]) -> list[Shortcut]:
-    """Those of the kinds that fade (where none does: all); the first of a fall has alpha 1."""
-    kinds = {shortcut.kind for shortcut in shortcuts if not shortcut.is_plain}
-    return [shortcut for shortcut in shortcuts if not kinds or shortcut.kind in kinds]
+    window = f"from {low:.2f} to {high:.2f}" if low > UNSTABLE_UP_TO else f"above {UNSTABLE_UP_TO:g}, up to {high:.2f}"
+    return f"alpha_min {window} for {num_sublayers} sub-layers"
 
 
 def warnings_for(alphas: Sequence[float]) -> list[str]:

@@ -83,7 +83,9 @@ def to_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def to_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) -> images, float32 (N, 3, H, W) in [-1, 1] but for overshoot."""
     z = (latents / vae.config.scaling_factor + _shift(vae)).to(vae.device, vae.dtype)
-    return torch.cat([vae.decode(each[None]).sample.float() for each in z])  # one by one: at full size memory is short
+    rounds = torch.is_autocast_enabled(z.device.type) and torch.get_autocast_dtype(z.device.type) != torch.float16
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=rounds):  # in fp16 some decoders, such as SDXL's, overflow
+        return torch.cat([vae.decode(each[None]).sample.float() for each in z])  # one by one: at full size memory is short
 
 
 @torch.inference_mode()

@@ -426,7 +426,7 @@ def test_a_side_may_have_settings_of_its_own(runs: Path) -> None:
     assert not told["same_noise"] and "steps 7, seed 9, label no label" in render.stage(frames[-1])
 
 
-def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path) -> None:
+def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = PipelineCache(size=2)
     paths = [Path(shutil.copytree(runs / "tiny-plain", tmp_path / str(i))) for i in range(3)]
     sources = [Source(path, averaged=False) for path in paths]
@@ -437,6 +437,10 @@ def test_the_cache_is_bounded_and_notices_changes(runs: Path, tmp_path: Path) ->
     os.utime(paths[0] / INDEX, ns=(1, 1))
     assert (again := cache.get(sources[0])) is not first and sources[0].hash == before, "the same bytes"
     cache.let_go()
+    assert cache.get(sources[0]) is again, "there is no GPU to make room on"
+    with monkeypatch.context() as there:
+        there.setattr("torch.cuda.is_available", lambda: True)
+        cache.let_go()
     assert cache.get(sources[0]) is not again
     (paths[0] / INDEX).write_text((paths[0] / INDEX).read_text() + "\n")
     assert sources[0].hash != before

@@ -213,6 +213,9 @@ def test_a_reconstruction_keeps_what_is_visible(runs: Path, tmp_path: Path) -> N
     turned[0x0112] = 6  # as of a phone that was held upright: to be turned to the right
     Image.open(picture).save(lying := tmp_path / "lying.png", exif=turned)
     np.testing.assert_array_equal(reconstruct(MAES[:1], runs, lying, 0.5)[0][1][0], np.rot90(np.asarray(Image.open(picture)), -1))
+    Image.open(picture).save(tmp_path / "damaged.png", exif=b"Exif\0\0II*\0")
+    with pytest.raises(ValueError, match="no picture that can be read"):
+        reconstruct(MAES[:1], runs, tmp_path / "damaged.png", 0.5)
     (tmp_path / "no.png").write_bytes(b"GIF89a")
     for names, file, ratio in ((["runs/x"], picture, 0.5), (MAES, picture, 1.0), (MAES, tmp_path / "no.png", 0.5)):
         with pytest.raises(ValueError) as error:

@@ -964,12 +964,15 @@ def test_the_queue_has_an_end(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
     assert [status.name for status in full.all()] == ["b"] and full.start("a", FLAGS).position == 2
 
 
-def test_what_cannot_be_started_fails_and_holds_up_nobody(jobs: Jobs) -> None:
+def test_what_cannot_be_started_fails_and_holds_up_nobody(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(job_process.loaded, "let_go", lambda: asked.append(True))
     write_job(jobs, "mine", options={**FLAGS, "image_column": "a\0b"})
     (jobs.runs / "yours" / LOG).mkdir(parents=True)
     (jobs.runs / "yours" / JOB).write_text((jobs.runs / "mine" / JOB).read_text())
     jobs.all()
     assert {(status.state, status.message.split(" (")[0]) for status in jobs.all()} == {(FAILED, "it could not be started")}
+    assert len(asked) == 2, "the page's networks make room on the GPU for what begins"
 
 
 def test_looking_makes_nothing(jobs: Jobs) -> None:

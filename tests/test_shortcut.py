@@ -87,16 +87,15 @@ def test_importing_models_is_cheap() -> None:
     ("blocks", "placement", "words"),
     [
         (4, "both", "more blocks"),
-        (6, "both", "alpha_min above 0.4, up to 0.41"),
-        (12, "both", "alpha_min from 0.53 to 0.66"),
-        (12, "mlp", "alpha_min above 0.4, up to 0.41"),
+        (6, "both", "alpha_min above 0.4, up to 0.41 for 12 sub-layers"),
+        (12, "both", "alpha_min from 0.53 to 0.66 for 24 sub-layers"),
+        (12, "mlp", "alpha_min above 0.4, up to 0.41 for 12 sub-layers"),
     ],
 )
 def test_what_is_unstable_is_not_advised(blocks: int, placement: str, words: str) -> None:
     for alpha_min in (0.7, 1):
         shortcuts = make_shortcuts(("attention", "mlp") * blocks, alpha_min, placement=placement)
-        if alpha_min < 1 or placement == "both":
-            assert advised(shortcuts) == words
+        assert advised(shortcuts, "linear", placement) == words
     assert advised(shortcuts, "sqrt-half") is None
 
 

@@ -186,7 +186,7 @@ def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(
     more = ["--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume_from_checkpoint", "latest"]
     assert run_here(*run_flags(shards, resumed), *more)[0] == 0
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    for steps, flags in ((4, []), (7, ["--resume_from_checkpoint", "latest"])):
+    for steps, flags in ((2, []), *((steps, ["--resume_from_checkpoint", "latest"]) for steps in (4, 7))):  # resumed, and once more
         done = run_script(*launcher, *run_flags(shards, spread), "--gradient_accumulation_steps", 2, "--max_train_steps", steps, *flags)
         assert done.returncode == 0, done.stderr
 

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 ORDER = {"models": 0, "training": 1, "eval": 2, "app": 2}
 MODULES = [path for folder in ORDER for path in sorted((ROOT / folder).glob("*.py"))]
+SUM = r"addcmul|torch\.add\(|alpha \* |\* (\w+\.)?alpha\b|\balpha=(\w+\.)?alpha\b|\.mul_?\((\w+\.)?alpha|lerp.*\balpha\b"
 BACKBONES = {"dit", "uvit", "unet", "mae"}
 
 
@@ -46,7 +47,7 @@ def test_imports_run_leftward(path: Path) -> None:
 def test_the_equation_stands_in_one_place() -> None:
     for path in MODULES:
         if path.name != "shortcut.py":
-            found = re.search(r"addcmul|torch\.add\(|alpha \* |\* (self\.)?alpha\b", path.read_text())
+            found = re.search(SUM, path.read_text())
             assert not found, f"{path} writes the decayed sum once more ({found[0]}); use decayed_add"
 
 
