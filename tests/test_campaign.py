@@ -176,7 +176,8 @@ def test_what_is_compared_is_known_by_its_arms(tmp_path: Path) -> None:
     ("flags", "told"),
     [
         (["--seeds", "a"], "whole numbers"),
-        (["--arms", "plain,faded"], "demo has no faded; choose from plain, decayed"),
+        (["--arms", "plain,faded"], "demo has no 'faded'; choose from plain, decayed"),
+        (["--arms", ""], "demo has no ''; choose from"),
         (["--at_once", "0"], "at least one"),
         (["--data", "/nowhere"], "does not exist"),
         (["--data", "models"], "holds no images"),

@@ -350,9 +350,9 @@ def check(asked: argparse.Namespace, more: list[str]) -> tuple[list[int], list[s
     except ValueError:
         raise ValueError(f"--seeds {asked.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
     arms = list(COMPARISONS[asked.name].arms)
-    chosen = asked.arms.split(",") if asked.arms else arms
+    chosen = arms if asked.arms is None else asked.arms.split(",")
     if unknown := [arm for arm in chosen if arm not in arms]:
-        raise ValueError(f"--arms: {asked.name} has no {', '.join(unknown)}; choose from {', '.join(arms)}")
+        raise ValueError(f"--arms: {asked.name} has no {', '.join(map(repr, unknown))}; choose from {', '.join(arms)}")
     if asked.at_once < 1:
         raise ValueError(f"--at_once is {asked.at_once}; at least one run must go on")
     if asked.max_minutes is not None and not 60 * asked.max_minutes > 2 * SAVING_S:
