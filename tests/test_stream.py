@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from models.pipeline import Pipeline
+from tests.processes import run_together
 from training.packing import load_images
 from training.stream import ImageStream, Streams, at_hand, open_stream
 
@@ -30,12 +31,6 @@ def picture(number: int) -> Image.Image:
 
 def numbers(images: np.ndarray) -> list[int]:
     return [int(image[0, 0, 0]) // 5 for image in images]
-
-
-@pytest.fixture(autouse=True)
-def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` sleeps for 5 s at the end of an epoch, lest a process that ends then crash in Arrow; this process goes on."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture(scope="module")
@@ -176,18 +171,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(
-    shards: Path, run_here: Callable, run_script: Callable, tmp_path: Path
-) -> None:
+def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(shards: Path, run_here: Callable, tmp_path: Path) -> None:
     """Seven steps of 16 images: into the third epoch. Stopped after the first, in the middle of files."""
     alone, resumed, spread = (tmp_path / name for name in ("alone", "resumed", "spread"))
     assert run_here(*run_flags(shards, alone), "--gradient_accumulation_steps", 4, "--max_train_steps", 7)[0] == 0
     assert run_here(*run_flags(shards, resumed), "--gradient_accumulation_steps", 4, "--max_train_steps", 4)[0] == 0
     more = ["--gradient_accumulation_steps", 4, "--max_train_steps", 7, "--resume_from_checkpoint", "latest"]
     assert run_here(*run_flags(shards, resumed), *more)[0] == 0
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     for steps, flags in ((2, []), *((steps, ["--resume_from_checkpoint", "latest"]) for steps in (4, 7))):  # resumed, and once more
-        done = run_script(*launcher, *run_flags(shards, spread), "--gradient_accumulation_steps", 2, "--max_train_steps", steps, *flags)
+        done = run_together(2, *run_flags(shards, spread), "--gradient_accumulation_steps", 2, "--max_train_steps", steps, *flags)
         assert done.returncode == 0, done.stderr
 
     assert losses(resumed) == losses(alone)

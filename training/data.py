@@ -170,6 +170,9 @@ class Order:
             position, count = position + len(part), count - len(part)
         return torch.cat(found).numpy()
 
+    def close(self) -> None:
+        """To be called when no more are asked for."""
+
 
 def seed_of(*parts: int) -> int:
     """One 63-bit seed from several numbers, unlike those of neighbouring numbers. Zeros at the end do not count."""

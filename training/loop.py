@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -240,7 +241,7 @@ def train(
     bar = tqdm(
         total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
     )
-    with StopSignals(accelerator) as stop:
+    with StopSignals(accelerator) as stop, closing(order):
         while step < (options.max_train_steps or math.inf) and not stop.asked(step):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, step)

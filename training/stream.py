@@ -5,8 +5,10 @@ whichever process works on it. So N processes repeat one with N times the accumu
 it needs. An epoch of a stream is every image of its files once; a resumed run reads past those that it has seen.
 """
 
+import gc
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from torch import Tensor
 from models.progress import progress_bar
 from training.data import ImageData, Order, TrainingData, in_unit_range, moved
 from training.images import EMBEDDED, decode_image, label_values, open_dataset, undecoded
+
+ARROW_ENDS_S = 1.0  # its threads were seen to need a tenth of that
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,12 @@ def open_stream(name: str, resolution: int, split: str, image_column: str, label
     Raises:
         ValueError: nothing there, columns that are not, or the embedded data, which are packed.
     """
+    import datasets.config
+
     if name == EMBEDDED and not Path(name).is_dir():
         raise ValueError(f"the embedded {EMBEDDED} is drawn once and packed; leave --streaming away")
+    # seconds after every epoch of every stream, lest a process that ends then crash; `Streams.close` sees to that once
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     table = open_dataset(name, split, streaming=True)
     if table.features is None:
         raise ValueError(f"{name} does not tell its columns before it is read; leave --streaming away")
@@ -196,6 +204,14 @@ class Streams(Order):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.places, self.opened = dict(state["places"]), {}
+
+    def close(self) -> None:
+        """Let go of all that is open, before the process ends: Arrow's threads crash if they outlive Python (apache/arrow#45214)."""
+        self.reader.shutdown()
+        self.decoders.shutdown()
+        self.opened.clear()
+        gc.collect()
+        time.sleep(ARROW_ENDS_S)
 
 
 class _Stream:
