@@ -68,8 +68,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 def script_environment() -> dict[str, str]:
-    """Environment for subprocesses: the project is importable even where it is not installed, and tiny models stay on one thread."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Environment for subprocesses: the project is importable even where it is not installed, tiny models stay on one thread, and
+    a crash tells where."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture

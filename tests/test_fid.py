@@ -29,6 +29,7 @@ from eval.sources import open_source
 from models.dit import DiT
 from models.pipeline import SAMPLERS, Pipeline
 from tests.inception import write_inception
+from tests.processes import run_together
 from training.packing import load_images
 
 ROOT = Path(__file__).parent.parent
@@ -570,11 +571,7 @@ def test_the_same_images_whatever_the_number_of_processes(checkpoint: Path, fold
     outputs = {num: ["--json", tmp_path / f"{num}.json", "--save_npz", tmp_path / f"{num}.npz"] for num in (1, 2)}
     assert script(*flags, *outputs[1])[0] == 0
 
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "eval/fid.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, [*launch, *flags, *outputs[2]])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_together(2, "eval/fid.py", *flags, *outputs[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("samples against") == 1
     with np.load(tmp_path / "1.npz") as alone, np.load(tmp_path / "2.npz") as together:

@@ -18,6 +18,7 @@ from app.sampler import PipelineCache
 from models.pipeline import Pipeline
 from models.registry import load_backbone
 from tests.conftest import ROOT
+from tests.processes import run_together
 from training.sharding import check_shareable, trust_plain_data_alone
 
 FLAGS = "--resolution 16 --size XS --alpha_min 0.6 --train_batch_size 4 --mixed_precision no --report_to none"
@@ -26,12 +27,12 @@ MORE = "--logging_steps 1 --sample_steps 4 --checkpointing_steps 2 --ema_decay 0
 
 
 @pytest.fixture
-def sharded(image_folder: Path, run_script: Callable) -> Callable[..., subprocess.CompletedProcess]:
+def sharded(image_folder: Path) -> Callable[..., subprocess.CompletedProcess]:
     """sharded(2, "training/train_diffusion.py", "--output_dir", run): as many processes; returns once all have ended."""
 
     def run(processes: int, script: str, *flags: object) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "tests/sharded_on_cpu.py"]
-        return run_script(*launcher, script, "--train_data_dir", image_folder, *FLAGS.split(), *MORE.split(), *flags)
+        flags = ("--train_data_dir", image_folder, *FLAGS.split(), *MORE.split(), *flags)
+        return run_together(processes, "tests/sharded_on_cpu.py", script, *flags)
 
     return run
 

@@ -25,6 +25,7 @@ from models import Pipeline, create_model, effective_alpha
 from models.files import read_json, sha256
 from models.paths import data_from_prediction
 from tests.conftest import ROOT, script_environment, wait_for
+from tests.processes import run_together
 from training import train_mae
 from training.checkpoint import BROKE, averaged, checkpoints, continued, find_checkpoint, locked, revisions
 from training.command import describe, parse
@@ -174,7 +175,8 @@ def test_two_processes_go_on_with_what_one_began(train: Callable, image_folder: 
 
     told = by_two(tmp_path / "two", "--max_train_steps", 8, "--resume_from_checkpoint", "latest")
     assert told.count("going on with 2 processes: the same images and noise as before") == 1
-    by_two(tmp_path / "back", "--max_train_steps", 3)  # an odd number of micro-batches for each
+    odd = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "back", *TINY, "--max_train_steps", 3]  # micro-batches for each
+    assert run_together(2, SCRIPT, *odd).returncode == 0
     train(tmp_path / "back", "--max_train_steps", 8, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest")
     one, two, back = (without_speed(tmp_path / name) for name in ("one", "two", "back"))
     assert len(one) == len(two) == 4
@@ -353,14 +355,14 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(run_script: Callable, whole_run: Path, image_folder: Path) -> None:
+def test_a_run_is_not_overwritten_nor_resumed_as_another(run_here: Callable, whole_run: Path, image_folder: Path) -> None:
     base = [SCRIPT, "--train_data_dir", image_folder, "--output_dir", whole_run, *TINY, "--max_train_steps", 20]
-    again = run_script(*base)
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].startswith("error: ") and "--resume_from_checkpoint latest" in again.stderr
-    other = run_script(*base, "--resume_from_checkpoint", "latest", "--seed", 5)
-    assert other.returncode == 2
-    assert "seed was 0 and is 5" in other.stderr and "Traceback" not in other.stderr
+    code, _, errors = run_here(*base)
+    assert code == 2
+    assert errors.strip().splitlines()[-1].startswith("error: ") and "--resume_from_checkpoint latest" in errors
+    code, _, errors = run_here(*base, "--resume_from_checkpoint", "latest", "--seed", 5)
+    assert code == 2
+    assert "seed was 0 and is 5" in errors
 
 
 def test_an_end_is_asked_for(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -409,10 +411,9 @@ main({["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "ru
     assert Pipeline.from_pretrained(tmp_path / "run").config.training["steps"] == 1
 
 
-def test_a_preset_can_be_used_on_other_images(image_folder: Path, tmp_path: Path, run_script: Callable) -> None:
+def test_a_preset_can_be_used_on_other_images(image_folder: Path, tmp_path: Path, run_here: Callable) -> None:
     flags = ["--preset", "demo-plain", *TINY, "--max_train_steps", 1, "--train_data_dir", image_folder, "--output_dir", tmp_path / "run"]
-    done = run_script(SCRIPT, *flags)
-    assert done.returncode == 0, done.stderr
+    assert run_here(SCRIPT, *flags)[0] == 0
     assert Pipeline.from_pretrained(tmp_path / "run").config.training["data"] == str(image_folder)
 
 
@@ -430,12 +431,11 @@ def test_help_names_defaults_and_presets(capsys: pytest.CaptureFixture) -> None:
     assert "openmoji-decayed" in text and "(default: 64)" in text
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run_script: Callable, image_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run_here: Callable, image_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ["--max_train_steps", 50, "--checkpointing_steps", 1, "--learning_rate", "1e30", "--max_grad_norm", 0]
-    done = run_script(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
-    assert done.returncode == 1
-    assert "not finite" in done.stderr and "Traceback" not in done.stderr
+    code, _, errors = run_here(SCRIPT, "--train_data_dir", image_folder, "--output_dir", run, *TINY, *flags)
+    assert code == 1 and "not finite" in errors
     state = load_file(find_checkpoint(run, "latest") / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in state.values())
 
@@ -476,14 +476,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_features_that_explode_in_another_process_end_all(
-    image_folder: Path, run_script: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_that_explode_in_another_process_end_all(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(ONE_EXPLODES)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", 2]
     flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 4, "--probe_every", 2]
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    done = run_script(*launcher, tmp_path / "broken.py", SCRIPT, *flags)
+    done = run_together(2, tmp_path / "broken.py", SCRIPT, *flags)
     assert done.returncode and "error: after step 2 a block puts out numbers of size nan" in done.stderr, done.stderr
     assert "the features explode" in read_json(tmp_path / "run" / BROKE)["why"] and len(read_metrics(tmp_path / "run")) == 1
 
@@ -566,7 +562,7 @@ def test_the_accelerated_model_runs_in_the_wanted_precision(tiny_dit: Callable) 
     AcceleratorState._reset_state(True)
 
 
-def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run: Path, run_script: Callable, tmp_path: Path) -> None:
+def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", "--init_from", whole_run, "--max_train_steps", 1, "--learning_rate", 0)
     before, after = (Pipeline.from_pretrained(path) for path in (whole_run, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
@@ -581,12 +577,11 @@ def test_a_run_may_begin_with_the_weights_of_another(train: Callable, whole_run:
         "--backbone dit --objective ddpm --beta_schedule squaredcos_cap_v2 --no-long_skips --no-zero_init",
     ],
 )
-def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
+def test_every_backbone_and_objective_trains_and_samples(flags: str, image_folder: Path, run_here: Callable, tmp_path: Path) -> None:
     base, patch = TINY[:2] + TINY[6:], [] if "unet" in flags else TINY[2:4]  # without alpha_min
     command = [SCRIPT, "--train_data_dir", image_folder, "--output_dir", tmp_path, *base, *patch, *flags.split()]
     command += ["--train_batch_size", 2, "--alpha_eff", "0.05", "--max_train_steps", 2, "--sample_steps", 2]
-    done = run_script(*command)
-    assert done.returncode == 0, done.stderr
+    assert run_here(*command)[0] == 0
     pipeline = Pipeline.from_pretrained(tmp_path)
     images = pipeline(2, 0, num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
@@ -737,11 +732,11 @@ def test_latents_train_sample_and_are_published(train: Callable, run_script: Cal
         assert pipeline(2, 0, num_inference_steps=2, output_type="np").images.shape == (2, 16, 16, 3)
 
 
-def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, run_script: Callable, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_told(whole_run: Path, image_folder: Path, run_here: Callable, tmp_path: Path) -> None:
     flags = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 1]
-    result = run_script(SCRIPT, *flags, "--init_from", whole_run, "--size", "S")
-    assert result.returncode == 2
-    assert "does not fit" in result.stderr and result.stderr.count("\n") == 1
+    code, _, errors = run_here(SCRIPT, *flags, "--init_from", whole_run, "--size", "S")
+    assert code == 2
+    assert "does not fit" in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
