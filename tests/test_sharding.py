@@ -25,6 +25,9 @@ FLAGS = "--resolution 16 --size XS --alpha_min 0.6 --train_batch_size 4 --mixed_
 DEEPSPEED = "-m accelerate.commands.launch --config_file training/configs/deepspeed.yaml --num_processes 2 --main_process_port 0".split()
 MORE = "--logging_steps 1 --sample_steps 4 --checkpointing_steps 2 --ema_decay 0.9"
 
+# torch's gloo thread was seen to crash, in malloc, once in some 300 trainings that FSDP2 spreads over CPUs, where nobody does so
+gloo_may_crash = pytest.mark.flaky(reruns=1, only_rerun=["Segmentation fault", "SIGSEGV"])
+
 
 @pytest.fixture
 def sharded(image_folder: Path) -> Callable[..., subprocess.CompletedProcess]:
@@ -58,6 +61,7 @@ def assert_same_training(spread: Path, alone: Path) -> None:
                 torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
 
 
+@gloo_may_crash
 @pytest.mark.slow
 def test_sharded_over_two_then_four_processes_it_is_the_training_of_one(
     image_folder: Path, sharded: Callable, run_here: Callable, tmp_path: Path
@@ -76,6 +80,7 @@ def test_sharded_over_two_then_four_processes_it_is_the_training_of_one(
     assert_same_training(spread, alone)
 
 
+@gloo_may_crash
 @pytest.mark.slow
 def test_a_masked_autoencoder_is_sharded(image_folder: Path, sharded: Callable, run_here: Callable, tmp_path: Path) -> None:
     alone, spread = tmp_path / "alone", tmp_path / "spread"
@@ -94,6 +99,7 @@ def test_a_masked_autoencoder_is_sharded(image_folder: Path, sharded: Callable, 
     assert one.std() > 0.1
 
 
+@gloo_may_crash
 @pytest.mark.slow
 def test_a_unet_is_sharded_block_by_block(sharded: Callable, tmp_path: Path) -> None:
     done = sharded(2, "training/train_diffusion.py", "--backbone", "unet", "--output_dir", tmp_path / "run", "--max_train_steps", 2)
