@@ -1,7 +1,7 @@
 """Curves of what `training.campaign` measured: over images seen, over time, and block by block."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -79,6 +79,19 @@ def images_a_minute(result: Result) -> float:
     return 60 * median([line["images_per_s"] for line in result["curves"]] or [math.nan])
 
 
+def network(result: Result) -> tuple[Any, ...]:
+    """What tells how long a step takes, to a few percent."""
+    return tuple(result["config"].get(name) for name in ("backbone", "size", "depth", "resolution", "patch_size"))
+
+
+def fastest(results: Sequence[Result]) -> dict[tuple[Any, ...], float]:
+    """network -> images a minute of the run that had most of its machine to itself."""
+    speeds: dict[tuple[Any, ...], float] = {}
+    for result in results:
+        speeds[network(result)] = max(speeds.get(network(result), 0.0), images_a_minute(result))
+    return speeds
+
+
 def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure | None:
     """Over images seen, and over training time: a colour for each arm, a line for each seed. None where nothing was logged.
 
@@ -88,13 +101,14 @@ def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure | None:
     shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
     if not shown:
         return None
+    speeds = fastest(runs)
     figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
     for row, panel in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
         for style, result in _styled(arms):
             images, values = zip(*points(result, panel) or [(0, math.nan)], strict=True)
             row[0].plot(images, values, **style)
-            row[1].plot([each / images_a_minute(result) for each in images], values, **style)
-        for axes, below in zip(row, ("images seen", "minutes of training, at a run's median speed"), strict=True):
+            row[1].plot([each / speeds[network(result)] for each in images], values, **style)
+        for axes, below in zip(row, ("images seen", "minutes of training, at the fastest run's speed"), strict=True):
             _finish(axes, below, panel)
         row[0].xaxis.set_major_formatter(EngFormatter())
     _legend(figure)

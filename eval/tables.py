@@ -4,6 +4,7 @@ python -m eval.tables --results eval/results
 """
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from eval.curves import FD, KNN, RMS, Panel, Result, best, by_block, curves, nei
 from eval.intervals import of_repeats, verdict
 from eval.measure import shown_k
 from eval.pictures import save
+from eval.probed import Probed, compare
 from eval.quick import FOLDS, IMAGES
 from models.files import Parser, one_line_errors, read_json, written_aside
 from models.registry import in_words
@@ -48,21 +50,51 @@ NUMBERS = {
     "loss": Number(lambda result: result["curves"][-1]["loss"] if result["curves"] else None, lower_is_better=None),
     "largest RMS": Number(lambda result: max((value for _, value in points(result, RMS)), default=None), lower_is_better=None),
 }
+
+
+@dataclass(frozen=True)
+class Hope:
+    """What was hoped for before anything was measured, at 64 px after hundreds of epochs, and where to look.
+
+    Attributes:
+        number: a column.
+        hoped: in words.
+        as_ratio: else as a difference.
+        where: (comparison, arm, against) that answer it, the first that was measured does.
+    """
+
+    network: str
+    number: str
+    hoped: str
+    as_ratio: bool
+    where: tuple[tuple[str, str, str], ...]
+
+
+_MAE = (("mae-64px", "decayed", "plain"), ("mae-32px", "decayed-lr-0.0005", "skips"))
+_DIT = (("dit-64px", "decayed", "plain"), ("photographs", "decayed", "plain"))
+HOPES = (
+    Hope("masked autoencoder", "kNN, %", "1.6 times or more", True, _MAE),
+    Hope("masked autoencoder", "linear probe, %", "1.07 times or more", True, _MAE),
+    Hope("diffusion model", "FD (Lite0)", "0.8 times or less", True, _DIT),
+    Hope("diffusion model", "linear probe, %", "+3 or more", False, _DIT),
+)
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
     "Written by `python -m eval.tables --results FOLDER` from the JSON beside it.",
-    "`python -m training.campaign NAME --data FOLDER` repeats a comparison.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
     "Loss: of training images, the mean over the last steps, with weights that are not averaged; a lower one is no better by itself. "
     "Largest RMS: of a block's output for 64 images, in any line of the log.",
-    f"Quick looks are at {IMAGES:,} training images, of which {IMAGES // FOLDS:,} are judged: of their kNN, differences of 3 points and "
-    "less may be chance.",
+    "Verdicts are each for itself: of twenty undecided ones about one is called better or worse by chance.",
+    "Minutes of training: at the speed of the fastest run of a network in the comparison, since others shared their machine; arms "
+    "of one network cost the same to 2 % (tests/benchmarks/RESULTS.md).",
+    f"Quick looks (kNN: of the last block) are at {IMAGES:,} training images, of which {IMAGES // FOLDS:,} are judged: of their kNN, "
+    "differences of 3 points and less may be chance.",
 )
 
 
@@ -116,6 +148,29 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[floa
         return None
     found = of_repeats(differences)
     return found["value"], found["low"], found["high"]
+
+
+def hopes(found: Mapping[str, Mapping[str, Mapping[int, Result]]]) -> list[str]:
+    """Markdown: what was hoped for and what came, over training seeds; nothing where no comparison answers."""
+    lines = []
+    for hope in HOPES:
+        for comparison, arm, against in hope.where:
+            whole = unbroken(found.get(comparison, {}))
+            if arm not in whole or against not in whole:
+                continue
+            scale, back = (math.log, math.exp) if hope.as_ratio else (float, float)
+            ours, theirs = (
+                {seed: scale(value) for seed, result in whole[each].items() if (value := NUMBERS[hope.number].value(result))}
+                for each in (arm, against)
+            )
+            if change := paired(ours, theirs):
+                mean, low, high = map(back, change)
+                numbers = f"{mean:.2f} [{low:.2f}, {high:.2f}] times" if hope.as_ratio else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+                config = next(iter(whole[arm].values()))["config"]
+                where = f"`{comparison}` ({config['backbone']}-{config['size']}, {config['resolution']} px): {arm} against {against}"
+                lines.append(f"| {hope.network}, {hope.number} | {hope.hoped} | {numbers} | {where} |")
+                break
+    return ["| | hoped for at 64 px | measured | where |", "|---|---|---|---|", *lines, ""] if lines else []
 
 
 def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> int | None:
@@ -212,6 +267,21 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     return "; ".join(parts) + "."
 
 
+def commands(name: str, arms: Mapping[str, Mapping[int, Result]]) -> str:
+    """What repeats a comparison: a command for all arms, or one for those with the same seeds."""
+    alike: dict[str, list[str]] = {}
+    for arm, of_seeds in arms.items():
+        alike.setdefault(",".join(map(str, sorted(of_seeds))), []).append(arm)
+    every = len(alike) == 1 and len(arms) == len(COMPARISONS[name].arms)
+    compiled = any(result["config"].get("compile") for of_seeds in arms.values() for result in of_seeds.values())
+    more = " --compile" if compiled else ""
+    parts = [
+        f"`python -m training.campaign {name} --data FOLDER --seeds {seeds}{'' if every else ' --arms ' + ','.join(some)}{more}`"
+        for seeds, some in alike.items()
+    ]
+    return f"Repeated by {' and '.join(parts)}."
+
+
 def crossings(arms: Mapping[str, Mapping[int, Result]], panel: Panel, sign: int) -> str:
     """Where every arm gets ahead of the first in a panel's curve for good, seed by seed; empty where there is no such curve.
 
@@ -232,16 +302,31 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], panel: Panel, sign: int)
     return f"Ahead of {base} in {panel.label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
-def over_images(path: Path) -> list[str]:
-    """Markdown: what the arms of one seed say, paired over images; nothing without the file that says so.
+def over_images(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
+    """Markdown: what the arms of one seed say, paired over images: from the file that says so, or, of probes, from the results.
+
+    Args:
+        path: of the comparison, compared-SEED.json; it need not be there.
+        arms: of which none broke down.
 
     Raises:
         ValueError: a file that is none of these.
     """
+    seed = path.stem.rpartition("-")[2]
+    if path.is_file():
+        compared = read_json(path)
+    else:
+        results = {arm: of_seeds[int(seed)] for arm, of_seeds in arms.items()}
+        probed = [Probed(arm, None, result["probe"]) for arm, result in results.items() if "probe" in result]
+        compared = compare(probed) if probed else []
+    if not all(isinstance(each, dict) and each.keys() >= COMPARED for each in compared):
+        raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
+    of_neighbours = [each["metric"] for each in compared if each["metric"].startswith("kNN")]
+    shown = "kNN, k = 20" if "kNN, k = 20" in of_neighbours else next(iter(of_neighbours), None)
     found: dict[str, list[str]] = {}
-    for each in read_json(path) if path.is_file() else ():
-        if not isinstance(each, dict) or not each.keys() >= COMPARED:
-            raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
+    for each in compared:
+        if each["metric"] == "ridge" or (each["metric"] in of_neighbours and each["metric"] != shown):
+            continue  # they are alike, and stand in the JSON
         ends = (each[part] for part in ("difference", "low", "high"))
         if each["metric"].startswith(DISTANCES):
             numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)
@@ -250,7 +335,6 @@ def over_images(path: Path) -> list[str]:
         found.setdefault(each["contender"], []).append(f"{each['metric']}: {numbers} ({each['verdict']})")
     if not found:
         return []
-    seed = path.stem.rpartition("-")[2]
     return [
         "",
         f"Differences from the first arm, of seed {seed}, with 95 % intervals over images alone, drawn ones for FD and KD, tested "
@@ -269,12 +353,16 @@ def write(folder: Path) -> list[str]:
     found = read_results(folder)
     if not found:
         raise ValueError(f"{folder} holds no results of a campaign; python -m training.campaign writes some")
-    lines = ["# What was measured", "", *INTRODUCTION, ""]
+    lines = ["# What was measured", "", *hopes(found), *INTRODUCTION, ""]
     for name, arms in found.items():
         whole = unbroken(arms)
-        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms)]
-        for seed in sorted({seed for of_seeds in arms.values() for seed in of_seeds}):
-            lines += over_images(folder / name / f"compared-{seed}.json")
+        lines += [f"## {name}: {COMPARISONS[name].about}", "", *table(arms), "", protocol(arms), "", commands(name, arms)]
+        seeds = sorted({seed for of_seeds in arms.values() for seed in of_seeds})
+        for seed in seeds:
+            compared = folder / name / f"compared-{seed}.json"
+            # with several seeds the table has intervals over these
+            if compared.is_file() or (len(seeds) == 1 and next(iter(arms)) in whole):
+                lines += over_images(compared, whole)
         for panel, sign in ((KNN, 1), (FD, -1)):
             if next(iter(arms)) in whole and (told := crossings(whole, panel, sign)):
                 lines += ["", told]

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from filelock import FileLock
 
 from eval import curves, tables
+from eval.measure import packed
 from tests.conftest import ROOT, script_environment, wait_for
 from training import campaign
 from training.campaign import main, require_common, runs_of
@@ -236,15 +238,26 @@ def test_seeds_are_paired() -> None:
 
 def probed(alpha_min: float, accuracy: float, backbone: str = "mae", code: str = "abc") -> dict[str, Any]:
     """A result of a probe whose best block is not the last."""
+    hits = {"hits": packed(np.arange(8) < 8 * accuracy)}
     rows = [
         {
-            "block": block, "time": None, "pooling": "mean", "knn": {"20": {"value": accuracy / (1 + block)}}, "rank_entropy": accuracy,
-            "linear": {"value": accuracy - 0.1 * block, "held_out_accuracy": 1.0 - block}, "norm": 1.0,
+            "block": block, "time": None, "pooling": "mean", "knn": {"20": {"value": accuracy / (1 + block), **hits}},
+            "linear": {"value": accuracy - 0.1 * block, "held_out_accuracy": 1.0 - block, **hits}, "ridge": hits, "norm": 1.0,
+            "rank_entropy": accuracy,
         }
         for block in range(2)
     ]  # fmt: skip
     config = {"backbone": backbone, "size": "XS", "resolution": 32, "images_a_step": 2, "precision": "bf16", "learning_rate": 1e-3}
-    probe = {"value": accuracy, "results": rows, "num_samples": 5, "train_num": 10, "rank_images": 10, "device": "cpu"}
+    probe = {
+        "value": accuracy,
+        "results": rows,
+        "best": rows[0],
+        "num_samples": 8,
+        "test_num": 8,
+        "train_num": 10,
+        "rank_images": 10,
+        "device": "cpu",
+    }
     logged = ((500, 2 / alpha_min), (1000, 1 / alpha_min))
     curves = [
         {"images": images, "images_per_s": 5.0, "loss": loss, "block_norms": [1.0, 4 * loss], "probe_knn": 0.5} for images, loss in logged
@@ -355,7 +368,7 @@ def test_where_curves_cross() -> None:
 def log(**curves: list[Any]) -> dict[str, Any]:
     """A result with these curves, a look at every 10 images."""
     lines = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
-    return {"curves": [{"images": 10 * (i + 1), **line} for i, line in enumerate(lines)]}
+    return {"curves": [{"images": 10 * (i + 1), **line} for i, line in enumerate(lines)], "config": {"size": "XS"}}
 
 
 def test_crossings_are_told_seed_by_seed() -> None:
@@ -371,17 +384,51 @@ def test_crossings_are_told_seed_by_seed() -> None:
 def test_differences_over_images_are_told(tmp_path: Path) -> None:
     each = {"contender": "decayed", "against": "plain", "difference": 0.012, "low": 0.0031, "high": 0.021, "verdict": "better"}
     drawn = {**each, "metric": "FD", "difference": -5.4321, "low": -6.0, "high": -5.0}
-    (tmp_path / "compared-7.json").write_text(
-        json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}, drawn, {**drawn, "metric": "FD_infinity"}])
-    )
-    told = tables.over_images(tmp_path / "compared-7.json")
+    alike = [{**each, "metric": metric} for metric in ("ridge", "kNN, k = 10", "kNN, k = 20")]
+    path = tmp_path / "compared-7.json"
+    path.write_text(json.dumps([{**each, "metric": "linear probe"}, *alike, drawn, {**drawn, "metric": "FD_infinity"}]))
+    told = tables.over_images(path, {})
     assert "of seed 7" in told[1]
     ours, drawn = "+1.2 [+0.3, +2.1] (better)", "-5.43 [-6, -5] (better)"
-    assert told[-1] == f"- decayed: linear probe: {ours}; ridge: {ours}; FD: {drawn}; FD_infinity: {drawn}"
-    assert tables.over_images(tmp_path / "compared-8.json") == []
-    (tmp_path / "compared-9.json").write_text('{"a": 1}')
+    assert told[-1] == f"- decayed: linear probe: {ours}; kNN, k = 20: {ours}; FD: {drawn}; FD_infinity: {drawn}"
+    path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):
-        tables.over_images(tmp_path / "compared-9.json")
+        tables.over_images(path, {})
+
+
+def test_probes_are_paired_over_images_without_a_file(tmp_path: Path) -> None:
+    def result(hits: list[int]) -> dict[str, Any]:
+        found = {"hits": packed(np.array(hits, bool)), "value": np.mean(hits)}
+        row = {"time": None, "block": 0, "pooling": "mean", "linear": found, "knn": {"3": found}, "ridge": found}
+        return {"probe": {"results": [row], "best": row, "test_num": len(hits)}}
+
+    arms = {"plain": {0: result([1, 0, 0, 0] * 25)}, "decayed": {0: result([1, 1, 0, 0] * 25)}}
+    (told,) = tables.over_images(tmp_path / "compared-0.json", arms)[3:]
+    assert told.startswith("- decayed: linear probe: +25.0 [+15.7, +33.3] (better)") and "; kNN, k = 3: +25.0" in told
+    assert tables.over_images(tmp_path / "compared-0.json", {"plain": {0: {"fd": {}}}, "decayed": {0: {"fd": {}}}}) == []
+
+
+def test_hopes_are_answered_by_the_largest_comparison_over_seeds() -> None:
+    small = {"skips": {0: probed(1.0, 0.5), 1: probed(1.0, 0.4)}, "decayed-lr-0.0005": {0: probed(0.5, 0.25), 1: probed(0.5, 0.2)}}
+    for result in (run for of_seeds in small.values() for run in of_seeds.values()):
+        result["config"] |= {"size": "XS", "resolution": 32}
+    line = "| masked autoencoder, linear probe, % | 1.07 times or more | 0.50 [0.50, 0.50] times | `mae-32px` (mae-XS, 32 px): {} |"
+    assert line.format("decayed-lr-0.0005 against skips") in tables.hopes({"mae-32px": small})
+    large = {"plain": small["skips"], "decayed": small["skips"]}
+    assert any("1.00 [1.00, 1.00] times | `mae-64px`" in line for line in tables.hopes({"mae-32px": small, "mae-64px": large}))
+    assert tables.hopes({"mae-32px": {arm: {0: of_seeds[0]} for arm, of_seeds in small.items()}}) == [], "one seed answers nothing"
+
+
+def test_what_repeats_a_comparison_names_seeds_and_arms() -> None:
+    compiled = {"config": {"compile": True}}
+    command = "`python -m training.campaign demo --data FOLDER --seeds {}`"
+    assert tables.commands("demo", {arm: {0: compiled, 1: compiled} for arm in ("plain", "decayed")}) == (
+        f"Repeated by {command.format('0,1 --compile')}."
+    )
+    eager = {"config": {}}
+    assert tables.commands("demo", {"plain": {0: eager, 1: eager}, "decayed": {0: eager}}) == (
+        f"Repeated by {command.format('0,1 --arms plain')} and {command.format('0 --arms decayed')}."
+    )
 
 
 def test_curves_leave_out_what_is_missing_or_infinite() -> None:
@@ -418,16 +465,19 @@ def test_blocks_are_compared_at_one_place() -> None:
 def test_curves_are_drawn_over_images_and_over_time() -> None:
     arms = {
         "plain": {0: log(loss=[3, 2], images_per_s=[5, 5]), 1: log(loss=[2, 1], images_per_s=[5, 5])},
-        "decayed": {0: log(loss=[4, 2], images_per_s=[10, 10])},
+        "decayed": {0: log(loss=[4, 2], images_per_s=[10, 10])},  # which shared its machine less
     }
     over_images, over_time = curves.curves(arms).axes  # what no run has looked at gets no panel
     assert [line.get_xydata().tolist() for line in over_images.lines] == [[[10, 3], [20, 2]], [[10, 2], [20, 1]], [[10, 4], [20, 2]]]
-    assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 300, 20 / 300, 20 / 600])
+    assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 600] * 3)
     assert len({line.get_color() for line in over_images.lines}) == 2, "a colour for each arm"
 
 
 def test_time_is_that_of_training() -> None:
     assert curves.images_a_minute(log(images_per_s=[5, 1, 7])) == 60 * 5
+    deep = {**log(images_per_s=[2, 2]), "config": {"size": "XS", "depth": 12}}
+    speeds = curves.fastest([log(images_per_s=[4]), log(images_per_s=[9]), deep])
+    assert sorted(speeds.values()) == [60 * 2, 60 * 9], "deeper ones have a speed of their own"
 
 
 def test_folders_without_results_are_told(tmp_path: Path) -> None:
