@@ -77,7 +77,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
 
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING, "--random_flip")
-    assert "plain-0 was begun with other flags; give the same --data and flags" in capsys.readouterr().err
+    assert "plain-0 was begun with other flags; give the same flags, or another" in capsys.readouterr().err
     with FileLock(tmp_path / "runs/.demo.lock"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING)
     assert "being worked on by another campaign" in capsys.readouterr().err
@@ -107,6 +107,17 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     assert "plain with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
     run = runs_of("demo", [0], tmp_path, tmp_path)[0]
     run.begin(str(image_folder), [])  # the mended command is not refused
+
+
+def test_a_campaign_goes_on_wherever_its_images_lie(image_folder: Path, tmp_path: Path) -> None:
+    """As on another machine: that they are the same, the training sees to."""
+    (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
+    run.begin(str(image_folder), ["--compile"])
+    (run.folder / "config.json").write_text("{}")
+    for data in (str(image_folder), str(tmp_path), "somebody/images"):
+        run.begin(data, ["--compile"])
+    with pytest.raises(ValueError, match="plain-0 was begun with --compile; give the same flags"):
+        run.begin(str(image_folder), [])
 
 
 @pytest.mark.slow

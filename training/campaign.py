@@ -64,21 +64,21 @@ class Run:
         """The command that trains it, but for how long and where to begin."""
         script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
         flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
-        source = "--train_data_dir" if Path(data).is_dir() else "--dataset_name"
         looks = COMPARISONS[self.comparison].looks
-        return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *looks, *more]
+        return [script, "--preset", self.preset, *flags, *_source(data), "--seed", str(self.seed), *looks, *more]
 
     def begin(self, data: str, more: list[str]) -> None:
-        """Write down the training that the folder is for, or see that one that was begun there is the same.
+        """Write down the training that the folder is for, or see that one that was begun there is the same, wherever its images lay:
+        those the training itself knows again.
 
         Raises:
             ValueError: it was not.
         """
         command, path = self.training(data, more), self.folder / COMMAND
         was_begun = path.is_file() and (self.folder / CONFIG).is_file()  # else its flags may have been refused, and mended since
-        if was_begun and (before := read_json(path)) != command:
-            differing = " ".join(part for part in before if part not in command) or "other flags"
-            raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
+        if was_begun and _but_source(before := read_json(path)) != _but_source(command):
+            differing = " ".join(part for part in _but_source(before) if part not in command) or "other flags"
+            raise ValueError(f"{self.folder} was begun with {differing}; give the same flags, or another --output and --results")
         if not was_begun:
             write_json(path, command)
 
@@ -202,6 +202,17 @@ def require_common(comparison: str, flags: list[str]) -> None:
         if word.startswith("--") and name in OWN | differing:
             instead = "give --seeds" if name == "seed" else "leave it away"
             raise ValueError(f"--{name} tells the runs of {comparison} apart, and cannot be given to all; {instead}")
+
+
+SOURCES = ("--train_data_dir", "--dataset_name")
+
+
+def _source(data: str) -> list[str]:
+    return [SOURCES[0] if Path(data).is_dir() else SOURCES[1], data]
+
+
+def _but_source(command: list[str]) -> list[str]:
+    return [part for before, part in zip(["", *command], command, strict=False) if not {before, part} & set(SOURCES)]
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -387,13 +398,7 @@ def main() -> None:
         deadline = time.monotonic() + 60 * asked.max_minutes if asked.max_minutes else math.inf
         runs = runs_of(asked.name, seeds, asked.output.resolve(), asked.results.resolve())
         mine = [run for run in runs if run.arm in arms]
-
-        def compare_all() -> list[bool]:
-            return [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
-
         with _alone(asked.output, asked.name):
-            with contextlib.suppress(ValueError):  # what a slice before had no time for; should it fail, that is told when all is trained
-                compare_all()
             done = sum(run.result.is_file() for run in mine)
             with tqdm(total=len(mine), initial=done, desc=asked.name, unit=" runs", disable=None) as bar:
                 for run in work(mine, data, deadline, asked.at_once, more):
@@ -401,7 +406,7 @@ def main() -> None:
                     found = read_json(run.result)
                     told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[asked.name].judges if name in found)
                     tqdm.write(f"{run.result}: {told or found['broke']}")
-            compared = compare_all()
+            compared = [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
         done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""

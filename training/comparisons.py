@@ -69,7 +69,8 @@ def _rates(preset: str, alphas: tuple[float, ...], rates: tuple[float, ...], **f
 _ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _MAE_ROWS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "no-skips": {"long_skips": False},
+    "no-skips": {"long_skips": False},  # and so, unless asked for, without zeros
+    "no-skips-zeros": {"long_skips": False, "zero_init": True},
     "no-zero-init": {"zero_init": False},
     "cosine": {"shortcut_schedule": "cosine"},
     "constant": {"shortcut_schedule": "constant"},
@@ -92,27 +93,48 @@ COMPARISONS: dict[str, Comparison] = {
         {"fd": FD, "probe": DIFFUSION_PROBE},
         (*_features_every(500), *_fd_every(1000)),
     ),
+    "dit-64px-lr": Comparison(
+        "DiT-S/4 at other learning rates, 10 epochs: what dit-64px-skips and -decayed should have in training/presets.py",
+        {
+            f"{arm}-lr-{rate:g}": (f"dit-64px-{arm}", {"learning_rate": rate, "max_train_steps": 2000, "lr_warmup_steps": 200})
+            for rate in (2e-4, 1e-4, 4e-4, 8e-4)
+            for arm in ("skips", "decayed")
+        },
+        {"fd": FEW_FD},
+        _fd_every(500),
+    ),
     "unet-32px": Comparison("a convolutional U-Net at 32 px", _presets("unet-32px", "plain", "decayed"), {"fd": FD}, _fd_every(1000)),
     "mae-64px-alpha": Comparison(
-        "MAE-S/8 over alpha_min", {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS}, {"probe": PROBE}
+        "MAE-S/8 over alpha_min",
+        {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS},
+        {"probe": PROBE},
+        _features_every(1000),
     ),
     "mae-64px-lr": Comparison(
-        "MAE-S/8 at other learning rates, 20 epochs: what mae-64px-skips and -decayed should have in training/presets.py",
-        _rates("mae-64px-decayed", (1.0, 0.6), (1.5e-4, 7.5e-5, 3e-4, 6e-4, 1.2e-3), max_train_steps=4000, lr_warmup_steps=400),
+        "MAE-S/8 at other learning rates, 20 epochs: what mae-64px-plain, -skips and -decayed should have in training/presets.py",
+        {
+            f"{arm}-lr-{rate:g}": (f"mae-64px-{arm}", {"base_learning_rate": rate, "max_train_steps": 4000, "lr_warmup_steps": 400})
+            for rate in (1.5e-4, 7.5e-5, 3e-4, 6e-4, 1.2e-3)
+            for arm in ("plain", "skips", "decayed")
+        },
         {"probe": PROBE},
         _features_every(1000),
     ),
     "mae-64px-ablation": Comparison(
-        "the paper's ablation rows, MAE-S/8", {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()}, {"probe": PROBE}
+        "the paper's ablation rows, MAE-S/8",
+        {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()},
+        {"probe": PROBE},
+        _features_every(1000),
     ),
     "mae-64px-depth": Comparison(
-        "the depth rule, alpha_eff = 3e-3, at 6 and at 12 blocks",
+        "the depth rule, alpha_eff = 3e-3, and a milder fading, in MAE-S/8 of 6 and of 12 blocks",
         {
-            f"{size}-{name}": ("mae-64px-decayed", {"size": size, "patch_size": 8, **flags})
-            for size in ("XS", "S")
-            for name, flags in (("skips", {"alpha_min": 1.0}), ("rule", {"alpha_eff": 3e-3}))
+            f"{depth}-{name}": ("mae-64px-decayed", {"depth": depth, **flags})
+            for depth in (6, 12)
+            for name, flags in (("skips", {"alpha_min": 1.0}), ("0.8", {"alpha_min": 0.8}), ("rule", {"alpha_eff": 3e-3}))
         },
         {"probe": PROBE},
+        _features_every(1000),
     ),
     "mae-32px": Comparison(
         "MAE-XS/8 at 32 px (16 patches, 4 of them visible), small enough for a CPU: curves, and no proof at the paper's sizes; also at the "
