@@ -1,11 +1,12 @@
 """Curves of what `training.campaign` measured: over images seen, over time, and block by block."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -40,6 +41,7 @@ CURVES = (
     Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
     RMS,
 )
+MINUTES = "minutes of training, at the fastest run's speed"
 BY_BLOCK = (
     Panel("kNN, %", lambda row: percent(neighbours(row))),
     Panel("linear probe, %", lambda row: percent(row["linear"]["value"])),
@@ -79,38 +81,46 @@ def images_a_minute(result: Result) -> float:
     return 60 * median([line["images_per_s"] for line in result["curves"]] or [math.nan])
 
 
+COSTS = ("backbone", "size", "depth", "resolution", "patch_size", "images_a_step", "precision", "compile")
+
+
 def network(result: Result) -> tuple[Any, ...]:
     """What tells how long a step takes, to a few percent."""
-    return tuple(result["config"].get(name) for name in ("backbone", "size", "depth", "resolution", "patch_size"))
+    return tuple(result["config"].get(name) or None for name in COSTS)
 
 
-def fastest(results: Sequence[Result]) -> dict[tuple[Any, ...], float]:
+def fastest(results: Iterable[Result]) -> dict[tuple[Any, ...], float]:
     """network -> images a minute of the run that had most of its machine to itself."""
     speeds: dict[tuple[Any, ...], float] = {}
     for result in results:
-        speeds[network(result)] = max(speeds.get(network(result), 0.0), images_a_minute(result))
+        speeds[network(result)] = np.fmax(speeds.get(network(result), math.nan), images_a_minute(result))
     return speeds
 
 
 def curves(arms: Mapping[str, Mapping[int, Result]]) -> Figure | None:
     """Over images seen, and over training time: a colour for each arm, a line for each seed. None where nothing was logged.
 
-    A panel shows what all runs have looked at, but for those that broke down before that.
+    A panel shows what all runs have looked at, but for those that broke down before that. Networks of several costs get panels over
+    time of their own; else that is another scale of the same curves.
     """
     runs = [result for of_seeds in (unbroken(arms) or arms).values() for result in of_seeds.values()]
     shown = [panel for panel in CURVES if all(points(result, panel) for result in runs)]
     if not shown:
         return None
-    speeds = fastest(runs)
-    figure = Figure(figsize=(11, 3 * len(shown)), layout="constrained")
-    for row, panel in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+    speeds = fastest(result for of_seeds in arms.values() for result in of_seeds.values())
+    columns = min(2, len(speeds))
+    figure = Figure(figsize=(5.5 * columns + 1.5 * (columns == 1), 3 * len(shown)), layout="constrained")
+    for row, panel in zip(figure.subplots(len(shown), columns, squeeze=False), shown, strict=True):
         for style, result in _styled(arms):
             images, values = zip(*points(result, panel) or [(0, math.nan)], strict=True)
             row[0].plot(images, values, **style)
-            row[1].plot([each / speeds[network(result)] for each in images], values, **style)
-        for axes, below in zip(row, ("images seen", "minutes of training, at the fastest run's speed"), strict=True):
+            if columns == 2:
+                row[1].plot([each / speeds[network(result)] for each in images], values, **style)
+        for axes, below in zip(row, ("images seen", MINUTES), strict=False):
             _finish(axes, below, panel)
         row[0].xaxis.set_major_formatter(EngFormatter())
+        if columns == 1:
+            _minutes_above(row[0], *speeds.values())
     _legend(figure)
     return figure
 
@@ -144,6 +154,11 @@ def _styled(arms: Mapping[str, Mapping[int, Result]]) -> Iterator[tuple[dict[str
 def _finish(axes: Axes, below: str, panel: Panel) -> None:
     axes.set(xlabel=below, ylabel=panel.label, yscale="log" if panel.log else "linear")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _minutes_above(axes: Axes, images_a_minute: float) -> None:
+    functions = (lambda images: images / images_a_minute, lambda minutes: minutes * images_a_minute)
+    axes.secondary_xaxis("top", functions=functions).set_xlabel(MINUTES)
 
 
 def _legend(figure: Figure) -> None:

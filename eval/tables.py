@@ -54,13 +54,13 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Hope:
-    """What was hoped for before anything was measured, at 64 px after hundreds of epochs, and where to look.
+    """What the plan of the experiments hopes for, at 64 px after hundreds of epochs, and where to look.
 
     Attributes:
         number: a column.
         hoped: in words.
         as_ratio: else as a difference.
-        where: (comparison, arm, against) that answer it, the first that was measured does.
+        where: (comparison, arm, against), of which the first with two training seeds in common answers.
     """
 
     network: str
@@ -70,7 +70,7 @@ class Hope:
     where: tuple[tuple[str, str, str], ...]
 
 
-_MAE = (("mae-64px", "decayed", "plain"), ("mae-32px", "decayed-lr-0.0005", "skips"))
+_MAE = (("mae-64px", "decayed", "plain"), ("mae-32px", "decayed-lr-0.0005", "plain"))
 _DIT = (("dit-64px", "decayed", "plain"), ("photographs", "decayed", "plain"))
 HOPES = (
     Hope("masked autoencoder", "kNN, %", "1.6 times or more", True, _MAE),
@@ -90,9 +90,9 @@ INTRODUCTION = (
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
     "Loss: of training images, the mean over the last steps, with weights that are not averaged; a lower one is no better by itself. "
     "Largest RMS: of a block's output for 64 images, in any line of the log.",
-    "Verdicts are each for itself: of twenty undecided ones about one is called better or worse by chance.",
-    "Minutes of training: at the speed of the fastest run of a network in the comparison, since others shared their machine; arms "
-    "of one network cost the same to 2 % (tests/benchmarks/RESULTS.md).",
+    "Verdicts are each for itself: of twenty numbers that do not differ about one is called better or worse by chance.",
+    "Minutes of training: at the speed of the fastest run of a network in the comparison, for all of its arms alike, since others "
+    "shared their machine. (Fading costs 2 % at most, tests/benchmarks/RESULTS.md; long skips were not timed.)",
     f"Quick looks (kNN: of the last block) are at {IMAGES:,} training images, of which {IMAGES // FOLDS:,} are judged: of their kNN, "
     "differences of 3 points and less may be chance.",
 )
@@ -313,20 +313,14 @@ def over_images(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> list[st
         ValueError: a file that is none of these.
     """
     seed = path.stem.rpartition("-")[2]
-    if path.is_file():
-        compared = read_json(path)
-    else:
-        results = {arm: of_seeds[int(seed)] for arm, of_seeds in arms.items()}
-        probed = [Probed(arm, None, result["probe"]) for arm, result in results.items() if "probe" in result]
-        compared = compare(probed) if probed else []
+    compared = read_json(path) if path.is_file() else []
     if not all(isinstance(each, dict) and each.keys() >= COMPARED for each in compared):
         raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
-    of_neighbours = [each["metric"] for each in compared if each["metric"].startswith("kNN")]
-    shown = "kNN, k = 20" if "kNN, k = 20" in of_neighbours else next(iter(of_neighbours), None)
+    probes = {arm: of_seeds[int(seed)]["probe"] for arm, of_seeds in arms.items() if "probe" in of_seeds.get(int(seed), {})}
+    if probes and set(probes) - {each["contender"] for each in compared} - {next(iter(arms))}:  # not yet, or not of all
+        compared = compare([Probed(arm, None, probe) for arm, probe in probes.items()])
     found: dict[str, list[str]] = {}
     for each in compared:
-        if each["metric"] == "ridge" or (each["metric"] in of_neighbours and each["metric"] != shown):
-            continue  # they are alike, and stand in the JSON
         ends = (each[part] for part in ("difference", "low", "high"))
         if each["metric"].startswith(DISTANCES):
             numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)

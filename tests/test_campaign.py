@@ -17,9 +17,10 @@ from filelock import FileLock
 
 from eval import curves, tables
 from eval.measure import packed
+from eval.probed import Probed, compare
 from tests.conftest import ROOT, script_environment, wait_for
 from training import campaign
-from training.campaign import main, require_common, runs_of
+from training.campaign import as_seen_from_here, main, require_common, runs_of
 from training.checkpoint import find_checkpoint
 from training.comparisons import COMPARISONS, PROBE, Comparison, Judge
 from training.monitor import read_metrics
@@ -77,7 +78,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
 
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING, "--random_flip")
-    assert "plain-0 was begun with other flags; give the same flags, or another" in capsys.readouterr().err
+    assert "plain-0 was begun with other flags; give the same --data and flags, or another" in capsys.readouterr().err
     with FileLock(tmp_path / "runs/.demo.lock"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING)
     assert "being worked on by another campaign" in capsys.readouterr().err
@@ -109,15 +110,12 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     run.begin(str(image_folder), [])  # the mended command is not refused
 
 
-def test_a_campaign_goes_on_wherever_its_images_lie(image_folder: Path, tmp_path: Path) -> None:
-    """As on another machine: that they are the same, the training sees to."""
+def test_a_project_can_be_moved_with_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "tests")
+    assert as_seen_from_here("../app") == "app" and as_seen_from_here(str(tmp_path)) == str(tmp_path)
+    assert as_seen_from_here("somebody/images") == "somebody/images"
     (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
-    run.begin(str(image_folder), ["--compile"])
-    (run.folder / "config.json").write_text("{}")
-    for data in (str(image_folder), str(tmp_path), "somebody/images"):
-        run.begin(data, ["--compile"])
-    with pytest.raises(ValueError, match="plain-0 was begun with --compile; give the same flags"):
-        run.begin(str(image_folder), [])
+    assert run.training("app", [])[3:5] == ["--train_data_dir", "app"], "a folder, from wherever it is called"
 
 
 @pytest.mark.slow
@@ -395,13 +393,14 @@ def test_crossings_are_told_seed_by_seed() -> None:
 def test_differences_over_images_are_told(tmp_path: Path) -> None:
     each = {"contender": "decayed", "against": "plain", "difference": 0.012, "low": 0.0031, "high": 0.021, "verdict": "better"}
     drawn = {**each, "metric": "FD", "difference": -5.4321, "low": -6.0, "high": -5.0}
-    alike = [{**each, "metric": metric} for metric in ("ridge", "kNN, k = 10", "kNN, k = 20")]
     path = tmp_path / "compared-7.json"
-    path.write_text(json.dumps([{**each, "metric": "linear probe"}, *alike, drawn, {**drawn, "metric": "FD_infinity"}]))
+    path.write_text(
+        json.dumps([{**each, "metric": "linear probe"}, {**each, "metric": "ridge"}, drawn, {**drawn, "metric": "FD_infinity"}])
+    )
     told = tables.over_images(path, {})
     assert "of seed 7" in told[1]
     ours, drawn = "+1.2 [+0.3, +2.1] (better)", "-5.43 [-6, -5] (better)"
-    assert told[-1] == f"- decayed: linear probe: {ours}; kNN, k = 20: {ours}; FD: {drawn}; FD_infinity: {drawn}"
+    assert told[-1] == f"- decayed: linear probe: {ours}; ridge: {ours}; FD: {drawn}; FD_infinity: {drawn}"
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):
         tables.over_images(path, {})
@@ -415,17 +414,21 @@ def test_probes_are_paired_over_images_without_a_file(tmp_path: Path) -> None:
 
     arms = {"plain": {0: result([1, 0, 0, 0] * 25)}, "decayed": {0: result([1, 1, 0, 0] * 25)}}
     (told,) = tables.over_images(tmp_path / "compared-0.json", arms)[3:]
-    assert told.startswith("- decayed: linear probe: +25.0 [+15.7, +33.3] (better)") and "; kNN, k = 3: +25.0" in told
-    assert tables.over_images(tmp_path / "compared-0.json", {"plain": {0: {"fd": {}}}, "decayed": {0: {"fd": {}}}}) == []
+    assert told.startswith("- decayed: linear probe: +25.0 [+15.7, +33.3] (better)") and "; ridge: +25.0" in told
+    path = tmp_path / "compared-0.json"  # of some of the arms
+    path.write_text(json.dumps(before := compare([Probed(arm, None, arms[arm][0]["probe"]) for arm in arms])))
+    assert len(before) == 3 and len(tables.over_images(path, {**arms, "faded": arms["plain"]})) == 5
+    path.unlink()
+    assert tables.over_images(path, {"plain": {0: {"fd": {}}}, "decayed": {0: {"fd": {}}}}) == []
 
 
 def test_hopes_are_answered_by_the_largest_comparison_over_seeds() -> None:
-    small = {"skips": {0: probed(1.0, 0.5), 1: probed(1.0, 0.4)}, "decayed-lr-0.0005": {0: probed(0.5, 0.25), 1: probed(0.5, 0.2)}}
+    small = {"plain": {0: probed(1.0, 0.5), 1: probed(1.0, 0.4)}, "decayed-lr-0.0005": {0: probed(0.5, 0.25), 1: probed(0.5, 0.2)}}
     for result in (run for of_seeds in small.values() for run in of_seeds.values()):
         result["config"] |= {"size": "XS", "resolution": 32}
     line = "| masked autoencoder, linear probe, % | 1.07 times or more | 0.50 [0.50, 0.50] times | `mae-32px` (mae-XS, 32 px): {} |"
-    assert line.format("decayed-lr-0.0005 against skips") in tables.hopes({"mae-32px": small})
-    large = {"plain": small["skips"], "decayed": small["skips"]}
+    assert line.format("decayed-lr-0.0005 against plain") in tables.hopes({"mae-32px": small})
+    large = {"plain": small["plain"], "decayed": small["plain"]}
     assert any("1.00 [1.00, 1.00] times | `mae-64px`" in line for line in tables.hopes({"mae-32px": small, "mae-64px": large}))
     assert tables.hopes({"mae-32px": {arm: {0: of_seeds[0]} for arm, of_seeds in small.items()}}) == [], "one seed answers nothing"
 
@@ -478,10 +481,25 @@ def test_curves_are_drawn_over_images_and_over_time() -> None:
         "plain": {0: log(loss=[3, 2], images_per_s=[5, 5]), 1: log(loss=[2, 1], images_per_s=[5, 5])},
         "decayed": {0: log(loss=[4, 2], images_per_s=[10, 10])},  # which shared its machine less
     }
-    over_images, over_time = curves.curves(arms).axes  # what no run has looked at gets no panel
+    (over_images,) = curves.curves(arms).axes  # what no run has looked at gets no panel
     assert [line.get_xydata().tolist() for line in over_images.lines] == [[[10, 3], [20, 2]], [[10, 2], [20, 1]], [[10, 4], [20, 2]]]
-    assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 600] * 3)
     assert len({line.get_color() for line in over_images.lines}) == 2, "a colour for each arm"
+    (minutes,) = over_images.child_axes
+    minutes.figure.draw_without_rendering()
+    assert minutes.get_xlim() == pytest.approx([end / 600 for end in over_images.get_xlim()]), "at the fastest run's speed"
+
+
+def test_networks_that_cost_more_have_a_time_of_their_own() -> None:
+    deep = {**log(loss=[4, 2], images_per_s=[1, 1]), "config": {"size": "XS", "depth": 12}}
+    arms = {
+        "plain": {0: log(loss=[3, 2], images_per_s=[5, 5])},
+        "deep": {0: deep},
+        "lost": {0: {**deep, "broke": "the loss is not finite"}},
+    }
+    _, over_time = curves.curves(arms).axes
+    assert [line.get_xdata()[-1] for line in over_time.lines] == pytest.approx([20 / 300, 20 / 60, 20 / 60])
+    alone = {"plain": arms["plain"], "lost": {0: {**deep, "broke": "", "curves": []}}}
+    assert len(curves.curves(alone).axes) == 2, "one that broke down before anything was logged has no speed"
 
 
 def test_time_is_that_of_training() -> None:

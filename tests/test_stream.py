@@ -1,5 +1,6 @@
 """Training from streams: every image once an epoch, whoever reads it, and from where a run was left."""
 
+import inspect
 import io
 import json
 import tarfile
@@ -188,6 +189,28 @@ def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(shards:
     for name in one:
         assert torch.equal(again[name], one[name])
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+
+
+def test_nothing_of_a_stream_stays_open(stream: ImageStream) -> None:
+    streams = Streams(stream, seed=0, count=2)
+    for batch in range(4):
+        streams.indices(4 * batch, 4)
+    rows = [each.rows for each in streams.opened.values()]
+    streams.close()
+    assert [inspect.getgeneratorstate(each) for each in rows] == [inspect.GEN_CLOSED] * 2
+
+
+@pytest.mark.slow
+def test_a_process_that_streamed_ends_well(shards: Path, run_script: Callable, tmp_path: Path) -> None:
+    """In the middle of an epoch, and at an image that cannot be read; Arrow is known to crash then."""
+    done = run_script(*run_flags(shards, tmp_path / "run"), "--max_train_steps", 1)
+    assert done.returncode == 0, done.stderr
+    images = [{"bytes": b"no image", "path": None}] * 48
+    broken = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+    (tmp_path / "broken").mkdir()
+    broken.to_parquet(tmp_path / "broken/train-00000-of-00001.parquet")
+    done = run_script(*run_flags(tmp_path / "broken", tmp_path / "other"), "--max_train_steps", 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "error:" in done.stderr, done.stderr
 
 
 def test_an_autoencoder_trains_from_a_stream(shards: Path, run_here: Callable, tmp_path: Path) -> None:

@@ -64,21 +64,21 @@ class Run:
         """The command that trains it, but for how long and where to begin."""
         script = "training/train_mae.py" if self.preset in MAE_PRESETS else "training/train_diffusion.py"
         flags = [part for name, value in self.flags.items() for part in _flag(name, value)]
+        source = "--train_data_dir" if (ROOT / data).is_dir() else "--dataset_name"
         looks = COMPARISONS[self.comparison].looks
-        return [script, "--preset", self.preset, *flags, *_source(data), "--seed", str(self.seed), *looks, *more]
+        return [script, "--preset", self.preset, *flags, source, data, "--seed", str(self.seed), *looks, *more]
 
     def begin(self, data: str, more: list[str]) -> None:
-        """Write down the training that the folder is for, or see that one that was begun there is the same, wherever its images lay:
-        those the training itself knows again.
+        """Write down the training that the folder is for, or see that one that was begun there is the same.
 
         Raises:
             ValueError: it was not.
         """
         command, path = self.training(data, more), self.folder / COMMAND
         was_begun = path.is_file() and (self.folder / CONFIG).is_file()  # else its flags may have been refused, and mended since
-        if was_begun and _but_source(before := read_json(path)) != _but_source(command):
-            differing = " ".join(part for part in _but_source(before) if part not in command) or "other flags"
-            raise ValueError(f"{self.folder} was begun with {differing}; give the same flags, or another --output and --results")
+        if was_begun and (before := read_json(path)) != command:
+            differing = " ".join(part for part in before if part not in command) or "other flags"
+            raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
         if not was_begun:
             write_json(path, command)
 
@@ -204,17 +204,6 @@ def require_common(comparison: str, flags: list[str]) -> None:
             raise ValueError(f"--{name} tells the runs of {comparison} apart, and cannot be given to all; {instead}")
 
 
-SOURCES = ("--train_data_dir", "--dataset_name")
-
-
-def _source(data: str) -> list[str]:
-    return [SOURCES[0] if Path(data).is_dir() else SOURCES[1], data]
-
-
-def _but_source(command: list[str]) -> list[str]:
-    return [part for before, part in zip(["", *command], command, strict=False) if not {before, part} & set(SOURCES)]
-
-
 def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
@@ -222,7 +211,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def runs_of(comparison: str, seeds: list[int], output: Path, results: Path) -> list[Run]:
-    """All arms with the first seed, then all with the next: whenever it stops, what is there can be compared."""
+    """All arms with the first seed, then all with the next: that of which all arms are there can be compared."""
     return [
         Run(comparison, arm, seed, output / comparison / f"{arm}-{seed}", results / comparison / f"{arm}-{seed}.json")
         for seed in seeds
@@ -389,15 +378,27 @@ def _alone(output: Path, comparison: str) -> Iterator[None]:
         raise ValueError(f"{taken}; wait for it, or give another --output") from None
 
 
+def as_seen_from_here(data: str) -> str:
+    """Where the commands find the images: they run in the project's folder, and what lies there moves along with it."""
+    if not Path(data).exists():
+        return data
+    path = Path(data).resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def main() -> None:
     """The command line."""
     asked, more = parser().parse_known_args()
     with one_line_errors(), _ended_as_by_ctrl_c():
         seeds, arms = check(asked, more)
-        data = str(Path(asked.data).resolve()) if Path(asked.data).exists() else asked.data  # the commands run elsewhere
+        data = as_seen_from_here(asked.data)
         deadline = time.monotonic() + 60 * asked.max_minutes if asked.max_minutes else math.inf
         runs = runs_of(asked.name, seeds, asked.output.resolve(), asked.results.resolve())
         mine = [run for run in runs if run.arm in arms]
+
+        def compare_arms(seed: int) -> bool:
+            return compare([run for run in runs if run.seed == seed], data, deadline)
+
         with _alone(asked.output, asked.name):
             done = sum(run.result.is_file() for run in mine)
             with tqdm(total=len(mine), initial=done, desc=asked.name, unit=" runs", disable=None) as bar:
@@ -406,7 +407,8 @@ def main() -> None:
                     found = read_json(run.result)
                     told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[asked.name].judges if name in found)
                     tqdm.write(f"{run.result}: {told or found['broke']}")
-            compared = [compare([run for run in runs if run.seed == seed], data, deadline) for seed in seeds]
+                    compare_arms(run.seed)  # as soon as all of its arms are there, whatever becomes of other seeds
+            compared = [compare_arms(seed) for seed in seeds]
         done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))
         broke = sum(run.broke for run in runs)
         told = f" ({broke} broke down; to train one again, delete its folder and its result)" if broke else ""

@@ -94,11 +94,11 @@ COMPARISONS: dict[str, Comparison] = {
         (*_features_every(500), *_fd_every(1000)),
     ),
     "dit-64px-lr": Comparison(
-        "DiT-S/4 at other learning rates, 10 epochs: what dit-64px-skips and -decayed should have in training/presets.py",
+        "DiT-S/4 at other learning rates, 10 epochs: what dit-64px-plain, -skips and -decayed should have in training/presets.py",
         {
             f"{arm}-lr-{rate:g}": (f"dit-64px-{arm}", {"learning_rate": rate, "max_train_steps": 2000, "lr_warmup_steps": 200})
             for rate in (2e-4, 1e-4, 4e-4, 8e-4)
-            for arm in ("skips", "decayed")
+            for arm in ("plain", "skips", "decayed")
         },
         {"fd": FEW_FD},
         _fd_every(500),

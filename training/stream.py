@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -118,12 +118,8 @@ def open_stream(name: str, resolution: int, split: str, image_column: str, label
     Raises:
         ValueError: nothing there, columns that are not, or the embedded data, which are packed.
     """
-    import datasets.config
-
     if name == EMBEDDED and not Path(name).is_dir():
         raise ValueError(f"the embedded {EMBEDDED} is drawn once and packed; leave --streaming away")
-    # seconds after every epoch of every stream, lest a process that ends then crash; `Streams.close` sees to that once
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     table = open_dataset(name, split, streaming=True)
     if table.features is None:
         raise ValueError(f"{name} does not tell its columns before it is read; leave --streaming away")
@@ -171,6 +167,10 @@ class Streams(Order):
     """
 
     def __init__(self, data: ImageStream, seed: int, count: int) -> None:
+        import datasets.config
+
+        # seconds after every epoch of every stream, lest a process that ends then crash; `close` sees to that once
+        datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
         self.data, self.seed, self.count = data, seed, count
         self.opened: dict[int, _Stream] = {}
         self.places: dict[int, tuple[int, int]] = {}  # where a resumed run begins
@@ -207,8 +207,10 @@ class Streams(Order):
 
     def close(self) -> None:
         """Let go of all that is open, before the process ends: Arrow's threads crash if they outlive Python (apache/arrow#45214)."""
-        self.reader.shutdown()
+        self.reader.shutdown(cancel_futures=True)
         self.decoders.shutdown()
+        for stream in self.opened.values():
+            stream.rows.close()  # even if the traceback of an error holds the stream
         self.opened.clear()
         gc.collect()
         time.sleep(ARROW_ENDS_S)
@@ -235,7 +237,7 @@ class _Stream:
         column = self.data.label_column
         return Rows(images, self.data.numbered([row[column] for row in rows]) if column else None), places[-1]
 
-    def _rows(self, table: Any, epoch: int, given: int) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    def _rows(self, table: Any, epoch: int, given: int) -> Generator[tuple[tuple[int, int], dict[str, Any]]]:
         """Epochs joined end to end, each row with the place behind it."""
         while True:
             table.set_epoch(epoch)
