@@ -204,6 +204,6 @@ COMPARISONS: dict[str, Comparison] = {
     "demo": Comparison(
         "the pair of `make demo`, for a try: a few minutes, and no evidence",
         _presets("demo", "plain", "decayed"),
-        {"fd": FEW_FD},
+        {"fd": Judge(FD.script, FD.data, (*FD.flags[:-1], "256"))},
     ),
 }
