@@ -54,7 +54,7 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Hope:
-    """What the plan of the experiments hopes for, at 64 px after hundreds of epochs, and where to look.
+    """A goal of this project, at 64 px after hundreds of epochs, and where to look.
 
     Attributes:
         number: a column.
@@ -83,7 +83,10 @@ DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
-    "Written by `python -m eval.tables --results FOLDER` from the JSON beside it.",
+    "Written by `python -m eval.tables --results FOLDER` from the JSON beside it; a comparison whose trainings were given further flags is "
+    "repeated with these.",
+    "Hoped for: this project's goals for 64 px and hundreds of epochs. The paper's networks gain more: kNN 2.3 times, linear probe 1.07 "
+    "times, FID 0.7 times. At 32 px the plain autoencoder has one learning rate, what fades the nominally better of two.",
     "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",

@@ -116,6 +116,10 @@ def test_a_project_can_be_moved_with_its_images(tmp_path: Path, monkeypatch: pyt
     assert as_seen_from_here("somebody/images") == "somebody/images"
     (run,) = runs_of("demo", [0], tmp_path, tmp_path)[:1]
     assert run.training("app", [])[3:5] == ["--train_data_dir", "app"], "a folder, from wherever it is called"
+    run.begin("app", ["--sample_steps", "0", "--compile"])
+    (run.folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="was begun with --train_data_dir app --sample_steps 0; give the same"):
+        run.begin("somebody/images", ["--compile"])
 
 
 @pytest.mark.slow

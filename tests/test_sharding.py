@@ -25,7 +25,7 @@ FLAGS = "--resolution 16 --size XS --alpha_min 0.6 --train_batch_size 4 --mixed_
 DEEPSPEED = "-m accelerate.commands.launch --config_file training/configs/deepspeed.yaml --num_processes 2 --main_process_port 0".split()
 MORE = "--logging_steps 1 --sample_steps 4 --checkpointing_steps 2 --ema_decay 0.9"
 
-# torch's gloo thread was seen to crash, in malloc, once in some 300 trainings that FSDP2 spreads over CPUs (it is made for GPUs)
+# torch's gloo thread was once seen to crash, in malloc, in a training that FSDP2 spreads over CPUs (it is made for GPUs)
 gloo_may_crash = pytest.mark.flaky(reruns=1, only_rerun=["Segmentation fault"])
 
 

@@ -77,7 +77,7 @@ class Run:
         command, path = self.training(data, more), self.folder / COMMAND
         was_begun = path.is_file() and (self.folder / CONFIG).is_file()  # else its flags may have been refused, and mended since
         if was_begun and (before := read_json(path)) != command:
-            differing = " ".join(part for part in before if part not in command) or "other flags"
+            differing = " ".join(flag for flag in _flags_of(before) if flag not in _flags_of(command)) or "other flags"
             raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
         if not was_begun:
             write_json(path, command)
@@ -170,6 +170,7 @@ def compare(runs: list[Run], data: str, deadline: float) -> bool:
     judged = all(run.result.is_file() and all(run.judged(name).is_file() for name in judges) for run in runs)
     if not judged or len(runs) < 2 or _compared(result) == {run.arm for run in runs}:  # it may have got more arms since
         return True
+    tqdm.write(f"comparing the runs of seed {runs[0].seed}, which takes as long as judging them")
     arms, differences = {str(run.folder): run.arm for run in runs}, []
     for name, judge in judges.items():
         folder = runs[0].folder.parent / f"{result.stem}-{name}"
@@ -208,6 +209,11 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", str(value)]
+
+
+def _flags_of(command: list[str]) -> list[str]:
+    """Each flag with its value."""
+    return [f"--{each}" for each in " ".join(command).split(" --")[1:]]
 
 
 def runs_of(comparison: str, seeds: list[int], output: Path, results: Path) -> list[Run]:

@@ -25,7 +25,7 @@ from models.progress import progress_bar
 from training.data import ImageData, Order, TrainingData, in_unit_range, moved
 from training.images import EMBEDDED, decode_image, label_values, open_dataset, undecoded
 
-ARROW_ENDS_S = 1.0  # its threads were seen to need a tenth of that
+ARROW_ENDS_S = 1.0  # a tenth of that was enough for those who reported the crash (apache/arrow#39862)
 
 
 @dataclass(frozen=True)
