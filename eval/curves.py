@@ -34,10 +34,12 @@ class Panel:
 FD = Panel("FD (Lite0) of a quick look", lambda line: line.get("fd"))
 RMS: Panel = Panel("largest RMS of a block", lambda line: max(line.get("block_norms") or [math.nan]), log=True)
 KNN = Panel("kNN of a quick look, %", lambda line: percent(line.get("probe_knn")))
+LINEAR = Panel("linear probe of a quick look, %", lambda line: percent(line.get("probe_linear")))
 CURVES = (
     Panel("loss", lambda line: line["loss"]),
     FD,
     KNN,
+    LINEAR,
     Panel("rank of the bottleneck (entropy)", lambda line: line.get("effective_rank")),
     RMS,
 )

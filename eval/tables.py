@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.curves import FD, KNN, RMS, Panel, Result, best, by_block, curves, neighbours, percent, points, unbroken
+from eval.curves import FD, KNN, LINEAR, RMS, Panel, Result, best, by_block, curves, neighbours, percent, points, unbroken
 from eval.intervals import of_repeats, verdict
 from eval.measure import shown_k
 from eval.pictures import save
 from eval.probed import Probed, compare
-from eval.quick import FOLDS, IMAGES
+from eval.quick import FOLDS
 from models.files import Parser, one_line_errors, read_json, written_aside
 from models.registry import in_words
 from models.shortcut import effective_alpha
@@ -96,9 +96,10 @@ INTRODUCTION = (
     "Verdicts are each for itself: of twenty numbers that do not differ about one is called better or worse by chance.",
     "Minutes of training: at the speed of the fastest run of a network in the comparison, for all of its arms alike, since others "
     "shared their machine. (Fading costs 2 % at most, tests/benchmarks/RESULTS.md; long skips were not timed.)",
-    f"Quick looks (kNN: of the last block) are at {IMAGES:,} training images, of which {IMAGES // FOLDS:,} are judged: of their kNN, "
-    "differences of 3 points and less may be chance.",
+    f"Quick looks (of the last block) are at a few training images, of which one in {FOLDS} is judged: of 500 that are judged, "
+    "differences of 3 points and less may be chance, of 2,000 differences of 1.5.",
 )
+LOOKED_AT = 2500  # before there was --probe_images
 
 
 def _last(result: Result) -> Result | None:
@@ -137,6 +138,8 @@ def require_same(where: str, results: Sequence[Result]) -> None:
         seen.setdefault("trained on", set()).add(result["config"].get("data_fingerprint"))
         if probe:
             seen.setdefault("probed on", set()).add((probe.get("train_labels"), probe.get("test_labels")))
+        if any("probe_knn" in line for line in result["curves"]):
+            seen.setdefault("looked at with", set()).add(result["config"].get("probe_images", LOOKED_AT))
         if fd:
             seen.setdefault("measured against", set()).add((fd.get("reference_fingerprint"), fd.get("num_samples")))
     for how, images in seen.items():
@@ -259,6 +262,8 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
         where = f"the block (and time) that is best on held-out training images, k = {shown_k([best(result)])}"
         parts.append(f"probed on {images}, at {where}, rank over {probe['rank_images']:,} images")
+    if any("probe_knn" in line for line in result["curves"]):
+        parts.append(f"quick looks at {result['config'].get('probe_images', LOOKED_AT):,} training images")
     if "fd" in result:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
@@ -360,7 +365,7 @@ def write(folder: Path) -> list[str]:
             # with several seeds the table has intervals over these
             if compared.is_file() or (len(seeds) == 1 and next(iter(arms)) in whole):
                 lines += over_images(compared, whole)
-        for panel, sign in ((KNN, 1), (FD, -1)):
+        for panel, sign in ((KNN, 1), (LINEAR, 1), (FD, -1)):
             if next(iter(arms)) in whole and (told := crossings(whole, panel, sign)):
                 lines += ["", told]
         lines.append("")

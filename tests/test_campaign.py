@@ -349,11 +349,18 @@ def test_runs_that_say_nothing_about_each_other_share_no_table(tmp_path: Path) -
     (folder / "plain-2.json").write_text(json.dumps({**found, "comparison": name, "arm": "plain", "seed": 7}))
     with pytest.raises(ValueError, match=r"plain-2\.json is of seed 2"):
         tables.read_results(tmp_path)
+    looked = {"config": {**good["config"], "data_fingerprint": "a", "seed": 2, "probe_images": 10_000}, "arm": "plain", "seed": 2}
+    (folder / "plain-2.json").write_text(json.dumps({**good, "comparison": name, **looked}))
+    with pytest.raises(ValueError, match="mae-32px holds runs that were looked at with 2 sets of images"):
+        tables.read_results(tmp_path)
 
 
 def test_protocols_name_every_network() -> None:
     small, large = probed(1.0, 0.5), probed(0.5, 0.5)
     large["config"] |= {"size": "S", "depth": 24, "precision": "no"}
+    assert "; quick looks at 2,500 training images; device" in tables.protocol({"plain": {0: small}}), "before there was a flag"
+    looked = {**small, "config": {**small["config"], "probe_images": 10_000}}
+    assert "; quick looks at 10,000 training images;" in tables.protocol({"plain": {0: looked}})
     assert "32 px, mae-XS / 32 px, mae-S of 24 blocks; 2 images a step, learning rate 0.001, bf16 / no" in tables.protocol(
         {"plain": {0: small}, "decayed": {0: large}}
     )

@@ -18,7 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from eval.encoders import block_features, load_encoder
 from eval.knn import knn_accuracy
-from eval.linear import held_out_parts
+from eval.linear import held_out_parts, softmax_probe
 from eval.rank import effective_rank
 from models import Pipeline, effective_alpha
 from models.files import read_json
@@ -342,10 +342,12 @@ def test_quick_probes_see_the_averaged_weights_and_change_nothing(train: Callabl
     with torch.no_grad():
         x = features(data.samples(np.arange(24), torch.device("cpu"), None, None))[-1].mean(1)
     y = torch.from_numpy(data.labels)
-    (judged,) = held_out_parts(y, 5, parts=1)
+    judged, choosing, *_ = held_out_parts(y, 5, parts=5)
     assert lines[-1]["probe_rank"] == pytest.approx(effective_rank(x), abs=1e-4)
     knn = knn_accuracy(x[~judged], y[~judged], x[judged], y[judged], int((~judged).sum().clamp(max=20)))
     assert lines[-1]["probe_knn"] == pytest.approx(knn, abs=1e-4)
+    linear = softmax_probe(x[~judged], y[~judged], x[judged], [choosing[~judged]]).predictions == y[judged]
+    assert lines[-1]["probe_linear"] == pytest.approx(linear.double().mean().item(), abs=1e-4)
 
 
 def test_quick_probes_of_a_diffusion_model(image_folder: Path, tmp_path: Path) -> None:

@@ -55,8 +55,11 @@ def _fd_every(steps: int, samples: int = 2048) -> tuple[str, ...]:
     return ("--metrics_during_training", str(steps), "--metrics_samples", str(samples))
 
 
-def _features_every(steps: int) -> tuple[str, ...]:
-    return ("--probe_every", str(steps))
+_AT_FIRST = 2500  # images of a quick look, when the comparisons at 32 px began
+
+
+def _features_every(steps: int, images: int = 10_000) -> tuple[str, ...]:
+    return ("--probe_every", str(steps), "--probe_images", str(images))
 
 
 def _rates(preset: str, alphas: tuple[float, ...], rates: tuple[float, ...], **flags: Any) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -145,26 +148,36 @@ COMPARISONS: dict[str, Comparison] = {
             "decayed-lr-0.0005": ("mae-32px-decayed", {"base_learning_rate": 5e-4}),
         },
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _AT_FIRST),
     ),
     "mae-32px-alpha": Comparison(
         "MAE-XS/8 at 32 px with long skips over alpha_min, one seed on a CPU: whether a milder fading is behind as well",
         {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS},
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _AT_FIRST),
     ),
     "mae-32px-lr": Comparison(
         "the ends of mae-32px-alpha at other learning rates, 5 epochs, one seed: too early to choose by, as mae-32px shows",
         _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2.5e-4, 5e-4, 2e-3), max_train_steps=1000, lr_warmup_steps=100),
         {"probe": FEW_PROBE},
-        _features_every(250),
+        _features_every(250, _AT_FIRST),
+    ),
+    "mae-32px-rates": Comparison(
+        "the arms of mae-32px at the same three learning rates, one seed on a CPU, with looks at more images",
+        {
+            f"{arm}-lr-{rate:g}": (f"mae-32px-{arm}", {"base_learning_rate": rate})
+            for rate in (1e-3, 5e-4, 2e-3)
+            for arm in ("plain", "skips", "decayed")
+        },
+        {"probe": PROBE},
+        _features_every(500),
     ),
     "mae-32px-init": Comparison(
         "MAE-XS/8 at 32 px with long skips that does not begin with zeros in the last linear of every branch: with them, where alpha "
         "fades, hardly anything reaches the last block at first",
         _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2e-3), zero_init=False),
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _AT_FIRST),
     ),
     "mae-32px-depth": Comparison(
         "MAE-XS/8 at 32 px with 12 blocks instead of 6, one seed on a CPU: there 0.6 lies in the depth rule's window, as 0.4 does at 6; "
@@ -174,13 +187,13 @@ COMPARISONS: dict[str, Comparison] = {
             for alpha, rate in ((1.0, 1e-3), (0.6, 5e-4), (0.6, 1e-3), (0.4, 1e-3))
         },
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _AT_FIRST),
     ),
     "mae-32px-ablation": Comparison(
         "the paper's ablation rows, MAE-XS/8 at 32 px, at the rate that is nominally better for what fades in mae-32px; one seed on a CPU",
         {name: ("mae-32px-decayed", {"base_learning_rate": 5e-4, **flags}) for name, flags in _MAE_ROWS.items()},
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _AT_FIRST),
     ),
     "mae-32px-long": Comparison(
         "102 epochs with long skips, alpha_min 1 and 0.4, each at the rate that is nominally better for it in mae-32px; and 1 at 2e-3, "
@@ -193,7 +206,7 @@ COMPARISONS: dict[str, Comparison] = {
             for alpha, rate in ((1.0, 1e-3), (0.4, 5e-4), (1.0, 2e-3))
         },
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _AT_FIRST),
     ),
     "photographs": Comparison(
         "DiT-XS/4 on ten classes of photographs at 32 px, small enough for a CPU: do images and features get better?",

@@ -42,7 +42,7 @@ MAX_SKIPPED = 20  # steps in a row that may be left out
 # another accumulation: images_a_step stays.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "gradient_accumulation_steps probe_every metrics_during_training metrics_samples metrics_extractor "
+    "gradient_accumulation_steps probe_every probe_images metrics_during_training metrics_samples metrics_extractor "
     "logging_steps preset dataset_name train_data_dir".split()  # data are known by their fingerprint, wherever they lie
 )
 
@@ -101,7 +101,10 @@ class LoopOptions:
     resume_from_checkpoint: str | None = option(None, '"latest", or the name of one, such as step-1000')
     logging_steps: int = option(50, "steps between lines of metrics.jsonl", least=1)
     sample_steps: int = option(500, "steps between sample grids; 0 for none", least=0)
-    probe_every: int = option(0, "steps between quick looks at the features (kNN and rank of a few labelled images); 0 for none", least=0)
+    probe_every: int = option(
+        0, "steps between quick looks at the features (kNN, linear probe, rank of a few labelled images); 0: none", least=0
+    )
+    probe_images: int = option(2500, "training images for each look, of which a fifth is judged", least=10)
     report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
 
     def settled(self, images_a_step: int) -> "LoopOptions":
@@ -298,7 +301,8 @@ def train(
                     raise broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
                 minutes = None if options.max_train_steps else options.max_train_minutes
                 left = "" if minutes is None else f", {minutes - (time.monotonic() - began) / 60:.1f} min left"
-                found = f", kNN {100 * line['probe_knn']:.1f} %" if "probe_knn" in line else ""
+                names = {"probe_knn": "kNN", "probe_linear": "linear probe"}
+                found = "".join(f", {name} {100 * line[key]:.1f} %" for key, name in names.items() if key in line)
                 text = f"loss {line['loss']:.4f}{found}, {rate:.0f} images/s{left}"
                 bar.set_postfix_str(text)
                 if bar.disable and accelerator.is_main_process:  # not a terminal: a log gets lines

@@ -187,7 +187,7 @@ def quick_probe(data: ImageData, pipeline: Callable[[nn.Module], Pipeline], obje
     def encoder_of(network: nn.Module) -> DiffusionEncoder:
         return DiffusionEncoder(pipeline(network), {"backbone": backbone_name(network)}, (TIME,))
 
-    return QuickProbe(data, encoder_of, objective.bottleneck, options.mixed_precision)
+    return QuickProbe(data, encoder_of, objective.bottleneck, options.mixed_precision, options.probe_images)
 
 
 def check_time(checkpoint: str, objective: Diffusion) -> None:

@@ -126,7 +126,7 @@ def quick_probe(data: ImageData, options: MAELoopOptions) -> Callback:
     def encoder_of(network: nn.Module) -> MAEEncoder:
         return MAEEncoder(network, {"backbone": backbone_name(network)}, data.shape[-1])
 
-    return QuickProbe(data, encoder_of, MaskedAutoencoding.bottleneck, options.mixed_precision)
+    return QuickProbe(data, encoder_of, MaskedAutoencoding.bottleneck, options.mixed_precision, options.probe_images)
 
 
 def main(arguments: list[str] | None = None) -> None:
