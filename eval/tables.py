@@ -5,6 +5,7 @@ python -m eval.tables --results eval/results
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,10 @@ DISTANCES = ("FD", "KD", "FID", "KID")
 COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
-    "Written by `python -m eval.tables --results FOLDER` from the JSON beside it; a comparison whose trainings were given further flags is "
-    "repeated with these.",
+    "Written by `python -m eval.tables --results FOLDER` from the JSON beside it.",
     "Hoped for: this project's goals for 64 px and hundreds of epochs. The paper's networks gain more: kNN 2.3 times, linear probe 1.07 "
     "times, FID 0.7 times. At 32 px the plain autoencoder has one learning rate, what fades the nominally better of two.",
-    "Differences are from the first arm, paired over training seeds, with 95 % intervals (Student's t); one seed gives none.",
+    "Differences are paired: over training seeds (intervals by Student's t), or, of one seed, over the images of its test.",
     "Last block: the mean of all tokens behind the encoder's last block, where the paper probes; other columns: the block that is best "
     "on held-out training images. A lower rank is not better by itself.",
     "Held out: the linear probe on the training images that choose the block; they may choose between learning rates, too.",
@@ -188,8 +188,8 @@ def crossing(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, floa
 
 
 def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
-    """Markdown: a row for each arm, with its difference from the first; below, how trainings broke down, and the differences of
-    faded arms from the arm with skips alone."""
+    """Markdown: a row for each arm; below, how trainings broke down, and the differences from the first arm over training seeds, of
+    faded arms from the arm with skips alone as well."""
     whole = unbroken(arms)
     values = {
         name: {
@@ -199,14 +199,6 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
         for name, number in NUMBERS.items()
     }
     shown = [name for name, of_arms in values.items() if all(len(of_arms[arm]) == len(of_seeds) for arm, of_seeds in whole.items())]
-
-    def difference(name: str, arm: str, base: str) -> str:
-        found = paired(values[name][arm], values[name][base]) if arm != base and base in whole else None
-        if not found:
-            return ""
-        mean, low, high = found
-        return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}], {_verdict(low, high, NUMBERS[name].lower_is_better)}"
-
     base = next(iter(arms))
     lines = ["| arm | alpha_min | alpha_eff | images seen | seeds | " + " | ".join(shown) + " |", "|---" * (5 + len(shown)) + "|"]
     for arm, of_seeds in arms.items():
@@ -214,24 +206,41 @@ def table(arms: Mapping[str, Mapping[int, Result]]) -> list[str]:
         seen, alphas = max(each["training"]["images_seen"] for each in of_seeds.values()), result["alphas"]
         broke = "" if arm in whole else f", {sum('broke' in each for each in of_seeds.values())} broke down"
         cells = [arm, f"{min(alphas):.3g}", f"{effective_alpha(alphas):.2g}", f"{seen:,}", f"{len(of_seeds)}{broke}"]
-        for name in shown:
-            if arm in whole:
-                told = difference(name, arm, base)
-                cells.append(f"{np.mean(list(values[name][arm].values())):.4g}" + (f" ({told})" if told else ""))
-            else:
-                cells.append("-")
+        cells += [f"{np.mean(list(values[name][arm].values())):.4g}" if arm in whole else "-" for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
     for arm, of_seeds in arms.items():
         for seed, result in of_seeds.items():
             if "broke" in result:
                 told = f"{arm} with seed {seed} broke down after {result['training']['images_seen']:,} images: {result['broke']}."
                 lines += ["", told + (" So there are no differences from it." if arm == base else "")]
+
+    def differences(against: str, others: Sequence[str], about: str) -> list[str]:
+        found = {arm: {name: change for name in shown if (change := paired(values[name][arm], values[name][against]))} for arm in others}
+        told = {arm: {name: _told(name, *each) for name, each in of_arm.items()} for arm, of_arm in found.items() if of_arm}
+        return ["", f"Differences from {against}{about}, with 95 % intervals over training seeds:", "", *crossed(told)] if told else []
+
+    if base in whole:
+        lines += differences(base, [arm for arm in whole if arm != base], "")
     if SKIPS in whole and base != SKIPS:
-        for arm, of_seeds in whole.items():
-            told = "; ".join(f"{name} {each}" for name in shown if (each := difference(name, arm, SKIPS)))
-            if told and min(next(iter(of_seeds.values()))["alphas"]) < 1:
-                lines += ["", f"From {SKIPS}, which differs in alpha alone (and the rate, where it has its own): {arm}: {told}."]
+        faded = [arm for arm, of_seeds in whole.items() if arm != SKIPS and min(next(iter(of_seeds.values()))["alphas"]) < 1]
+        lines += differences(SKIPS, faded, ", which differs in alpha alone (and the rate, where it has its own)")
     return lines
+
+
+def crossed(told: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Markdown: arms by numbers, or numbers by arms where there are more of these; a cell that is missing stays empty."""
+    names = list(dict.fromkeys(name for of_arm in told.values() for name in of_arm))
+    if len(told) > len(names):
+        head, rows = names, [[arm, *(of_arm.get(name, "") for name in names)] for arm, of_arm in told.items()]
+    else:
+        head, rows = list(told), [[name, *(of_arm.get(name, "") for of_arm in told.values())] for name in names]
+    return ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _told(name: str, mean: float, low: float, high: float) -> str:
+    """A column's difference: points to a tenth, other numbers to three digits."""
+    form = "+.1f" if name.endswith("%") else "+.3g"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}] {_verdict(low, high, NUMBERS[name].lower_is_better)}"
 
 
 def _verdict(low: float, high: float, lower_is_better: bool | None) -> str:
@@ -268,6 +277,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
         parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
+    parts += dict.fromkeys(note for judge in ("probe", "fd") if judge in result for note in result[judge].get("notes", ()))
     parts += [f"device {result[judge]['device']}" for judge in ("probe", "fd") if judge in result][:1]
     codes = {arm: list(dict.fromkeys(code for run in runs.values() for code in revisions(run["config"]))) for arm, runs in arms.items()}
     if len({code for of_arm in codes.values() for code in of_arm}) > 1:
@@ -281,8 +291,9 @@ def commands(name: str, arms: Mapping[str, Mapping[int, Result]]) -> str:
     for arm, of_seeds in arms.items():
         alike.setdefault(",".join(map(str, sorted(of_seeds))), []).append(arm)
     every = len(alike) == 1 and len(arms) == len(COMPARISONS[name].arms)
-    compiled = any(result["config"].get("compile") for of_seeds in arms.values() for result in of_seeds.values())
-    more = " --compile" if compiled else ""
+    results = [result for of_seeds in arms.values() for result in of_seeds.values()]
+    flags = dict.fromkeys(shlex.join(result.get("flags", ["--compile"] * bool(result["config"].get("compile")))) for result in results)
+    more = "".join(f" {each}" for each in flags if each)
     parts = [
         f"`python -m training.campaign {name} --data FOLDER --seeds {seeds}{'' if every else ' --arms ' + ','.join(some)}{more}`"
         for seeds, some in alike.items()
@@ -298,15 +309,16 @@ def crossings(arms: Mapping[str, Mapping[int, Result]], panel: Panel, sign: int)
     """
     base, told = next(iter(arms)), []
     for arm, of_seeds in list(arms.items())[1:]:
-        found = []
+        found: dict[str, list[str]] = {}
         for seed in (seed for seed in of_seeds if seed in arms[base]):
             ours, theirs = ([(images, sign * value) for images, value in points(arms[each][seed], panel)] for each in (arm, base))
             if ours and theirs:
                 images = crossing(ours, theirs)
                 where = "never" if images is None else "from the first look on" if images == ours[0][0] else f"from {images:,} images on"
-                found.append(f"{where} (seed {seed})")
+                found.setdefault(where, []).append(str(seed))
         if found:
-            told.append(f"{arm} {', '.join(found)}")
+            seeds = (f"{where} (seed{'s' * (len(some) > 1)} {', '.join(some)})" for where, some in found.items())
+            told.append(f"{arm} {', '.join(seeds)}")
     return f"Ahead of {base} in {panel.label}, for two looks or more and to the end: {'; '.join(told)}." if told else ""
 
 
@@ -327,22 +339,22 @@ def over_images(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> list[st
     probes = {arm: of_seeds[int(seed)]["probe"] for arm, of_seeds in arms.items() if "probe" in of_seeds.get(int(seed), {})}
     if probes and set(probes) - {each["contender"] for each in compared} - {next(iter(arms))}:  # not yet, or not of all
         compared = compare([Probed(arm, None, probe) for arm, probe in probes.items()])
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for each in compared:
         ends = (each[part] for part in ("difference", "low", "high"))
         if each["metric"].startswith(DISTANCES):
             numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)
         else:
             numbers = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
-        found.setdefault(each["contender"], []).append(f"{each['metric']}: {numbers} ({each['verdict']})")
+        found.setdefault(each["contender"], {})[each["metric"]] = f"{numbers} {each['verdict']}"
     if not found:
         return []
     return [
         "",
-        f"Differences from the first arm, of seed {seed}, with 95 % intervals over images alone, drawn ones for FD and KD, tested "
-        "ones (and in points) for probes:",
+        f"Differences from {next(iter(arms), 'the first arm')}, of seed {seed}, with 95 % intervals over images alone, drawn ones for "
+        "FD and KD, tested ones (and in points) for probes:",
         "",
-        *(f"- {arm}: {'; '.join(parts)}" for arm, parts in found.items()),
+        *crossed(found),
     ]
 
 

@@ -88,7 +88,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     assert {path: path.stat().st_mtime_ns for path in times} == times, "done twice"
 
     runs = runs_of("demo", [0], tmp_path / "runs", tmp_path / "results")
-    runs[1].gather()  # as if it had been trained again
+    runs[1].gather([])  # as if it had been trained again
     assert not campaign.comparison_of(runs[0]).exists(), "it was of another run"
     assert not campaign.compare(runs, str(image_folder), deadline=time.monotonic() - 1), "there was no time"
     command(monkeypatch, *flags, *TRAINING)
@@ -105,7 +105,7 @@ def test_a_training_that_fails_is_told(small: None, image_folder: Path, tmp_path
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "demo", "--data", image_folder, "--seeds", 0, "--output", tmp_path, "--results", tmp_path, "--patch_size", 5)
     error = capsys.readouterr().err
-    assert "plain with seed 0 failed: error: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
+    assert "plain with seed 0 failed: resolution 32 is not divisible by patch_size 5" in error and error.count("\n") == 1
     run = runs_of("demo", [0], tmp_path, tmp_path)[0]
     run.begin(str(image_folder), [])  # the mended command is not refused
 
@@ -294,17 +294,38 @@ def test_tables_tell_differences_from_the_first_arm_and_what_fading_alone_does()
         "skips": {0: probed(1.0, 0.5), 1: probed(1.0, 0.61)},
         "decayed": {0: probed(0.5, 0.3), 1: probed(0.5, 0.4)},
     }
-    head, _, *rows, empty, alone = tables.table(arms)
-    columns = [cell.strip() for cell in head.strip("|").split("|")]
-    cells = dict(zip(columns, (cell.strip() for cell in rows[2].strip("|").split("|")), strict=True))
-    assert (cells["arm"], cells["alpha_min"], cells["seeds"]) == ("decayed", "0.5", "2")
-    assert cells["linear probe, %"] == "35 (-20 [-20, -20], worse)"
-    assert cells["linear probe, last block, %"] == "25 (-20 [-20, -20], worse)"
-    assert cells["kNN, last block, %"] == "17.5 (-10 [-10, -10], worse)"
-    assert cells["effective rank (entropy)"] == "0.35 (-0.2 [-0.2, -0.2], lower)", "less is not better by itself"
-    assert (cells["loss"], cells["largest RMS"]) == ("2 (+1 [+1, +1], higher)", "16 (+8 [+8, +8], higher)"), "neither is better"
-    assert empty == "" and alone.startswith("From skips") and "decayed: kNN, % -20.5 [-26.9, -14.1], worse;" in alone
-    assert len(tables.table({"plain": arms["plain"], "decayed": arms["decayed"]})) == 4, "without an arm of skips there is no such line"
+    means, from_plain, from_skips = grids(tables.table(arms))
+    assert means["arm"]["decayed"] == "decayed"
+    assert [means[name]["decayed"] for name in ("alpha_min", "seeds", "linear probe, %", "loss")] == ["0.5", "2", "35", "2"]
+    assert from_plain["decayed"]["linear probe, %"] == "-20.0 [-20.0, -20.0] worse"
+    assert from_plain["decayed"]["linear probe, last block, %"] == "-20.0 [-20.0, -20.0] worse"
+    assert from_plain["decayed"]["kNN, last block, %"] == "-10.0 [-10.0, -10.0] worse"
+    assert from_plain["decayed"]["effective rank (entropy)"] == "-0.2 [-0.2, -0.2] lower", "less is not better by itself"
+    assert from_plain["decayed"]["loss"] == "+1 [+1, +1] higher", "and neither is a loss"
+    assert from_plain["decayed"]["largest RMS"] == "+8 [+8, +8] higher"
+    assert set(from_plain) == {"", "skips", "decayed"} and set(from_skips) == {"", "decayed"}
+    assert from_skips["decayed"]["kNN, %"] == "-20.5 [-26.9, -14.1] worse"
+    assert len(grids(tables.table({arm: arms[arm] for arm in ("plain", "decayed")}))) == 2, "without an arm of skips"
+    assert len(grids(tables.table({arm: {0: of_seeds[0]} for arm, of_seeds in arms.items()}))) == 1, "one seed has no spread"
+
+
+def grids(lines: list[str]) -> list[dict[str, dict[str, str]]]:
+    """Tables in Markdown as column -> first cell of a row -> cell."""
+    found, rows = [], list[list[str]]()
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            head, _, *body = rows
+            found.append({name: {row[0]: row[i] for row in body} for i, name in enumerate(head)})
+            rows = []
+    return found
+
+
+def test_tables_turn_to_be_higher_than_wide() -> None:
+    few, many = {"a": {"x": "1", "y": "2"}, "b": {"y": "3"}}, {"a": {"x": "1"}, "b": {"x": "3"}}
+    assert tables.crossed(few) == ["| | a | b |", "|---|---|---|", "| x | 1 |  |", "| y | 2 | 3 |"]
+    assert tables.crossed(many) == ["| | x |", "|---|---|", "| a | 1 |", "| b | 3 |"]
 
 
 def test_arms_that_broke_down_have_no_numbers() -> None:
@@ -397,6 +418,8 @@ def test_crossings_are_told_seed_by_seed() -> None:
     told = "Ahead of plain in {}, for two looks or more and to the end: decayed {} (seed 0), never (seed 1)."
     assert tables.crossings(arms, curves.KNN, 1) == told.format(curves.KNN.label, "from 20 images on")
     assert tables.crossings(arms, curves.FD, -1) == told.format(curves.FD.label, "from the first look on")
+    several = {"plain": {0: plain, 1: plain, 2: plain}, "decayed": arms["decayed"]}
+    assert tables.crossings(several, curves.KNN, 1).endswith("decayed from 20 images on (seeds 0, 2), never (seed 1).")
     without = {arm: {0: log(probe_knn=[None])} for arm in arms}
     assert tables.crossings(without, curves.KNN, 1) == "", "nothing was looked at"
 
@@ -410,8 +433,11 @@ def test_differences_over_images_are_told(tmp_path: Path) -> None:
     )
     told = tables.over_images(path, {})
     assert "of seed 7" in told[1]
-    ours, drawn = "+1.2 [+0.3, +2.1] (better)", "-5.43 [-6, -5] (better)"
-    assert told[-1] == f"- decayed: linear probe: {ours}; ridge: {ours}; FD: {drawn}; FD_infinity: {drawn}"
+    (cells,) = grids(told)
+    assert {name: cells["decayed"][name] for name in ("linear probe", "ridge")} == dict.fromkeys(
+        ("linear probe", "ridge"), "+1.2 [+0.3, +2.1] better"
+    )
+    assert cells["decayed"]["FD"] == cells["decayed"]["FD_infinity"] == "-5.43 [-6, -5] better"
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):
         tables.over_images(path, {})
@@ -424,11 +450,12 @@ def test_probes_are_paired_over_images_without_a_file(tmp_path: Path) -> None:
         return {"probe": {"results": [row], "best": row, "test_num": len(hits)}}
 
     arms = {"plain": {0: result([1, 0, 0, 0] * 25)}, "decayed": {0: result([1, 1, 0, 0] * 25)}}
-    (told,) = tables.over_images(tmp_path / "compared-0.json", arms)[3:]
-    assert told.startswith("- decayed: linear probe: +25.0 [+15.7, +33.3] (better)") and "; ridge: +25.0" in told
+    (cells,) = grids(told := tables.over_images(tmp_path / "compared-0.json", arms))
+    assert told[1].startswith("Differences from plain, of seed 0")
+    assert cells["decayed"]["linear probe"] == cells["decayed"]["ridge"] == "+25.0 [+15.7, +33.3] better"
     path = tmp_path / "compared-0.json"  # of some of the arms
     path.write_text(json.dumps(before := compare([Probed(arm, None, arms[arm][0]["probe"]) for arm in arms])))
-    assert len(before) == 3 and len(tables.over_images(path, {**arms, "faded": arms["plain"]})) == 5
+    assert len(before) == 3 and "faded" in grids(tables.over_images(path, {**arms, "faded": arms["plain"]}))[0]
     path.unlink()
     assert tables.over_images(path, {"plain": {0: {"fd": {}}}, "decayed": {0: {"fd": {}}}}) == []
 
@@ -450,6 +477,8 @@ def test_what_repeats_a_comparison_names_seeds_and_arms() -> None:
     assert tables.commands("demo", {arm: {0: compiled, 1: compiled} for arm in ("plain", "decayed")}) == (
         f"Repeated by {command.format('0,1 --compile')}."
     )
+    flags = {"config": {"compile": True}, "flags": ["--compile", "--num_workers", "2"]}
+    assert "--seeds 0 --compile --num_workers 2`" in tables.commands("demo", {arm: {0: flags} for arm in ("plain", "decayed")})
     eager = {"config": {}}
     assert tables.commands("demo", {"plain": {0: eager, 1: eager}, "decayed": {0: eager}}) == (
         f"Repeated by {command.format('0,1 --arms plain')} and {command.format('0 --arms decayed')}."

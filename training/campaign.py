@@ -116,13 +116,18 @@ class Run:
                 return [judge.script, "--checkpoint", str(self.folder), judge.data, data, *judge.flags, "--json", str(self.judged(name))]
         return None
 
-    def gather(self) -> None:
-        """Write the result file: what was run, its curves, what the judges said; or how it broke down."""
+    def gather(self, more: list[str]) -> None:
+        """Write the result file: what was run, its curves, what the judges said; or how it broke down.
+
+        Args:
+            more: flags of every training.
+        """
         config = read_json(self.folder / CONFIG)
         found: dict[str, Any] = {
             "comparison": self.comparison,
             "arm": self.arm,
             "seed": self.seed,
+            "flags": more,
             "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
             "curves": read_metrics(self.folder),
         }
@@ -187,7 +192,7 @@ def compare(runs: list[Run], data: str, deadline: float) -> bool:
             tqdm.write(f"comparing the runs of seed {runs[0].seed} was cut short, and begins anew")
             return False
         if done.returncode:
-            raise ValueError(f"eval/compare.py failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+            raise ValueError(f"eval/compare.py failed: {last_words(done.stderr)}")
         differences += read_json(folder / "comparison.json")["differences"]
     write_json(result, [{**each, "contender": arms[each["contender"]], "against": arms[each["against"]]} for each in differences])
     return True
@@ -247,7 +252,7 @@ def work(runs: list[Run], data: str, deadline: float, at_once: int, more: list[s
                     tqdm.write(f"{run.folder.name}: {Path(command[0]).name}, see {run.log}")
                     busy.append(_Busy(run, _start(command, run.log, at_once), is_training="training/" in command[0]))
                 else:
-                    run.gather()
+                    run.gather(more)
                     yield run
             if not busy:
                 return
@@ -291,10 +296,15 @@ class _Busy:
         as_asked = self.asked and code in (130, -signal.SIGINT, -signal.SIGKILL)
         broke_down = self.is_training and self.run.broke
         if code not in (None, 0) and not as_asked and not broke_down:
-            last = self.run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            last = last_words(self.run.log.read_text(encoding="utf-8", errors="replace"))
             killed = "it was killed, as a machine does that runs out of memory; " if code == -signal.SIGKILL else ""
-            raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{' '.join(last)} (see {self.run.log})")
+            raise ValueError(f"{self.run.arm} with seed {self.run.seed} failed: {killed}{last} (see {self.run.log})")
         return code is not None
+
+
+def last_words(text: str) -> str:
+    """What a command said at its end, without the word that marks it as an error; nothing if it said nothing."""
+    return "".join(text.strip().splitlines()[-1:]).removeprefix("error: ")
 
 
 def _start(command: list[str], log: Path, at_once: int) -> subprocess.Popen:
