@@ -5,6 +5,7 @@
     python eval/compare.py runs/x --reference openmoji --sweep steps=5,10,20,50 guidance=1,1.5,2,4 --output runs/x/sweep
     python eval/compare.py runs/a/eval/fid.json runs/b/eval/fid.json                  numbers taken earlier
     python eval/compare.py runs/a runs/b                                              what eval/probe.py found in their features
+    python eval/compare.py eval/results/mae-32px/skips-0.json eval/results/mae-32px-init/0.4-lr-0.001-0.json           a campaign's
 
 Image i of every checkpoint comes from the same noise and the same label, and the interval (95 %) of a difference is of these pairs.
 Every checkpoint is compared with the first one: "better" or "worse" if the interval leaves out 0, else "undecided".
@@ -111,6 +112,8 @@ def judge_contenders(
 ) -> list[Entry]:
     """Sample and measure every contender under every setting; what is cheap to check comes first."""
     if options.reference is None:
+        if missing := [path for path in paths if not Path(path.removesuffix(RAW)).exists()]:
+            raise ValueError(f"{missing[0]} does not exist; give folders of runs, or .json files of earlier evaluations")
         raise ValueError("give --reference; only .json files of earlier evaluations and runs that eval/probe.py looked at go without")
     if all(setting.get("guidance_scale", sampling.guidance_scale) == 1 for setting in settings):
         check_guidance(sampling)

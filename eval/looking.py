@@ -157,9 +157,14 @@ def check_neighbours(ks: Sequence[int], num: int) -> None:
 
 
 def look(
-    network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int], require: Require = lambda *_: None
+    network: NetworkOptions, data: DataOptions, options: LookOptions, ks: Sequence[int] = (), require: Require = lambda *_: None
 ) -> LookedThrough:
-    """The features of both splits through a network; `require` refuses networks and images before hours are spent on them."""
+    """The features of both splits through a network.
+
+    Args:
+        ks: numbers of neighbours, of which as many are to be there.
+        require: refuses networks and images, as too few for `ks` are, before hours are spent on them.
+    """
     times = numbers(options.times, float, "--times")
     if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"--times is {options.times}; times lie between 0 (noise) and 1 (data)")

@@ -59,6 +59,7 @@ from models.pipeline import to_uint8
 from training.data import ImageData
 from training.options import add_options, option, read_options
 
+NEIGHBOURS = (10, 20, 200)
 MAP_IMAGES, MAP_BLOCKS = 6, 8
 MASK_RATIO = 0.75
 
@@ -67,7 +68,7 @@ MASK_RATIO = 0.75
 class ProbeOptions:
     """Probes."""
 
-    k: str = option("10,20,200", "neighbours that vote")
+    k: str | None = option(None, f"neighbours that vote; {','.join(map(str, NEIGHBOURS))} unless given, where there are as many")
     temperature: float = option(0.07, "of their votes", least=0.001)
     attentive: bool = option(False, "also let a learned query attend to the tokens of the best block")
     finetune: int | None = option(None, "also train a copy of the network end to end, for so many epochs", least=1)
@@ -103,21 +104,23 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, probes: ProbeOptions) -> tuple[dict[str, Any], Looked]:
     """All numbers and their protocol, as the JSON holds them; and what was looked at."""
     began = time.monotonic()
-    ks = numbers(probes.k, int, "--k")
+    asked = numbers(probes.k, int, "--k") if probes.k is not None else ()
     shares = numbers(probes.few_shot, float, "--few_shot") if probes.few_shot else ()
     if not all(0 < each < 1 for each in shares):
         raise ValueError(f"--few_shot is {probes.few_shot}; shares of the training labels lie between 0 and 1, such as 0.01,0.1")
     looked: Looked
     if network.features:
         looked = read_features(network.features)
-        check_neighbours(ks, len(looked.labelled.train_y))
+        check_neighbours(asked, len(looked.labelled.train_y))
     else:
-        looked = look(network, data, options, ks, lambda *looked_at: require(probes, *looked_at))
+        looked = look(network, data, options, asked, lambda *looked_at: require(probes, *looked_at))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     through = looked if isinstance(looked, LookedThrough) else None  # `check` refuses what features from files cannot give
     reference = None
     if through and probes.reference_network:
         reference = reference_of(probes.reference_network, probes.reference_weights, data, through, options)
+    num = len(looked.labelled.train_y)
+    ks = asked or tuple(k for k in NEIGHBOURS if k <= num) or (num,)
     probing = time.monotonic()
     rows = measure(looked.labelled, ks, probes.temperature, options.seed, device, reference)
     best = best_row(rows)

@@ -67,14 +67,21 @@ class Probed:
 
 
 def result_of(path: str) -> Path | None:
-    """The file with a contender's probes: of a run or a folder of probes, or the file itself; None if there is none."""
+    """The file with a contender's probes: of a run or a folder of probes, or the file itself, which may be a campaign's; None if there
+    is none."""
     file = Path(path)
     if file.is_dir():  # a run, or what --output of eval/probe.py named
         file = next((found for found in (file / RESULT, file / RESULT.name) if found.is_file()), file)
     if file.suffix != ".json" or not file.is_file():
         return None
-    result = read_json(file)
-    return file if isinstance(result, dict) and result.get("metric") == METRIC else None
+    return file if _probes_in(file) else None
+
+
+def _probes_in(file: Path) -> dict[str, Any] | None:
+    """What eval/probe.py wrote: all of the file, or a part of what training.campaign gathered."""
+    found = read_json(file)
+    parts = (found, found.get("probe")) if isinstance(found, dict) else ()
+    return next((part for part in parts if isinstance(part, dict) and part.get("metric") == METRIC), None)
 
 
 def read_probed(paths: Sequence[str]) -> list[Probed]:
@@ -86,9 +93,9 @@ def read_probed(paths: Sequence[str]) -> list[Probed]:
     entries = []
     for path in dict.fromkeys(paths):
         file = result_of(path)
-        if file is None:
+        result = _probes_in(file) if file else None
+        if result is None:
             raise ValueError(f"{path} holds no result of eval/probe.py; probe it first, or give --reference to compare images")
-        result = read_json(file)
         missing = {*COMPARABLE, "best", "results"} - set(result)
         if missing:
             raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; probe again with this version")

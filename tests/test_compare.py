@@ -182,6 +182,7 @@ def test_bad_input(pair: tuple[Path, Path], image_folder: Path, tmp_path: Path, 
     reference = ["--reference", image_folder]
     for arguments, message in [
         ([pair[0]], "--reference"),
+        ([pair[0], tmp_path / "none"], "none does not exist"),
         ([pair[0], tmp_path / "none", *reference], "is not a checkpoint"),
         ([f"{pair[1]}@raw", *reference], "no averaged weights"),
         ([pair[0], other_size, *reference], "different shapes"),

@@ -137,10 +137,14 @@ def test_unequal_efforts_are_told_or_not_compared(run: Callable) -> None:
     assert "not all have the same pooling: all, class" in notes and "not all have the same times: None, [0.5]" in notes
 
 
-def test_files_of_results_do_as_well(run: Callable, script: Callable) -> None:
+def test_files_of_results_do_as_well(run: Callable, script: Callable, tmp_path: Path) -> None:
     files = [Path(run(name, 0.7)) / "eval" / "probe.json" for name in ("one", "other")]
     code, out, _ = script(*files)
     assert code == 0 and out.count("undecided") == 3
+    gathered = tmp_path / "plain-0.json"  # as training.campaign does
+    gathered.write_text(json.dumps({"arm": "plain", "seed": 0, "probe": json.loads(files[0].read_text()), "fd": {"metric": "FD"}}))
+    code, out, _ = script(files[1], gathered, "--output", tmp_path / "page")
+    assert code == 0 and out.count("undecided") == 3 and (tmp_path / "page" / "comparison.html").is_file()
 
 
 @pytest.mark.parametrize(
