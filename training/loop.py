@@ -153,11 +153,234 @@ def train(
             checkpoint that does not fit.
         FloatingPointError: the loss is not finite, or features have exploded; the last checkpoint is kept, and broke.json says why.
     """
-    began, run = time.monotonic(), Path(options.output_dir or "")
-    batch_size, resolved = options.train_batch_size, precision(options.mixed_precision)
-    zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
+    training = _Training(options, model, data, objective, config, export, parameters)
+    options, accelerator = training.options, training.accelerator
+    quiet = None if accelerator.is_main_process else True  # None: where there is no terminal
+    bar = tqdm(total=options.max_train_steps, initial=training.step, desc=training.run.name, unit=" steps", disable=quiet)
+    with StopSignals(accelerator) as stop, closing(training.order):
+        while training.step < (options.max_train_steps or math.inf) and not stop.asked(training.step):
+            training.take_step()
+            step = training.step
+            bar.update()
+            looks = [callback for every, callback in callbacks if step % every == 0]
+            if looks or step % options.logging_steps == 0 or step == options.max_train_steps:
+                told = training.tell(looks)
+                bar.set_postfix_str(told)
+                if bar.disable and accelerator.is_main_process:  # a log gets lines
+                    print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {told}", flush=True)
+            if step % options.checkpointing_steps == 0:
+                training.save()
+            if options.max_train_minutes is not None and training.minutes > options.max_train_minutes:
+                stop.ask()
+        bar.close()
+        if training.step != training.saved:
+            training.save()
+    accelerator.end_training()
+    return training.step
+
+
+class _Training:
+    """What a training holds, and what it does in a step; the arguments are those of `train`, in every process.
+
+    Attributes:
+        options: settled.
+        model, bare: as accelerate prepared it, and as it was given.
+        step, saved: taken, and of the last checkpoint.
+    """
+
+    def __init__(
+        self,
+        options: LoopOptions,
+        model: nn.Module,
+        data: TrainingData,
+        objective: Objective,
+        config: dict[str, Any],
+        export: Export,
+        parameters: Iterable[Any] | None,
+    ) -> None:
+        self.began, self.run = time.monotonic(), Path(options.output_dir or "")
+        self.objective, self.export = objective, export
+        resolved, batch_size = precision(options.mixed_precision), options.train_batch_size
+        self.zero = ZeRO(batch_size, options.gradient_accumulation_steps, options.max_grad_norm) if asks_for_deepspeed() else None
+        self.accelerator = _accelerator(options, self.run, "no" if self.zero else resolved, self.zero)
+        self.device = self.accelerator.device
+        check_with_data(options, data, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        micro_batches = self.accelerator.num_processes * options.gradient_accumulation_steps  # of one step
+        self.images_a_step = micro_batches * batch_size
+        self.options = options = options.settled(self.images_a_step)
+
+        optimizer = torch.optim.AdamW(
+            model.parameters() if parameters is None else parameters,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            fused=True,
+        )
+        if options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if options.compile:
+            model.compile(dynamic=False)
+        self.alphas = list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
+        self.whole, self.bare = Whole(self.accelerator, model), model
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer, resolved)
+        self.ema, self.losses = EMA(model.parameters(), options.ema_decay), _LossMeter(self.accelerator)
+        self.data = data.held(self.device)
+        self.order = self.data.order(options.seed, micro_batches)
+        stateful = [self.order] if isinstance(self.order, Streams) else []
+        self.accelerator.register_for_checkpointing(self.ema, self.losses, *stateful)
+
+        computed = {"precision": resolved, "images_a_step": self.images_a_step, "data_fingerprint": data.fingerprint}
+        computed |= {"sharded": self.whole.sharded, "deepspeed_processes": self.accelerator.num_processes if self.zero else 0}
+        self.config = {**config, **dataclasses.asdict(options), **computed}
+        self.step = self.saved = _resume_or_start(self.accelerator, self.run, options, self.config)
+        self.skipped = 0  # steps in a row
+        self.metrics = MetricsFile(self.run, self.accelerator, self.step)
+        self._begin_tracking()
+        if self.step and self.step != checkpoint_files.exported_step(self.run):  # killed between the two
+            self.publish()
+        self.line_began, self.line_step = time.monotonic(), self.step
+
+    def _begin_tracking(self) -> None:
+        if self.options.report_to == "tensorboard":
+            self.accelerator.init_trackers("logs")  # a folder of the run
+        elif self.options.report_to != "none":
+            told = {name: value for name, value in self.config.items() if isinstance(value, bool | int | float | str)}
+            self.accelerator.init_trackers("fading-shortcuts", told, {"wandb": {"name": self.run.name}})
+
+    @property
+    def minutes(self) -> float:
+        """Since it began, or went on."""
+        return (time.monotonic() - self.began) / 60
+
+    @property
+    def images_seen(self) -> int:
+        """By the weights: in this run, and before it."""
+        return self.config.get("images_before", 0) + self.step * self.images_a_step
+
+    def take_step(self) -> None:
+        """Update the weights and their averages once.
+
+        Raises:
+            FloatingPointError: gradients are not finite where they cannot be left out, or time and again.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.options, self.step)
+        for accumulated in range(self.options.gradient_accumulation_steps):
+            self.batch, self.generator = self._micro_batch(accumulated)
+            with self.accelerator.accumulate(self.model):
+                loss = self.objective(self.model, self.batch, self.generator)  # in the precision that prepare() gave the model
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._clip_gradients()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if not self.options.skip_nonfinite or loss.isfinite():
+                    self.losses.add(loss)
+        self.step += 1
+        if self.skipped == MAX_SKIPPED:
+            raise self._broken(f"gradients are not finite in {self.skipped} steps in a row, up to step {self.step}")
+        self.ema.update(self.bare.parameters(), self.step)
+
+    def _micro_batch(self, accumulated: int) -> tuple[dict[str, Tensor], torch.Generator]:
+        """This process's share of the step's images, and what draws their noise."""
+        micro = accumulated * self.accelerator.num_processes + self.accelerator.process_index
+        indices = self.order.indices(self.step * self.images_a_step + micro * self.options.train_batch_size, self.options.train_batch_size)
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.options.seed, self.step, micro + 1))
+        return self.data.batch(indices, self.device, generator, self.options.random_flip), generator
+
+    def _clip_gradients(self) -> None:
+        """To `max_grad_norm`; those that are not finite are let go, where that was asked for."""
+        if not (self.options.max_grad_norm or self.options.skip_nonfinite or self.zero):
+            return
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
+        if self.options.skip_nonfinite and not math.isfinite(norm):
+            self.optimizer.zero_grad()  # then AdamW has nothing to do
+            self.skipped += 1
+        elif self.zero and not math.isfinite(norm):  # elsewhere the weights, and so the loss, would tell
+            raise self._broken(f"gradients are not finite in step {self.step + 1}, which DeepSpeed leaves out")
+        else:
+            self.skipped = 0
+
+    def tell(self, looks: Sequence[Callback]) -> str:
+        """Write a line of the log, with what `looks` find on the main process; returns it in words.
+
+        Raises:
+            FloatingPointError: the loss is not finite, or features have exploded, which the log tells.
+        """
+        rate = (self.step - self.line_step) * self.images_a_step / (time.monotonic() - self.line_began)
+        with torch.compiler.set_stance("force_eager"):  # such calls are rare, and of other shapes
+            line: dict[str, Any] = {
+                "step": self.step,
+                "images": self.step * self.images_a_step,
+                "loss": self._mean_loss(),
+                "lr": learning_rate(self.options, self.step - 1),
+                "images_per_s": round(rate, 2),
+                **feature_statistics(self.bare, self.objective.inputs(self.batch, self.generator)[0], self.objective.bottleneck),
+            }
+            # of all processes
+            largest = self.accelerator.gather(torch.tensor(line["block_norms"], device=self.device)).max().item()
+            exploded = not largest <= EXPLODED  # what is not a number is none
+            if looks and not exploded:  # a look asks for features that can be looked at
+                network, averages = self.whole(self.bare, self.ema, to_compute=True)
+                if self.accelerator.is_main_process:
+                    for look in looks:
+                        line |= look(self.run, self.step, network, averages) or {}
+        self.metrics.write(line)
+        if exploded:
+            size = f"after step {self.step} a block puts out numbers of size {largest:.2g}: the features explode"
+            raise self._broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
+        self.losses.reset()
+        self.line_began, self.line_step = time.monotonic(), self.step
+        names = {"probe_knn": "kNN", "probe_linear": "linear probe"}
+        found = "".join(f", {name} {100 * line[key]:.1f} %" for key, name in names.items() if key in line)
+        minutes = None if self.options.max_train_steps else self.options.max_train_minutes
+        left = "" if minutes is None else f", {minutes - self.minutes:.1f} min left"
+        return f"loss {line['loss']:.4f}{found}, {rate:.0f} images/s{left}"
+
+    def save(self) -> None:
+        """A checkpoint to go on from, and what others load.
+
+        Raises:
+            FloatingPointError: the loss or the weights are not finite; then neither is written.
+        """
+        self._mean_loss()
+        infinite = sum((~local(parameter).isfinite()).any().float() for parameter in self.bare.parameters())
+        if self.accelerator.reduce(infinite).item():
+            raise self._broken(f"weights are not finite after step {self.step}")
+        checkpoint_files.save_checkpoint(self.accelerator, self.run, self.step, self.options.checkpoints_total_limit)
+        self.publish()
+        self.saved = self.step
+
+    def publish(self) -> None:
+        """What others load, from the weights as they are."""
+        network, averages = self.whole(self.bare, self.ema, to_compute=False)
+        if self.accelerator.is_main_process:
+            seen = {"steps": self.step, "images_seen": self.images_seen, "seed": self.options.seed}
+            source = {"data": self.data.name, "data_split": self.data.split, "data_fingerprint": self.data.fingerprint}
+            columns: dict[str, Any] = {name: self.config[name] for name in ("image_column", "label_column") if name in self.config}
+            self.export(self.run, network, averages, {**seen, **source, "images_fingerprint": self.data.images_fingerprint, **columns})
+
+    def _mean_loss(self) -> float:
+        mean = self.losses.mean()
+        if not math.isfinite(mean):
+            raise self._broken(f"the loss is not finite before step {self.step}")
+        return mean
+
+    def _broken(self, what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
+        """The error, once broke.json says so, too."""
+        last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
+        if self.accelerator.is_main_process:
+            broke = {"why": what, "images_seen": self.images_seen, "alphas": self.alphas}
+            write_json(self.run / checkpoint_files.BROKE, broke)
+        return FloatingPointError(f"{what}; {remedy}; {last}")
+
+
+def _accelerator(options: LoopOptions, run: Path, mixed_precision: str, zero: ZeRO | None) -> Accelerator:
+    """ValueError if the processes of this training do not see each other."""
     accelerator = Accelerator(
-        mixed_precision="no" if zero else resolved,
+        mixed_precision=mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
         project_dir=run,
@@ -168,157 +391,7 @@ def train(
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
-    device = accelerator.device
-    check_with_data(options, data, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    micro_batches = accelerator.num_processes * options.gradient_accumulation_steps  # of one step
-    images_a_step = micro_batches * batch_size
-    options = options.settled(images_a_step)
-
-    optimizer = torch.optim.AdamW(
-        model.parameters() if parameters is None else parameters,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        fused=True,
-    )
-    if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if options.compile:
-        model.compile(dynamic=False)
-    alphas = list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
-    whole = Whole(accelerator, model)
-    bare, (model, optimizer) = model, prepare(accelerator, model, optimizer, resolved)
-    ema, losses = EMA(bare.parameters(), options.ema_decay), _LossMeter(accelerator)
-    data = data.held(device)
-    order = data.order(options.seed, micro_batches)
-    stateful = [order] if isinstance(order, Streams) else []
-    accelerator.register_for_checkpointing(ema, losses, *stateful)
-
-    computed = {"precision": resolved, "images_a_step": images_a_step, "data_fingerprint": data.fingerprint}
-    computed |= {"sharded": whole.sharded, "deepspeed_processes": accelerator.num_processes if zero else 0}
-    config = {**config, **dataclasses.asdict(options), **computed}
-    step = _resume_or_start(accelerator, run, options, config)
-    metrics = MetricsFile(run, accelerator, step)
-    if options.report_to == "tensorboard":
-        accelerator.init_trackers("logs")  # a folder of the run
-    elif options.report_to != "none":
-        told = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
-        accelerator.init_trackers("fading-shortcuts", told, {"wandb": {"name": run.name}})
-
-    def broken(what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
-        last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-        if accelerator.is_main_process:
-            seen = config.get("images_before", 0) + step * images_a_step
-            write_json(run / checkpoint_files.BROKE, {"why": what, "images_seen": seen, "alphas": alphas})
-        return FloatingPointError(f"{what}; {remedy}; {last}")
-
-    def mean_loss() -> float:
-        mean = losses.mean()
-        if not math.isfinite(mean):
-            raise broken(f"the loss is not finite before step {step}")
-        return mean
-
-    def save() -> None:
-        mean_loss()
-        infinite = sum((~local(parameter).isfinite()).any().float() for parameter in bare.parameters())
-        if accelerator.reduce(infinite).item():
-            raise broken(f"weights are not finite after step {step}")
-        checkpoint_files.save_checkpoint(accelerator, run, step, options.checkpoints_total_limit)
-        publish()
-
-    def publish() -> None:
-        network, averages = whole(bare, ema, to_compute=False)
-        if accelerator.is_main_process:
-            seen = {"steps": step, "images_seen": config.get("images_before", 0) + step * images_a_step, "seed": options.seed}
-            source = {"data": data.name, "data_split": data.split, "data_fingerprint": data.fingerprint}
-            columns: dict[str, Any] = {name: config[name] for name in ("image_column", "label_column") if name in config}
-            export(run, network, averages, {**seen, **source, "images_fingerprint": data.images_fingerprint, **columns})
-
-    if step and step != checkpoint_files.exported_step(run):  # killed between the two
-        publish()
-
-    saved, skipped = step, 0
-    line_began, line_step = time.monotonic(), step
-    bar = tqdm(
-        total=options.max_train_steps, initial=step, desc=run.name, unit=" steps", disable=None if accelerator.is_main_process else True
-    )
-    with StopSignals(accelerator) as stop, closing(order):
-        while step < (options.max_train_steps or math.inf) and not stop.asked(step):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step)
-            for accumulated in range(options.gradient_accumulation_steps):
-                micro = accumulated * accelerator.num_processes + accelerator.process_index
-                indices = order.indices(step * images_a_step + micro * batch_size, batch_size)
-                generator = torch.Generator(device).manual_seed(seed_of(options.seed, step, micro + 1))
-                batch = data.batch(indices, device, generator, options.random_flip)
-                with accelerator.accumulate(model):
-                    loss = objective(model, batch, generator)  # prepare() made the model's forward run in the wanted precision
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and (options.max_grad_norm or options.skip_nonfinite or zero):
-                        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
-                        if options.skip_nonfinite and not math.isfinite(norm):
-                            optimizer.zero_grad()  # then AdamW has nothing to do
-                            skipped += 1
-                        elif zero and not math.isfinite(norm):  # elsewhere the weights, and so the loss, would tell
-                            raise broken(f"gradients are not finite in step {step + 1}, which DeepSpeed leaves out")
-                        else:
-                            skipped = 0
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if not options.skip_nonfinite or loss.isfinite():
-                        losses.add(loss)
-            step += 1
-            if skipped == MAX_SKIPPED:
-                raise broken(f"gradients are not finite in {skipped} steps in a row, up to step {step}")
-            ema.update(bare.parameters(), step)
-            bar.update()
-
-            looks = [callback for every, callback in callbacks if step % every == 0]
-            if looks or step % options.logging_steps == 0 or step == options.max_train_steps:
-                rate = (step - line_step) * images_a_step / (time.monotonic() - line_began)
-                with torch.compiler.set_stance("force_eager"):  # such calls are rare, and of other shapes
-                    statistics = feature_statistics(bare, objective.inputs(batch, generator)[0], objective.bottleneck)
-                    line = {
-                        "step": step,
-                        "images": step * images_a_step,
-                        "loss": mean_loss(),
-                        "lr": learning_rate(options, step - 1),
-                        "images_per_s": round(rate, 2),
-                        **statistics,
-                    }
-                    largest = accelerator.gather(torch.tensor(line["block_norms"], device=device)).max().item()  # of all processes
-                    exploded = not largest <= EXPLODED  # what is not a number is none
-                    if looks and not exploded:  # a look asks for features that can be looked at
-                        network, averages = whole(bare, ema, to_compute=True)
-                        if accelerator.is_main_process:
-                            for look in looks:
-                                line |= look(run, step, network, averages) or {}
-                metrics.write(line)
-                if exploded:
-                    size = f"after step {step} a block puts out numbers of size {largest:.2g}: the features explode"
-                    raise broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
-                minutes = None if options.max_train_steps else options.max_train_minutes
-                left = "" if minutes is None else f", {minutes - (time.monotonic() - began) / 60:.1f} min left"
-                names = {"probe_knn": "kNN", "probe_linear": "linear probe"}
-                found = "".join(f", {name} {100 * line[key]:.1f} %" for key, name in names.items() if key in line)
-                text = f"loss {line['loss']:.4f}{found}, {rate:.0f} images/s{left}"
-                bar.set_postfix_str(text)
-                if bar.disable and accelerator.is_main_process:  # not a terminal: a log gets lines
-                    print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {text}", flush=True)
-                losses.reset()
-                line_began, line_step = time.monotonic(), step
-            if step % options.checkpointing_steps == 0:
-                save()
-                saved = step
-            if options.max_train_minutes is not None and time.monotonic() - began > 60 * options.max_train_minutes:
-                stop.ask()
-        bar.close()
-        if step != saved:
-            save()
-    accelerator.end_training()
-    return step
+    return accelerator
 
 
 def learning_rate(options: LoopOptions, step: int) -> float:
