@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from app.libraries import load_libraries
-from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, read_json, sha256
+from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, has_averages, is_checkpoint, read_json, sha256
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 RUNS_PREFIX = "runs/"
@@ -49,7 +49,7 @@ class Source:
     @property
     def is_newest(self) -> bool:
         """Whether they are what the checkpoint stands for: the newest, averaged where there are averages."""
-        return self.step is None and self.averaged == (self.folder / "ema").is_dir()
+        return self.step is None and self.averaged == has_averages(self.folder)
 
     @property
     def files(self) -> list[Path]:
@@ -198,12 +198,12 @@ def _folders(root: Path, prefix: str) -> dict[str, Path]:
     if not root.is_dir():
         return {}
     inside = root.resolve()
-    found = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and (folder / INDEX).is_file())
+    found = sorted(folder for folder in root.iterdir() if not folder.name.startswith(".") and is_checkpoint(folder))
     return {f"{prefix}{folder.name}": folder for folder in found if folder.resolve().parent == inside}
 
 
 def _newest(folder: Path) -> Source:
-    return Source(folder, (folder / "ema").is_dir())
+    return Source(folder, has_averages(folder))
 
 
 def _earlier_steps(folder: Path) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from app.catalog import Source, Version, find, folders, hash_of_version, numbers_of, sources
 from app.render import protocol
 from app.settings import whole
-from models.files import INDEX, read_json
+from models.files import INDEX, has_averages, read_json
 from training.images import EMBEDDED
 
 RESULT, COMPARISON = "result.json", "comparison.json"  # of eval/fid.py and eval/probe.py as they are told; of eval/compare.py
@@ -109,7 +109,7 @@ def _folder(name: Any, measure: Measure, runs: Path) -> str:
     source = find(name, runs)
     if source.step is not None:
         raise ValueError(f"{name} is an earlier step; only the newest weights of a run are judged")
-    return f"{source.folder.resolve()}" + ("" if source.averaged or not (source.folder / "ema").is_dir() else "@raw")
+    return f"{source.folder.resolve()}" + ("" if source.averaged or not has_averages(source.folder) else "@raw")
 
 
 def command(options: dict[str, Any], folder: Path) -> list[str]:

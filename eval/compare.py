@@ -33,7 +33,7 @@ from eval.probed import compare_probes, result_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
 from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
-from models.files import Parser, one_line_errors, read_json, require_writable, write_json
+from models.files import Parser, has_averages, one_line_errors, read_json, require_writable, write_json
 from models.pipeline import Pipeline
 from training.images import SPLITS
 from training.options import add_options, option, read_options
@@ -121,7 +121,7 @@ def judge_contenders(
     shapes = {}
     for path, (folder, ema) in split.items():
         pipeline = Pipeline.from_pretrained(folder, ema=ema)
-        if not ema and not (Path(folder) / "ema").is_dir():
+        if not ema and not has_averages(folder):
             raise ValueError(f"{folder} has no averaged weights beside the raw ones; leave {RAW} away")
         shapes[path] = pipeline.image_shape
         for setting in settings:
@@ -144,7 +144,7 @@ def judge_contenders(
             each = replace(sampling, **setting)
             images = coloured(generate(pipeline, each, counts))
             measured = judge(ArrayImages(images), path)
-            made = checkpoint_protocol(folder, pipeline, each, ema and (Path(folder) / "ema").is_dir(), counts)
+            made = checkpoint_protocol(folder, pipeline, each, ema and has_averages(folder), counts)
             result = judge.result([measured], made, training_notes(pipeline, source))
             words = ", ".join(f"{name} {setting[field]:g}" for name, (field, *_) in SWEEPABLE.items() if field in setting)
             shown = all_images(images[:STRIP], each)  # every process has its own batches of the first ones, too

@@ -11,8 +11,8 @@ from pathlib import Path
 from eval.extractors import LITE0
 from eval.generate import SamplingOptions, generate
 from eval.report import Section, loss_curves, norm_curves, paragraph, strip, table, write_report
-from models.files import Parser, one_line_errors, read_json
-from models.pipeline import INDEX, Pipeline
+from models.files import INDEX, Parser, is_checkpoint, one_line_errors, read_json
+from models.pipeline import Pipeline
 from training.checkpoint import checkpoints
 from training.monitor import read_metrics
 from training.options import add_options, option, read_options
@@ -36,7 +36,7 @@ class DemoOptions:
 
 def train(kind: str, run: Path, steps: int) -> None:
     """Train one of the pair to `steps`, or go on where an interrupted demo stopped."""
-    if (run / INDEX).is_file() and read_json(run / INDEX)["training"]["steps"] >= steps:
+    if is_checkpoint(run) and read_json(run / INDEX)["training"]["steps"] >= steps:
         print(f"{run} is trained already")
         return
     flags = ["--preset", f"demo-{kind}", "--output_dir", str(run), "--max_train_steps", str(steps)]

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.files import require_memory
+from models.files import has_averages, require_memory
 from models.paths import from_sigma, interpolate
 from models.pipeline import Pipeline
 from models.precision import autocast, precision
@@ -163,7 +163,7 @@ def load_encoder(path: str, ema: bool = True, times: Sequence[float] = (0.5, 0.7
     training = index.get("training") or {}
     about = {
         "checkpoint": path,
-        "ema": ema and (Path(path) / "ema").is_dir(),
+        "ema": ema and has_averages(path),
         "images_seen": training.get("images_seen"),
         "training_data": training.get("data"),
         "training_split": training.get("data_split"),

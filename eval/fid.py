@@ -44,7 +44,7 @@ from eval.judge import (
 from eval.memorisation import memorisation, nearest, save_neighbours
 from eval.sources import Source, coloured, export_reference, open_source, require_one_size
 from eval.spread import is_main, processes
-from models.files import INDEX, Parser, one_line_errors, require_writable, write_json
+from models.files import Parser, has_averages, is_checkpoint, one_line_errors, require_writable, write_json
 from models.pipeline import MAX_SEED, Pipeline
 from training.data import ImageData
 from training.images import SPLITS, NoSplit
@@ -129,7 +129,7 @@ def judge_checkpoint(
     changed = []
     if trained_on and has_changed(pipeline, trained_on[0]):
         changed = [f"memorisation: {trained_on[0].name} is not quite what the checkpoint was trained on; its images or labels have changed"]
-    averaged = inputs.ema and (Path(checkpoint) / "ema").is_dir()
+    averaged = inputs.ema and has_averages(checkpoint)
     protocol = checkpoint_protocol(checkpoint, pipeline, sampling, averaged, counts)
     return as_result(judge, found, {**protocol, **extra}, [*training_notes(pipeline, source), *grey, *changed], output)
 
@@ -153,7 +153,7 @@ def open_reference(inputs: InputOptions, resolution: int | None) -> Source:
     """The real side."""
     name = inputs.reference or inputs.input2
     assert name  # `check` asked for one of them
-    if (Path(name) / INDEX).is_file():
+    if is_checkpoint(name):
         raise ValueError(f"{name} is a checkpoint; generate its images first (--save_images), and judge against those")
     as_data = inputs.reference is not None and resolution is not None
     return open_source(name, inputs.resolution, resolution, inputs.reference_split, inputs.skip_broken, as_data)
@@ -244,7 +244,7 @@ def check(inputs: InputOptions, output: OutputOptions) -> tuple[str, bool]:
     judged = inputs.checkpoint or inputs.input1
     if not judged or (inputs.checkpoint and inputs.input1) or bool(inputs.reference) == bool(inputs.input2):
         raise ValueError("give either --checkpoint or --input1, and either --reference or --input2")
-    checkpoint = bool(inputs.checkpoint) or (Path(judged) / INDEX).is_file()
+    checkpoint = bool(inputs.checkpoint) or is_checkpoint(judged)
     if checkpoint and inputs.resolution:
         raise ValueError("--resolution is for folders and data sets; a checkpoint is judged at its own")
     if not checkpoint and (output.save_images or output.save_npz or output.memorisation or output.repeats > 1):

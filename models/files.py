@@ -28,6 +28,16 @@ AVERAGES_SAVED = "custom_checkpoint_0.pkl"
 WEIGHTS_SAVED = ("model.safetensors", "pytorch_model_fsdp.bin", "pytorch_model/mp_rank_00_model_states.pt")
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether it can be loaded: a run that has saved, or a shipped one."""
+    return (Path(folder) / INDEX).is_file()
+
+
+def has_averages(checkpoint: str | Path) -> bool:
+    """Whether there are averaged weights beside the raw ones."""
+    return (Path(checkpoint) / "ema").is_dir()
+
+
 @contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """Yield a sibling of `path` to write (as a file or a folder); rename it to `path` when the block ends well.

@@ -10,7 +10,7 @@ from typing import Any, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from models.files import INDEX, read_json
+from models.files import INDEX, has_averages, is_checkpoint, read_json
 from models.shortcut import alpha_min_for
 
 
@@ -159,7 +159,7 @@ def read_index(path: str | Path) -> dict[str, Any]:
         ValueError: not the folder of a checkpoint.
     """
     path = Path(path)
-    if not (path / INDEX).is_file():
+    if not is_checkpoint(path):
         hint = "; its first checkpoint is not written yet" if (path / "config.json").is_file() else ""
         raise ValueError(f"{path} is not a checkpoint: it holds no {INDEX}{hint}; give the folder of a run or of a shipped checkpoint")
     index = read_json(path / INDEX)
@@ -205,7 +205,7 @@ def load_backbone(path: str | Path, ema: bool = True, torch_dtype: torch.dtype =
         ValueError: not such a folder, or its weights do not fit its config.
     """
     path, index = Path(path), read_index(path)
-    folder = path / ("ema" if ema and (path / "ema").is_dir() else "model")
+    folder = path / ("ema" if ema and has_averages(path) else "model")
     try:
         kind = backbone_class(index["model"][1])
         check_config(kind, read_json(folder / "config.json"))

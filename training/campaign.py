@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from models.files import INDEX, Parser, anywhere, one_line_errors, read_json, require_writable, write_json
+from models.files import Parser, anywhere, is_checkpoint, one_line_errors, read_json, require_writable, write_json
 from models.registry import load_backbone, read_index
 from training.checkpoint import BROKE, CONFIG, checkpoints
 from training.comparisons import COMPARISONS, PROBE, RESULTS
@@ -85,7 +85,7 @@ class Run:
     @property
     def trained(self) -> bool:
         """Whether all steps were taken."""
-        if not (self.folder / INDEX).is_file():
+        if not is_checkpoint(self.folder):
             return False
         return read_index(self.folder)["training"]["steps"] >= read_json(self.folder / CONFIG)["max_train_steps"]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, read_json, remove, sha256, write_json, written_aside
+from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, is_checkpoint, read_json, remove, sha256, write_json, written_aside
 from models.pipeline import Pipeline
 from training.ema import EMA
 
@@ -217,7 +217,7 @@ def _write(run: Path, parts: dict[str, Any], index: dict[str, Any]) -> None:
 
 def exported_step(run: Path) -> int | None:
     """The step of what `Pipeline.from_pretrained(run)` loads; the index is written last. None if nothing was exported yet."""
-    return read_json(run / INDEX)["training"]["steps"] if (run / INDEX).is_file() else None
+    return read_json(run / INDEX)["training"]["steps"] if is_checkpoint(run) else None
 
 
 def averaged(model: nn.Module, ema: EMA) -> nn.Module:
