@@ -18,7 +18,7 @@ from eval.features import reference_features
 from eval.linear import held_out_parts
 from eval.measure import SIMILARITY_IMAGES, Labelled, check_labels, draw_share, spread_over
 from models.files import require_memory
-from models.precision import precision
+from models.precision import precision, uses_gpu
 from training.data import ImageData
 from training.images import EMBEDDED, NoSplit
 from training.options import option
@@ -175,7 +175,7 @@ def look(
         encoder = timm_encoder(network.timm, network.timm_weights, network.resolution)
     train, test, drawn = load_splits(data, encoder.resolution, options.seed)
     check_neighbours(ks, len(train))
-    encoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.network.to("cuda" if uses_gpu() else "cpu")
     require(encoder, train, test)
     num_blocks = len(block_shapes(encoder, test))
     blocks = {"all": range(num_blocks), "last": (num_blocks - 1,)}.get(options.blocks) or numbers(options.blocks, int, "--blocks")

@@ -56,6 +56,7 @@ from eval.measure import (
 )
 from models.files import Parser, one_line_errors, require_writable, write_json
 from models.pipeline import to_uint8
+from models.precision import uses_gpu
 from training.data import ImageData
 from training.options import add_options, option, read_options
 
@@ -114,7 +115,7 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         check_neighbours(asked, len(looked.labelled.train_y))
     else:
         looked = look(network, data, options, asked, lambda *looked_at: require(probes, *looked_at))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     through = looked if isinstance(looked, LookedThrough) else None  # `check` refuses what features from files cannot give
     reference = None
     if through and probes.reference_network:
@@ -162,7 +163,7 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         **extra,
         "probes_s": round(probes_s, 2),
         "wall_s": round(time.monotonic() - began, 2),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if uses_gpu() else "cpu",
         "versions": {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
     }
     return result, looked

@@ -4,16 +4,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 
+from models.precision import uses_gpu
 from training.processes import PATIENCE
 
 
 def processes() -> PartialState:
     """The processes of this launch; the first call finds them, and gives each its GPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not uses_gpu(), timeout=PATIENCE)
 
 
 _by_themselves = False

@@ -1,16 +1,22 @@
-"""Which precision pays on this machine."""
+"""Where to compute, and in which precision."""
 
 import torch
+from accelerate.utils import parse_flag_from_env
+
+
+def uses_gpu() -> bool:
+    """Whether there is a GPU, and `accelerate launch` was not given --cpu."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def precision(wanted: str) -> str:
-    """Resolve "auto" to "bf16" or "no"; anything else is returned as it is.
+    """Which pays here: resolve "auto" to "bf16" or "no"; anything else is returned as it is.
 
     bf16 on a GPU and on CPUs that compute in it (avx512_bf16, AMX); elsewhere it is emulated and far slower than fp32.
     """
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
+    if uses_gpu():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if cpu_has_bf16() else "no"
 

@@ -24,6 +24,7 @@ from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
 from models.files import read_json, sha256
 from models.paths import data_from_prediction
+from models.precision import precision, uses_gpu
 from tests.conftest import ROOT, script_environment, wait_for
 from tests.processes import run_together
 from training import train_mae
@@ -549,6 +550,15 @@ def test_flow_matching_asks_for_data_minus_noise(tiny_dit: Callable) -> None:
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     loss = FlowMatching(3)(lambda x, t, labels: torch.zeros_like(x), batch, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(2, rel=0.02)  # E (data - noise)^2 for two unit normals
+
+
+def test_a_gpu_is_left_alone_where_cpus_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("models.precision.cpu_has_bf16", lambda: False)
+    assert uses_gpu() and precision("auto") == "bf16"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not uses_gpu() and precision("auto") == "no" and precision("bf16") == "bf16"
 
 
 def test_the_accelerated_model_runs_in_the_wanted_precision(tiny_dit: Callable) -> None:
