@@ -140,14 +140,22 @@ def copied(images: np.ndarray, device: torch.device) -> Tensor:
 
 def in_unit_range(pixels: Tensor, mirrored: Tensor | None) -> Tensor:
     """uint8 (N, C, H, W) -> contiguous float in [-1, 1]; those of `mirrored`, bool (N,), are turned round."""
+    on_cpu = pixels.device.type == "cpu"
+    if on_cpu:  # what is moved is moved as bytes, a fourth of what floats take
+        pixels = pixels.contiguous()
+        pixels = pixels if mirrored is None else _turned_round(pixels, mirrored)
     images = torch.empty(pixels.shape, device=pixels.device).copy_(pixels).div_(127.5).sub_(1)
-    if mirrored is None:
+    if on_cpu or mirrored is None:
         return images
-    if images.device.type != "cpu":  # to know which ones, the host would wait for the device
-        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    turned = mirrored.nonzero().squeeze(1)
-    images[turned] = images[turned].flip(3)
-    return images
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)  # to know which ones, the host would wait for the device
+
+
+def _turned_round(pixels: Tensor, mirrored: Tensor) -> Tensor:
+    """With `index_select`, which takes a tenth of the time that indices in brackets take."""
+    which = mirrored.nonzero().squeeze(1)
+    places = torch.arange(len(pixels))
+    places[which] = len(pixels) + torch.arange(len(which))
+    return torch.cat([pixels, pixels.index_select(0, which).flip(3)]).index_select(0, places)
 
 
 class Order:
