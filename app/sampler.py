@@ -82,9 +82,9 @@ class PipelineCache:
         """
         if not self._loaded:
             return
-        import torch
+        from models.precision import uses_gpu
 
-        if torch.cuda.is_available() and self._lock.acquire(timeout=1):
+        if uses_gpu() and self._lock.acquire(timeout=1):
             try:
                 self._loaded.clear()
             finally:
@@ -94,15 +94,14 @@ class PipelineCache:
 
 def _load(source: Source) -> "Pipeline":
     load_libraries()
-    import torch
-
     from models.pipeline import Pipeline
+    from models.precision import uses_gpu
 
     pipeline = Pipeline.from_pretrained(source.folder, ema=source.averaged)
     if source.step is not None:
         _put_weights(pipeline.model, source)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to("cuda" if uses_gpu() else "cpu")
 
 
 def _put_weights(model: Any, source: Source) -> None:
@@ -195,7 +194,9 @@ def _take_cores(num_streams: int) -> None:
     """Of a thread that steps one of so many models: threads of one model wait for each other, models do not."""
     import torch
 
-    if not torch.cuda.is_available():
+    from models.precision import uses_gpu
+
+    if not uses_gpu():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_streams))
 
 

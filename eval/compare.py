@@ -5,7 +5,7 @@
     python eval/compare.py runs/x --reference openmoji --sweep steps=5,10,20,50 guidance=1,1.5,2,4 --output runs/x/sweep
     python eval/compare.py runs/a/eval/fid.json runs/b/eval/fid.json                  numbers taken earlier
     python eval/compare.py runs/a runs/b                                              what eval/probe.py found in their features
-    python eval/compare.py eval/results/mae-32px/skips-0.json eval/results/mae-32px-init/0.4-lr-0.001-0.json           a campaign's
+    python eval/compare.py results/mae-32px/skips-0.json results/mae-32px-init/0.4-lr-0.001-0.json           the same, in campaigns' results
 
 Image i of every checkpoint comes from the same noise and the same label, and the interval (95 %) of a difference is of these pairs.
 Every checkpoint is compared with the first one: "better" or "worse" if the interval leaves out 0, else "undecided".
@@ -29,7 +29,7 @@ from eval.intervals import LEVEL, Estimate, difference, verdict
 from eval.judge import COMPARABLE, SAMPLED, Judge, MetricOptions, checkpoint_protocol, reference_words, training_notes
 from eval.metrics import HIGHER_IS_BETTER
 from eval.pictures import save
-from eval.probed import compare_probes, result_of
+from eval.probed import compare_probes, probes_of
 from eval.report import Section, as_text, paragraph, strip, table, write_report
 from eval.sources import coloured, open_source, require_one_size
 from eval.spread import is_main, processes
@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     """Flags of the command line."""
     flags = Parser(description=__doc__)
     flags.add_argument(
-        "contenders", nargs="+", metavar="RUN", help=f"checkpoints (RUN{RAW}: its raw weights), or .json files of eval/fid.py"
+        "contenders",
+        nargs="+",
+        metavar="RUN",
+        help=f"checkpoints (RUN{RAW}: its raw weights), or .json files of eval/fid.py, eval/probe.py or a campaign",
     )
     flags.add_argument(
         "--sweep", nargs="+", default=[], metavar="NAME=V,V", help="values of steps and guidance: every combination is judged"
@@ -320,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--output {options.output} is a file; give a folder")
         if options.output:
             require_writable(Path(options.output), "choose another --output")
-        if options.reference is None and any(map(result_of, parsed.contenders)):
+        if options.reference is None and any(map(probes_of, parsed.contenders)):
             compare_probes(parsed.contenders, options.output)
             return
         earlier = [path.endswith(".json") for path in parsed.contenders]

@@ -19,7 +19,7 @@ from eval.intervals import Estimate, of_repeats
 from eval.metrics import Reference, extrapolated, frechet, inception_score, kernel_distance, precision_recall, statistics
 from eval.sources import Source
 from models.pipeline import Pipeline
-from models.precision import uses_gpu
+from models.precision import device_name
 from models.registry import backbone_name
 from models.shortcut import effective_alpha
 from training.options import option
@@ -176,7 +176,7 @@ class Judge:
             "feature_dim": dim,
             **about,
             "batch_size": self.batch_size,
-            "device": torch.cuda.get_device_name() if uses_gpu() else "cpu",
+            "device": device_name(),
             "versions": {name: version(name) for name in ("torch", "torch-fidelity", "diffusers", "timm", "numpy")},
         }
 

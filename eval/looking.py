@@ -162,8 +162,11 @@ def look(
     """The features of both splits through a network.
 
     Args:
-        ks: numbers of neighbours, of which as many are to be there.
-        require: refuses networks and images, as too few for `ks` are, before hours are spent on them.
+        ks: numbers of neighbours.
+        require: raises ValueError for a network or images that will not do, before features are taken.
+
+    Raises:
+        ValueError: fewer training images than neighbours; or as `load_encoder`, `timm_encoder`, `load_splits` and `require`.
     """
     times = numbers(options.times, float, "--times")
     if not all(0 <= time <= 1 for time in times):

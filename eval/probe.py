@@ -56,7 +56,7 @@ from eval.measure import (
 )
 from models.files import Parser, one_line_errors, require_writable, write_json
 from models.pipeline import to_uint8
-from models.precision import uses_gpu
+from models.precision import device_name, uses_gpu
 from training.data import ImageData
 from training.options import add_options, option, read_options
 
@@ -163,7 +163,7 @@ def evaluate(network: NetworkOptions, data: DataOptions, options: LookOptions, p
         **extra,
         "probes_s": round(probes_s, 2),
         "wall_s": round(time.monotonic() - began, 2),
-        "device": torch.cuda.get_device_name() if uses_gpu() else "cpu",
+        "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "timm", "numpy", "scikit-learn")},
     }
     return result, looked

@@ -66,19 +66,14 @@ class Probed:
         return {**found, **{name: each for name, each in more.items() if each}}
 
 
-def result_of(path: str) -> Path | None:
-    """The file with a contender's probes: of a run or a folder of probes, or the file itself, which may be a campaign's; None if there
-    is none."""
+def probes_of(path: str) -> dict[str, Any] | None:
+    """What eval/probe.py found in a contender: in a run or a folder of probes, or in the file itself, which may be a campaign's; None if
+    there is nothing."""
     file = Path(path)
     if file.is_dir():  # a run, or what --output of eval/probe.py named
         file = next((found for found in (file / RESULT, file / RESULT.name) if found.is_file()), file)
     if file.suffix != ".json" or not file.is_file():
         return None
-    return file if _probes_in(file) else None
-
-
-def _probes_in(file: Path) -> dict[str, Any] | None:
-    """What eval/probe.py wrote: all of the file, or a part of what training.campaign gathered."""
     found = read_json(file)
     parts = (found, found.get("probe")) if isinstance(found, dict) else ()
     return next((part for part in parts if isinstance(part, dict) and part.get("metric") == METRIC), None)
@@ -92,13 +87,12 @@ def read_probed(paths: Sequence[str]) -> list[Probed]:
     """
     entries = []
     for path in dict.fromkeys(paths):
-        file = result_of(path)
-        result = _probes_in(file) if file else None
+        result = probes_of(path)
         if result is None:
             raise ValueError(f"{path} holds no result of eval/probe.py; probe it first, or give --reference to compare images")
         missing = {*COMPARABLE, "best", "results"} - set(result)
         if missing:
-            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; probe again with this version")
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; probe again with this version")
         entries.append(Probed(path, Path(path) if Path(path).is_dir() else None, result))
     for one, other in pairwise(entries):
         sides = {key: (one.result.get(key), other.result.get(key)) for key in (*COMPARABLE, DRAWN)}
@@ -230,6 +224,8 @@ def _write(folder: Path, entries: Sequence[Probed], rows: Sequence[dict[str, Any
     runs = {entry.name: entry.run for entry in entries if entry.run and read_metrics(entry.run)}
     if runs:
         curves = loss_curves(runs, "loss of the training") + rank_curves(runs, "effective rank of the most abstract block, in the training")
-        sections.append(Section("While they were trained", curves + probe_curves(runs, "kNN accuracy on some of the training images")))
+        curves += probe_curves(runs, "kNN accuracy on some of the training images")
+        curves += probe_curves(runs, "accuracy of a linear probe on some of the training images", "probe_linear")
+        sections.append(Section("While they were trained", curves))
     sections.append(Section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)))
     write_report(folder / "comparison.html", "Features side by side", ABOUT, sections)

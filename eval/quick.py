@@ -28,7 +28,7 @@ class QuickProbe:
         encoder_of: network -> as probes see it.
         bottleneck: number of blocks -> which one.
         mixed_precision: of the network.
-        images: how many are looked at, about, and at most.
+        images: about how many are looked at; two of a class at least.
 
     Raises:
         ValueError: no labels, or labels that do not suffice.
@@ -49,16 +49,20 @@ class QuickProbe:
         self.data = fewer(data, images, seed=0)
         self.labels = torch.from_numpy(self.data.labels)
         self.judged, *others = held_out_parts(self.labels, FOLDS, FOLDS)
-        self.choosing = next(part for part in others if part.any())
+        fitted = [(part, ~(self.judged | part)) for part in others if part.any()]
+        self.choosing = next((part for part, rest in fitted if len(self.labels[rest].unique()) == len(self.labels.unique())), None)
 
     def __call__(self, run: Path, step: int, network: nn.Module, ema: EMA) -> dict[str, float]:
         """For the training's log, of the averaged weights: the accuracies of weighted neighbours, `probe_knn`, and of the linear probe,
-        `probe_linear`, in [0, 1]; and `probe_rank`, the paper's entropy."""
+        `probe_linear`, in [0, 1]; and `probe_rank`, the paper's entropy. A class of two images has none left for a linear probe."""
         encoder = self.encoder_of(averaged(network, ema))
         block = self.bottleneck(len(block_shapes(encoder, self.data)))
         (x,) = block_features(encoder, self.data, (block,), ("mean",), mixed_precision=self.mixed_precision).values()
         train, judged = ~self.judged, self.judged
         knn = knn_accuracy(x[train], self.labels[train], x[judged], self.labels[judged], min(K, int(train.sum())))
-        predictions = softmax_probe(x[train], self.labels[train], x[judged], [self.choosing[train]]).predictions
-        linear = (predictions == self.labels[judged]).double().mean().item()
-        return {"probe_knn": round(knn, 4), "probe_linear": round(linear, 4), "probe_rank": round(effective_rank(x), 4)}
+        found = {"probe_knn": round(knn, 4), "probe_rank": round(effective_rank(x), 4)}
+        if self.choosing is not None:
+            x, y, chosen_by = x.to(encoder.device), self.labels.to(encoder.device), self.choosing[train].to(encoder.device)
+            predictions = softmax_probe(x[train], y[train], x[judged], [chosen_by]).predictions
+            found["probe_linear"] = round((predictions == y[judged]).double().mean().item(), 4)
+        return found

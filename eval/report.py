@@ -84,10 +84,14 @@ def rank_curves(runs: dict[str, Path], caption: str) -> str:
     return _curves(runs, lambda line: line["effective_rank"], "entropy of the singular values", caption)
 
 
-def probe_curves(runs: dict[str, Path], caption: str) -> str:
-    """Accuracy of --probe_every over images seen; nothing if no run has any."""
-    probed = {name: run for name, run in runs.items() if any("probe_knn" in line for line in read_metrics(run))}
-    return _curves(probed, lambda line: line.get("probe_knn"), "share", caption) if probed else ""
+def probe_curves(runs: dict[str, Path], caption: str, key: str = "probe_knn") -> str:
+    """An accuracy of --probe_every over images seen; nothing if no run has any.
+
+    Args:
+        key: of the log, `probe_knn` or `probe_linear`.
+    """
+    probed = {name: run for name, run in runs.items() if any(key in line for line in read_metrics(run))}
+    return _curves(probed, lambda line: line.get(key), "share", caption) if probed else ""
 
 
 def _curves(runs: dict[str, Path], value: Callable[[dict[str, Any]], float | None], label: str, caption: str) -> str:

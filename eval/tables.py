@@ -81,7 +81,7 @@ HOPES = (
 )
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")
-COMPARED = {"contender", "metric", "difference", "low", "high", "verdict"}
+COMPARED = {"contender", "against", "metric", "difference", "low", "high", "verdict"}
 FIELDS = {"comparison", "arm", "seed", "config", "training", "alphas", "curves"}
 INTRODUCTION = (
     "Written by `python -m eval.tables --results FOLDER` from the JSON beside it.",
@@ -96,8 +96,8 @@ INTRODUCTION = (
     "Verdicts are each for itself: of twenty numbers that do not differ about one is called better or worse by chance.",
     "Minutes of training: at the speed of the fastest run of a network in the comparison, for all of its arms alike, since others "
     "shared their machine. (Fading costs 2 % at most, tests/benchmarks/RESULTS.md; long skips were not timed.)",
-    f"Quick looks (of the last block) are at a few training images, of which one in {FOLDS} is judged: of 500 that are judged, "
-    "differences of 3 points and less may be chance, of 2,000 differences of 1.5.",
+    f"Quick looks at features (of autoencoders the last block's, of diffusion models the middle one's) are at a few training images, of "
+    f"which one in {FOLDS} is judged: of 500 that are judged, differences of 3 points and less may be chance, of 2,000 differences of 1.5.",
 )
 LOOKED_AT = 2500  # before there was --probe_images
 
@@ -238,9 +238,16 @@ def crossed(told: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _told(name: str, mean: float, low: float, high: float) -> str:
-    """A column's difference: points to a tenth, other numbers to three digits."""
-    form = "+.1f" if name.endswith("%") else "+.3g"
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}] {_verdict(low, high, NUMBERS[name].lower_is_better)}"
+    """A column's difference: points, or other numbers to three digits."""
+    numbers = _points(mean, low, high) if name.endswith("%") else f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return f"{numbers} {_verdict(low, high, NUMBERS[name].lower_is_better)}"
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    """To a tenth; to more digits where an end is so near to 0 that its side could not be seen."""
+    digits = next((digits for digits in (1, 2, 3) if all(round(end, digits) or not end for end in (low, high))), 3)
+    value, least, most = (f"{each:+.{digits}f}" for each in (mean, low, high))
+    return f"{value} [{least}, {most}]"
 
 
 def _verdict(low: float, high: float, lower_is_better: bool | None) -> str:
@@ -253,7 +260,12 @@ def _verdict(low: float, high: float, lower_is_better: bool | None) -> str:
 def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
     """One line on how the numbers came about, and with which rates and code others broke down."""
     result = next(iter(next(iter((unbroken(arms) or arms).values())).values()))
-    configs, parts = [run["config"] for runs in arms.values() for run in runs.values()], []
+    results = [run for runs in arms.values() for run in runs.values()]
+    configs, parts = [run["config"] for run in results], []
+
+    def noted(judge: str) -> str:
+        notes = dict.fromkeys(note for run in results for note in run.get(judge, {}).get("notes", ()))
+        return f" ({'; '.join(notes)})" if notes else ""
 
     def all_of(value: Callable[[Result], str]) -> str:
         return " / ".join(dict.fromkeys(map(value, configs)))
@@ -270,14 +282,13 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         probe = result["probe"]
         images = f"{probe['num_samples']:,} test images, fitted on {probe['train_num']:,}"
         where = f"the block (and time) that is best on held-out training images, k = {shown_k([best(result)])}"
-        parts.append(f"probed on {images}, at {where}, rank over {probe['rank_images']:,} images")
+        parts.append(f"probed on {images}, at {where}, rank over {probe['rank_images']:,} images{noted('probe')}")
     if any("probe_knn" in line for line in result["curves"]):
         parts.append(f"quick looks at {result['config'].get('probe_images', LOOKED_AT):,} training images")
     if "fd" in result:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"
-        parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}")
-    parts += dict.fromkeys(note for judge in ("probe", "fd") if judge in result for note in result[judge].get("notes", ()))
+        parts.append(f"FD of {fd['num_samples']:,} samples against {fd['reference_num']:,} of {fd['reference']}, {how}{noted('fd')}")
     parts += [f"device {result[judge]['device']}" for judge in ("probe", "fd") if judge in result][:1]
     codes = {arm: list(dict.fromkeys(code for run in runs.values() for code in revisions(run["config"]))) for arm, runs in arms.items()}
     if len({code for of_arm in codes.values() for code in of_arm}) > 1:
@@ -286,17 +297,21 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
 
 
 def commands(name: str, arms: Mapping[str, Mapping[int, Result]]) -> str:
-    """What repeats a comparison: a command for all arms, or one for those with the same seeds."""
-    alike: dict[str, list[str]] = {}
+    """What repeats a comparison: a command for all arms, or one for those with the same seeds and flags."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for arm, of_seeds in arms.items():
-        alike.setdefault(",".join(map(str, sorted(of_seeds))), []).append(arm)
+        of_flags: dict[str, list[int]] = {}
+        for seed, result in sorted(of_seeds.items()):
+            flags = result.get(
+                "flags", ["--compile"] * bool(result["config"].get("compile"))
+            )  # of results that are older than flags in them
+            of_flags.setdefault(shlex.join(flags), []).append(seed)
+        for words, seeds in of_flags.items():
+            alike.setdefault((",".join(map(str, seeds)), words and f" {words}"), []).append(arm)
     every = len(alike) == 1 and len(arms) == len(COMPARISONS[name].arms)
-    results = [result for of_seeds in arms.values() for result in of_seeds.values()]
-    flags = dict.fromkeys(shlex.join(result.get("flags", ["--compile"] * bool(result["config"].get("compile")))) for result in results)
-    more = "".join(f" {each}" for each in flags if each)
     parts = [
-        f"`python -m training.campaign {name} --data FOLDER --seeds {seeds}{'' if every else ' --arms ' + ','.join(some)}{more}`"
-        for seeds, some in alike.items()
+        f"`python -m training.campaign {name} --data FOLDER --seeds {seeds}{'' if every else ' --arms ' + ','.join(some)}{words}`"
+        for (seeds, words), some in alike.items()
     ]
     return f"Repeated by {' and '.join(parts)}."
 
@@ -337,22 +352,25 @@ def over_images(path: Path, arms: Mapping[str, Mapping[int, Result]]) -> list[st
     if not all(isinstance(each, dict) and each.keys() >= COMPARED for each in compared):
         raise ValueError(f"{path} does not compare arms of training.campaign; move it away")
     probes = {arm: of_seeds[int(seed)]["probe"] for arm, of_seeds in arms.items() if "probe" in of_seeds.get(int(seed), {})}
-    if probes and set(probes) - {each["contender"] for each in compared} - {next(iter(arms))}:  # not yet, or not of all
+    if probes and set(probes) - {each[side] for each in compared for side in ("contender", "against")}:  # not yet, or not of all
         compared = compare([Probed(arm, None, probe) for arm, probe in probes.items()])
+    bases = {each["against"] for each in compared}
+    if len(bases) > 1:
+        raise ValueError(f"{path} compares arms with {' and '.join(sorted(bases))}; move it away, and the campaign writes another")
     found: dict[str, dict[str, str]] = {}
     for each in compared:
         ends = (each[part] for part in ("difference", "low", "high"))
         if each["metric"].startswith(DISTANCES):
             numbers = "{:+.3g} [{:+.3g}, {:+.3g}]".format(*ends)
         else:
-            numbers = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
+            numbers = _points(*(100 * end for end in ends))
         found.setdefault(each["contender"], {})[each["metric"]] = f"{numbers} {each['verdict']}"
     if not found:
         return []
     return [
         "",
-        f"Differences from {next(iter(arms), 'the first arm')}, of seed {seed}, with 95 % intervals over images alone, drawn ones for "
-        "FD and KD, tested ones (and in points) for probes:",
+        f"Differences from {bases.pop()}, of seed {seed}, with 95 % intervals over images alone, drawn ones for FD and KD, tested ones "
+        "(and in points) for probes:",
         "",
         *crossed(found),
     ]

@@ -9,6 +9,11 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def device_name() -> str:
+    """Of the GPU that is used, else "cpu"."""
+    return torch.cuda.get_device_name() if uses_gpu() else "cpu"
+
+
 def precision(wanted: str) -> str:
     """Which pays here: resolve "auto" to "bf16" or "no"; anything else is returned as it is.
 

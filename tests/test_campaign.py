@@ -74,11 +74,12 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     for result in results.values():
         assert [line["step"] for line in result["curves"]] == [1, 2, 3]
         assert 0 <= result["probe"]["value"] <= 1
+    assert all(result["flags"] == [*map(str, TRAINING)] for result in results.values())
     assert results["decayed-0"]["config"]["alpha_min"] == min(results["decayed-0"]["alphas"]) == 0.5
 
     with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING, "--random_flip")
-    assert "plain-0 was begun with other flags; give the same --data and flags, or another" in capsys.readouterr().err
+    assert "plain-0 was begun without --random_flip; give the same --data and flags, or another" in capsys.readouterr().err
     with FileLock(tmp_path / "runs/.demo.lock"), pytest.raises(SystemExit, match="2"):
         command(monkeypatch, *flags, *TRAINING)
     assert "being worked on by another campaign" in capsys.readouterr().err
@@ -420,6 +421,9 @@ def test_crossings_are_told_seed_by_seed() -> None:
     assert tables.crossings(arms, curves.FD, -1) == told.format(curves.FD.label, "from the first look on")
     several = {"plain": {0: plain, 1: plain, 2: plain}, "decayed": arms["decayed"]}
     assert tables.crossings(several, curves.KNN, 1).endswith("decayed from 20 images on (seeds 0, 2), never (seed 1).")
+    assert tables.crossings(several, curves.LINEAR, 1) == "", "nobody looked at that"
+    looked = {arm: {0: log(probe_linear=[0.1 * (arm == "decayed")] * 3)} for arm in arms}
+    assert "linear probe of a quick look, %" in tables.crossings(looked, curves.LINEAR, 1)
     without = {arm: {0: log(probe_knn=[None])} for arm in arms}
     assert tables.crossings(without, curves.KNN, 1) == "", "nothing was looked at"
 
@@ -438,6 +442,10 @@ def test_differences_over_images_are_told(tmp_path: Path) -> None:
         ("linear probe", "ridge"), "+1.2 [+0.3, +2.1] better"
     )
     assert cells["decayed"]["FD"] == cells["decayed"]["FD_infinity"] == "-5.43 [-6, -5] better"
+    assert told[1].startswith("Differences from plain, of seed 7"), "though plain may have broken down with another seed"
+    path.write_text(json.dumps([{**each, "metric": "ridge"}, {**each, "metric": "ridge", "against": "skips"}]))
+    with pytest.raises(ValueError, match="compares arms with plain and skips"):
+        tables.over_images(path, {})
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="does not compare arms of training"):
         tables.over_images(path, {})
@@ -471,6 +479,12 @@ def test_hopes_are_answered_by_the_largest_comparison_over_seeds() -> None:
     assert tables.hopes({"mae-32px": {arm: {0: of_seeds[0]} for arm, of_seeds in small.items()}}) == [], "one seed answers nothing"
 
 
+def test_sides_of_intervals_can_be_seen() -> None:
+    assert tables._points(0.87, 0.026, 1.71) == "+0.87 [+0.03, +1.71]", "not +0.0, which may lie on either side"
+    assert tables._points(-0.7, -1.5, -0.004) == "-0.700 [-1.500, -0.004]"
+    assert tables._points(0.0, 0.0, 1.0) == "+0.0 [+0.0, +1.0]" and tables._points(1.0, -0.25, 2.25) == "+1.0 [-0.2, +2.2]"
+
+
 def test_what_repeats_a_comparison_names_seeds_and_arms() -> None:
     compiled = {"config": {"compile": True}}
     command = "`python -m training.campaign demo --data FOLDER --seeds {}`"
@@ -479,6 +493,11 @@ def test_what_repeats_a_comparison_names_seeds_and_arms() -> None:
     )
     flags = {"config": {"compile": True}, "flags": ["--compile", "--num_workers", "2"]}
     assert "--seeds 0 --compile --num_workers 2`" in tables.commands("demo", {arm: {0: flags} for arm in ("plain", "decayed")})
+    told = tables.commands("demo", {"plain": {0: flags, 1: compiled}, "decayed": {0: flags, 1: compiled}})
+    assert told == (
+        f"Repeated by {command.format('0 --arms plain,decayed --compile --num_workers 2')} and "
+        f"{command.format('1 --arms plain,decayed --compile')}."
+    )
     eager = {"config": {}}
     assert tables.commands("demo", {"plain": {0: eager, 1: eager}, "decayed": {0: eager}}) == (
         f"Repeated by {command.format('0,1 --arms plain')} and {command.format('0 --arms decayed')}."

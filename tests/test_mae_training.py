@@ -16,11 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import RandomResizedCrop
 
-from eval.encoders import block_features, load_encoder
+from eval.encoders import MAEEncoder, block_features, load_encoder
 from eval.knn import knn_accuracy
 from eval.linear import held_out_parts, softmax_probe
+from eval.looking import fewer
+from eval.quick import QuickProbe
 from eval.rank import effective_rank
-from models import Pipeline, effective_alpha
+from models import Pipeline, create_model, effective_alpha
 from models.files import read_json
 from models.mae import MAE
 from models.registry import load_backbone
@@ -332,15 +334,16 @@ def test_features_without_a_rank_do_not_stop_a_training() -> None:
 def test_quick_probes_see_the_averaged_weights_and_change_nothing(train: Callable, tmp_path: Path, image_folder: Path) -> None:
     flags = ("--max_train_steps", 4, "--logging_steps", 3, "--ema_decay", 0.5)
     train(tmp_path / "base", *flags)
-    train(tmp_path / "probed", *flags, "--probe_every", 2)
+    train(tmp_path / "probed", *flags, "--probe_every", 2, "--probe_images", 16)
     assert_same_weights(tmp_path / "base", tmp_path / "probed")
     lines = read_metrics(tmp_path / "probed")
     assert [(line["step"], "probe_knn" in line) for line in lines] == [(2, True), (3, False), (4, True)]
 
     features = load_backbone(tmp_path / "probed").features  # averaged
-    data = load_images(str(image_folder), 8)
+    data = fewer(load_images(str(image_folder), 8), 16, seed=0)
+    assert len(data) == 16
     with torch.no_grad():
-        x = features(data.samples(np.arange(24), torch.device("cpu"), None, None))[-1].mean(1)
+        x = features(data.samples(np.arange(16), torch.device("cpu"), None, None))[-1].mean(1)
     y = torch.from_numpy(data.labels)
     judged, choosing, *_ = held_out_parts(y, 5, parts=5)
     assert lines[-1]["probe_rank"] == pytest.approx(effective_rank(x), abs=1e-4)
@@ -348,6 +351,17 @@ def test_quick_probes_see_the_averaged_weights_and_change_nothing(train: Callabl
     assert lines[-1]["probe_knn"] == pytest.approx(knn, abs=1e-4)
     linear = softmax_probe(x[~judged], y[~judged], x[judged], [choosing[~judged]]).predictions == y[judged]
     assert lines[-1]["probe_linear"] == pytest.approx(linear.double().mean().item(), abs=1e-4)
+
+
+def test_quick_probes_fit_nothing_where_nothing_is_left_to_fit_to(tmp_path: Path) -> None:
+    """Of two classes of two images one of each is judged, and the other would choose the penalty."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    data = ImageData(images, labels=np.array([0, 0, 1, 1]), class_names=("a", "b"), name="few", split="train", fingerprint="")
+    torch.manual_seed(0)
+    network = create_model("mae", size="XS", image_size=8, patch_size=4)
+    look = QuickProbe(data, lambda model: MAEEncoder(model, {}, 8), lambda num: num - 1, "no", 2500)
+    found = look(tmp_path, 1, network, EMA(network.parameters(), 0.0))
+    assert set(found) == {"probe_knn", "probe_rank"}
 
 
 def test_quick_probes_of_a_diffusion_model(image_folder: Path, tmp_path: Path) -> None:

@@ -345,6 +345,9 @@ def test_saved_features(tmp_path: Path, probe: Callable) -> None:
     code, out, err = probe("--features", layers / "2-clear.npz", "--json", tmp_path / "clear.json")
     assert code == 0 and "2-clear" in out and "1-vague" not in out
     assert json.loads((tmp_path / "clear.json").read_text())["k"] == [10, 20], "200 of 90 images cannot vote"
+    np.savez(tmp_path / "few", train_x=x[:6], train_y=[0, 0, 1, 1, 2, 2], test_x=z, test_y=labels)
+    code, _, err = probe("--features", tmp_path / "few.npz", "--json", tmp_path / "few.json")
+    assert code == 0 and json.loads((tmp_path / "few.json").read_text())["k"] == [6], err
 
 
 def test_images_that_the_network_was_trained_on_are_told(mae: Path, data: Path) -> None:

@@ -77,8 +77,10 @@ class Run:
         command, path = self.training(data, more), self.folder / COMMAND
         was_begun = path.is_file() and (self.folder / CONFIG).is_file()  # else its flags may have been refused, and mended since
         if was_begun and (before := read_json(path)) != command:
-            differing = " ".join(flag for flag in _flags_of(before) if flag not in _flags_of(command)) or "other flags"
-            raise ValueError(f"{self.folder} was begun with {differing}; give the same --data and flags, or another --output and --results")
+            then, now = _flags_of(before), _flags_of(command)
+            gone, new = ([flag for flag in some if flag not in others] for some, others in ((then, now), (now, then)))
+            differing = f"with {' '.join(gone)}" if gone else f"without {' '.join(new)}" if new else "with other flags"
+            raise ValueError(f"{self.folder} was begun {differing}; give the same --data and flags, or another --output and --results")
         if not was_begun:
             write_json(path, command)
 
@@ -127,7 +129,7 @@ class Run:
             "comparison": self.comparison,
             "arm": self.arm,
             "seed": self.seed,
-            "flags": more,
+            "flags": [part for word in more for part in word.split("=", 1)],
             "config": {name: value for name, value in config.items() if name not in ("output_dir", "resume_from_checkpoint")},
             "curves": read_metrics(self.folder),
         }

@@ -55,11 +55,11 @@ def _fd_every(steps: int, samples: int = 2048) -> tuple[str, ...]:
     return ("--metrics_during_training", str(steps), "--metrics_samples", str(samples))
 
 
-_AT_FIRST = 2500  # images of a quick look, when the comparisons at 32 px began
+_LOOKED_AT = 10_000  # images; the first comparisons at 32 px took the default
 
 
-def _features_every(steps: int, images: int = 10_000) -> tuple[str, ...]:
-    return ("--probe_every", str(steps), "--probe_images", str(images))
+def _features_every(steps: int, images: int | None = None) -> tuple[str, ...]:
+    return ("--probe_every", str(steps), *(("--probe_images", str(images)) if images else ()))
 
 
 def _rates(preset: str, alphas: tuple[float, ...], rates: tuple[float, ...], **flags: Any) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -88,13 +88,13 @@ COMPARISONS: dict[str, Comparison] = {
         "MAE-S/8 on 64 px photographs: do features get better?",
         _presets("mae-64px", "plain", "skips", "decayed"),
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _LOOKED_AT),
     ),
     "dit-64px": Comparison(
         "DiT-S/4 on 64 px photographs: do images and features get better?",
         _presets("dit-64px", "plain", "skips", "decayed", "rule"),
         {"fd": FD, "probe": DIFFUSION_PROBE},
-        (*_features_every(500), *_fd_every(1000)),
+        (*_features_every(500, _LOOKED_AT), *_fd_every(1000)),
     ),
     "dit-64px-lr": Comparison(
         "DiT-S/4 at other learning rates, 10 epochs: what dit-64px-plain, -skips and -decayed should have in training/presets.py",
@@ -111,7 +111,7 @@ COMPARISONS: dict[str, Comparison] = {
         "MAE-S/8 over alpha_min",
         {f"{alpha}": ("mae-64px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS},
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _LOOKED_AT),
     ),
     "mae-64px-lr": Comparison(
         "MAE-S/8 at other learning rates, 20 epochs: what mae-64px-plain, -skips and -decayed should have in training/presets.py",
@@ -121,13 +121,13 @@ COMPARISONS: dict[str, Comparison] = {
             for arm in ("plain", "skips", "decayed")
         },
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _LOOKED_AT),
     ),
     "mae-64px-ablation": Comparison(
         "the paper's ablation rows, MAE-S/8",
         {name: ("mae-64px-decayed", flags) for name, flags in _MAE_ROWS.items()},
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _LOOKED_AT),
     ),
     "mae-64px-depth": Comparison(
         "the depth rule, alpha_eff = 3e-3, and a milder fading, in MAE-S/8 of 6 and of 12 blocks",
@@ -137,7 +137,7 @@ COMPARISONS: dict[str, Comparison] = {
             for name, flags in (("skips", {"alpha_min": 1.0}), ("0.8", {"alpha_min": 0.8}), ("rule", {"alpha_eff": 3e-3}))
         },
         {"probe": PROBE},
-        _features_every(1000),
+        _features_every(1000, _LOOKED_AT),
     ),
     "mae-32px": Comparison(
         "MAE-XS/8 at 32 px (16 patches, 4 of them visible), small enough for a CPU: curves, and no proof at the paper's sizes; also at the "
@@ -148,19 +148,19 @@ COMPARISONS: dict[str, Comparison] = {
             "decayed-lr-0.0005": ("mae-32px-decayed", {"base_learning_rate": 5e-4}),
         },
         {"probe": PROBE},
-        _features_every(500, _AT_FIRST),
+        _features_every(500),
     ),
     "mae-32px-alpha": Comparison(
         "MAE-XS/8 at 32 px with long skips over alpha_min, one seed on a CPU: whether a milder fading is behind as well",
         {f"{alpha}": ("mae-32px-decayed", {"alpha_min": alpha}) for alpha in _ALPHAS},
         {"probe": PROBE},
-        _features_every(500, _AT_FIRST),
+        _features_every(500),
     ),
     "mae-32px-lr": Comparison(
         "the ends of mae-32px-alpha at other learning rates, 5 epochs, one seed: too early to choose by, as mae-32px shows",
         _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2.5e-4, 5e-4, 2e-3), max_train_steps=1000, lr_warmup_steps=100),
         {"probe": FEW_PROBE},
-        _features_every(250, _AT_FIRST),
+        _features_every(250),
     ),
     "mae-32px-rates": Comparison(
         "the arms of mae-32px at the same three learning rates, one seed on a CPU, with looks at more images",
@@ -170,14 +170,14 @@ COMPARISONS: dict[str, Comparison] = {
             for arm in ("plain", "skips", "decayed")
         },
         {"probe": PROBE},
-        _features_every(500),
+        _features_every(500, _LOOKED_AT),
     ),
     "mae-32px-init": Comparison(
         "MAE-XS/8 at 32 px with long skips that does not begin with zeros in the last linear of every branch: with them, where alpha "
         "fades, hardly anything reaches the last block at first",
         _rates("mae-32px-decayed", (1.0, 0.4), (1e-3, 2e-3), zero_init=False),
         {"probe": PROBE},
-        _features_every(500, _AT_FIRST),
+        _features_every(500),
     ),
     "mae-32px-depth": Comparison(
         "MAE-XS/8 at 32 px with 12 blocks instead of 6, one seed on a CPU: there 0.6 lies in the depth rule's window, as 0.4 does at 6; "
@@ -187,13 +187,13 @@ COMPARISONS: dict[str, Comparison] = {
             for alpha, rate in ((1.0, 1e-3), (0.6, 5e-4), (0.6, 1e-3), (0.4, 1e-3))
         },
         {"probe": PROBE},
-        _features_every(500, _AT_FIRST),
+        _features_every(500),
     ),
     "mae-32px-ablation": Comparison(
         "the paper's ablation rows, MAE-XS/8 at 32 px, at the rate that is nominally better for what fades in mae-32px; one seed on a CPU",
         {name: ("mae-32px-decayed", {"base_learning_rate": 5e-4, **flags}) for name, flags in _MAE_ROWS.items()},
         {"probe": PROBE},
-        _features_every(500, _AT_FIRST),
+        _features_every(500),
     ),
     "mae-32px-long": Comparison(
         "102 epochs with long skips, alpha_min 1 and 0.4, each at the rate that is nominally better for it in mae-32px; and 1 at 2e-3, "
@@ -206,7 +206,7 @@ COMPARISONS: dict[str, Comparison] = {
             for alpha, rate in ((1.0, 1e-3), (0.4, 5e-4), (1.0, 2e-3))
         },
         {"probe": PROBE},
-        _features_every(1000, _AT_FIRST),
+        _features_every(1000),
     ),
     "photographs": Comparison(
         "DiT-XS/4 on ten classes of photographs at 32 px, small enough for a CPU: do images and features get better?",

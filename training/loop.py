@@ -104,7 +104,9 @@ class LoopOptions:
     probe_every: int = option(
         0, "steps between quick looks at the features (kNN, linear probe, rank of a few labelled images); 0: none", least=0
     )
-    probe_images: int = option(2500, "training images for each look, of which a fifth is judged", least=10)
+    probe_images: int = option(
+        2500, "training images for each look, about, and two of a class at least; a fifth of them is judged", least=10
+    )
     report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
 
     def settled(self, images_a_step: int) -> "LoopOptions":
@@ -180,13 +182,17 @@ def train(
 
 
 class _Training:
-    """What a training holds, and what it does in a step; the arguments are those of `train`, in every process.
+    """What a training holds in each of its processes, and what it does in a step; the arguments are those of `train`.
 
     Attributes:
         options: settled.
         model, bare: as accelerate prepared it, and as it was given.
-        step, saved: taken, and of the last checkpoint.
+        step, saved: how many were taken, and were when the last checkpoint was.
+        batch, generator: of the last micro-batch, for `tell`.
     """
+
+    batch: dict[str, Tensor]
+    generator: torch.Generator
 
     def __init__(
         self,
@@ -239,7 +245,7 @@ class _Training:
         self.metrics = MetricsFile(self.run, self.accelerator, self.step)
         self._begin_tracking()
         if self.step and self.step != checkpoint_files.exported_step(self.run):  # killed between the two
-            self.publish()
+            self._publish()
         self.line_began, self.line_step = time.monotonic(), self.step
 
     def _begin_tracking(self) -> None:
@@ -255,7 +261,7 @@ class _Training:
         return (time.monotonic() - self.began) / 60
 
     @property
-    def images_seen(self) -> int:
+    def _images_seen(self) -> int:
         """By the weights: in this run, and before it."""
         return self.config.get("images_before", 0) + self.step * self.images_a_step
 
@@ -319,9 +325,8 @@ class _Training:
                 "images_per_s": round(rate, 2),
                 **feature_statistics(self.bare, self.objective.inputs(self.batch, self.generator)[0], self.objective.bottleneck),
             }
-            # of all processes
-            largest = self.accelerator.gather(torch.tensor(line["block_norms"], device=self.device)).max().item()
-            exploded = not largest <= EXPLODED  # what is not a number is none
+            largest_anywhere = self.accelerator.gather(torch.tensor(line["block_norms"], device=self.device)).max().item()
+            exploded = not largest_anywhere <= EXPLODED  # what is not a number is none
             if looks and not exploded:  # a look asks for features that can be looked at
                 network, averages = self.whole(self.bare, self.ema, to_compute=True)
                 if self.accelerator.is_main_process:
@@ -329,7 +334,7 @@ class _Training:
                         line |= look(self.run, self.step, network, averages) or {}
         self.metrics.write(line)
         if exploded:
-            size = f"after step {self.step} a block puts out numbers of size {largest:.2g}: the features explode"
+            size = f"after step {self.step} a block puts out numbers of size {largest_anywhere:.2g}: the features explode"
             raise self._broken(size, "begin again with --zero_init, a larger --alpha_min or a lower learning rate")
         self.losses.reset()
         self.line_began, self.line_step = time.monotonic(), self.step
@@ -350,14 +355,14 @@ class _Training:
         if self.accelerator.reduce(infinite).item():
             raise self._broken(f"weights are not finite after step {self.step}")
         checkpoint_files.save_checkpoint(self.accelerator, self.run, self.step, self.options.checkpoints_total_limit)
-        self.publish()
+        self._publish()
         self.saved = self.step
 
-    def publish(self) -> None:
+    def _publish(self) -> None:
         """What others load, from the weights as they are."""
         network, averages = self.whole(self.bare, self.ema, to_compute=False)
         if self.accelerator.is_main_process:
-            seen = {"steps": self.step, "images_seen": self.images_seen, "seed": self.options.seed}
+            seen = {"steps": self.step, "images_seen": self._images_seen, "seed": self.options.seed}
             source = {"data": self.data.name, "data_split": self.data.split, "data_fingerprint": self.data.fingerprint}
             columns: dict[str, Any] = {name: self.config[name] for name in ("image_column", "label_column") if name in self.config}
             self.export(self.run, network, averages, {**seen, **source, "images_fingerprint": self.data.images_fingerprint, **columns})
@@ -369,16 +374,16 @@ class _Training:
         return mean
 
     def _broken(self, what: str, remedy: str = "begin again with a lower learning rate, or a larger alpha_min") -> FloatingPointError:
-        """The error, once broke.json says so, too."""
+        """Write broke.json, and return the error to raise."""
         last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         if self.accelerator.is_main_process:
-            broke = {"why": what, "images_seen": self.images_seen, "alphas": self.alphas}
+            broke = {"why": what, "images_seen": self._images_seen, "alphas": self.alphas}
             write_json(self.run / checkpoint_files.BROKE, broke)
         return FloatingPointError(f"{what}; {remedy}; {last}")
 
 
 def _accelerator(options: LoopOptions, run: Path, mixed_precision: str, zero: ZeRO | None) -> Accelerator:
-    """ValueError if the processes of this training do not see each other."""
+    """What spreads the work over processes and devices; ValueError if the processes do not see each other."""
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
