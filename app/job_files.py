@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ QUEUED, RUNNING, STOPPING = ACTIVE = ("queued", "running", "stopping")
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 TRAINING, EVALUATION = "training", "evaluation"
 MAX_POINTS = 500  # of a curve
+LOOKS = {"fd", "probe_knn", "probe_linear"}  # of a line, where it is of a step that was looked at
 LOG_BYTES, LOG_LINES = 64 * 1024, 40
 REACHED = re.compile(r": step \d+ reached$")  # how the scripts take their leave
 SIGNALLED = re.compile(r"^(SIGTERM|SIGINT): saving")
@@ -204,10 +205,15 @@ def _curve_and_pace_of(run: Path, version: tuple[int, int]) -> tuple[list[dict[s
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most `MAX_POINTS` of them, evenly spread, with the first and the last."""
-    if len(lines) <= MAX_POINTS:
-        return list(lines)
-    return [lines[round(i * (len(lines) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+    """At most `MAX_POINTS` of them, evenly spread, with the first and the last; and as many of those that tell of a quick look."""
+    looks = [i for i, line in enumerate(lines) if not LOOKS.isdisjoint(line)]
+    return [lines[i] for i in sorted({*_spread(range(len(lines))), *_spread(looks)})]
+
+
+def _spread(numbers: Sequence[int]) -> Sequence[int]:
+    if len(numbers) <= MAX_POINTS:
+        return numbers
+    return [numbers[round(i * (len(numbers) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
 
 
 def rate_of(lines: list[dict[str, Any]]) -> float | None:

@@ -145,12 +145,14 @@ def _colours(folders: Sequence[Path]) -> Sequence[int]:
 
 
 def _curves(runs: Sequence[tuple[str, Progress]], colours: Sequence[int]) -> str:
-    """Loss, speed, rank and norms of one or two runs."""
+    """Loss, speed, rank, norms and quick looks of one or two runs."""
 
-    def lines(value: str) -> list[Line]:
+    def lines(key: str, scale: float = 1) -> list[Line]:
+        def value(line: dict[str, Any]) -> float | None:
+            return None if line.get(key) is None else scale * line[key]
+
         return [
-            Line(name, _steps(run), [each.get(value) for each in run.curve], colour)
-            for colour, (name, run) in zip(colours, runs, strict=True)
+            Line(name, _steps(run), [value(each) for each in run.curve], colour) for colour, (name, run) in zip(colours, runs, strict=True)
         ]
 
     norms = []
@@ -164,6 +166,9 @@ def _curves(runs: Sequence[tuple[str, Progress]], colours: Sequence[int]) -> str
         + plot(lines("images_per_s"), "Images a second", "step", low=0.0)
         + plot(lines("effective_rank"), "Effective rank (entropy) of the middle", "step")
         + plot(norms, "Norm of every block, the last one strong", "step", logarithmic=True)
+        + plot(lines("fd"), "Fréchet distance of a quick look", "step")
+        + plot(lines("probe_knn", 100), "kNN of a quick look, % right", "step")
+        + plot(lines("probe_linear", 100), "Linear probe of a quick look, % right", "step")
     )
 
 

@@ -436,6 +436,18 @@ def test_of_a_long_training_only_what_is_shown_is_kept(jobs: Jobs, monkeypatch: 
     assert len(read) == 3 * 10 * MAX_POINTS and sum(line() is not None for line in read) <= 3 * MAX_POINTS
 
 
+def test_quick_looks_are_not_thinned_out_and_have_curves_of_their_own(jobs: Jobs) -> None:
+    run = write_run(jobs, "mine", lines=3)
+    looks = {10: {"probe_knn": 0.25, "probe_linear": 0.5}, 2503: {"fd": 30.0}}
+    lines = [{"step": step, "images_per_s": 5.0, "loss": 1.0, **looks.get(step, {})} for step in range(1, 4 * MAX_POINTS + 1001)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] != 10))
+    shown = details_of(jobs, jobs.status("mine"), None)
+    assert "Fréchet distance of a quick look" in shown and "kNN of a quick look" not in shown
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {10, 2503} <= {line["step"] for line in progress_of(jobs.status("mine")).curve}
+    assert "kNN of a quick look" in details_of(jobs, jobs.status("mine"), None)
+
+
 def test_curves_are_read_when_the_libraries_are_there(jobs: Jobs) -> None:
     run = write_run(jobs, "mine", lines=3)
     look = threading.Thread(target=curve_of, args=[run])
