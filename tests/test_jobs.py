@@ -135,6 +135,9 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     progress = progress_of(jobs.status("first"))
     assert 0 < progress.step < progress.of == 100_000 and progress.seconds_left > 0
     assert any("images/s" in line for line in progress.log)
+    leader = psutil.Process(json.loads((jobs.runs / "first" / JOB).read_text())["pid"])
+    if not shutil.which("nvidia-smi"):
+        assert {each.nice() for each in (leader, *leader.children(recursive=True))} == {job_process.NICE}, "the page goes first"
 
     # stopping saves; then comes the next one's turn, and it fails
     assert jobs.stop("first").state == STOPPING
@@ -256,6 +259,21 @@ def test_a_training_whose_page_died_at_its_start_is_not_started_twice(jobs: Jobs
     orphan = process("", "training/train_diffusion.py", f"--output_dir={run}")
     assert jobs.status("mine").state == RUNNING
     assert json.loads((run / JOB).read_text())["pid"] == orphan.pid and not (run / LOG).exists()
+
+
+def test_jobs_on_cpus_leave_the_cores_to_the_page(process: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = psutil.Process(process().pid)
+    monkeypatch.setattr(job_process, "which", lambda name: f"/usr/bin/{name}")
+    job_process.give_way(sleeper.pid)
+    assert sleeper.nice() == 0, "a GPU computes"
+    monkeypatch.setattr(job_process, "which", lambda name: None)
+    job_process.give_way(sleeper.pid)
+    assert sleeper.nice() == job_process.NICE
+    group = Path(f"/proc/{sleeper.pid}/autogroup")  # where the kernel has them: of the session, which no other shares
+    assert not group.is_file() or group.read_text().strip().endswith(f"nice {job_process.NICE}")
+    sleeper.kill()
+    sleeper.wait()
+    job_process.give_way(sleeper.pid)  # it may have ended meanwhile
 
 
 def test_a_queued_run_whose_folder_was_removed_is_not_started(jobs: Jobs) -> None:

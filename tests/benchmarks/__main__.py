@@ -12,7 +12,7 @@ from tests.benchmarks.report import page
 from training.memory import keep_freed_memory
 
 PAGE = "RESULTS.md"
-NOT_ASKED = {"uvit-loop", *([] if torch.cuda.is_available() else ["tuned-xl"])}  # unless they are named
+NOT_ASKED = {"uvit-loop", *(["beside"] if torch.cuda.is_available() else ["tuned-xl"])}  # unless they are named
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from eval.knn import knn_predictions
 from eval.linear import WEIGHT_DECAYS, held_out_parts, softmax_probe
 from models import create_model
 from models.precision import precision
-from tests.benchmarks import steps
+from tests.benchmarks import beside, steps
 from tests.benchmarks.inputs import DEVICE, Inputs, batches_of, folder_of, noise_images
 from tests.benchmarks.measure import Case, Work
 from tests.benchmarks.published import CLASSES, PROBE_EPOCHS, SAMPLER_STEPS, image_loader, published_probe_epoch
@@ -294,4 +294,5 @@ CASES: dict[str, Callable[[Inputs], Case]] = {
     "tuned-xl": partial(steps.tuned, steps.LARGE), "diffusers": steps.diffusers, "feed": feed, "feed-crops": feed_crops,
     "growth": growth, "growth-feed": growth_feed, "sampling": sampling, "frechet": frechet, "fid": fid, "crops": crops,
     "neighbours": partial(neighbours, 20), "neighbours-200": partial(neighbours, 200), "linear-probe": linear_probe, "places": places,
+    "beside": beside.beside,
 }  # fmt: skip
