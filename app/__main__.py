@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--num-processes", type=int, default=1, help="of each training, one for each GPU (default: %(default)s)")
     at_most = "trainings and evaluations at once, all on the same GPUs; the others wait"
     flags.add_argument("--at-most", type=int, default=1, help=f"{at_most} (default: %(default)s)")
+    nice = "how far trainings and evaluations on CPUs stand back behind the page and others: 0, not at all, to 19"
+    flags.add_argument("--nice", type=int, default=10, help=f"{nice} (default: %(default)s)")
     flags.add_argument("--stop-trainings", action="store_true", help="let trainings save and end when the page ends, as containers want it")
     return flags
 
@@ -62,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--auth (or {AUTH} in the environment) must be NAME:PASSWORD, neither of them empty")
         if min(parsed.at_most, parsed.num_processes) < 1:
             raise ValueError(f"--at-most is {parsed.at_most} and --num-processes {parsed.num_processes}; both must be at least 1")
+        if not 0 <= parsed.nice <= 19:
+            raise ValueError(f"--nice is {parsed.nice}; it must be between 0 and 19")
         if parsed.data is not None and not parsed.data.is_dir():
             raise ValueError(f"--data {parsed.data} is not a folder; give the one that images may be read from")
         if "GRADIO_TEMP_DIR" not in os.environ:
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         from app.ui import build, theme
         from app.votes import Votes
 
-        jobs = None if parsed.no_training else Jobs(parsed.runs, parsed.at_most, parsed.data, parsed.num_processes)
+        jobs = None if parsed.no_training else Jobs(parsed.runs, parsed.at_most, parsed.data, parsed.num_processes, parsed.nice)
         site = Site(parsed.runs, jobs, Votes(parsed.runs))
         page = build(site)
         page.launch(

@@ -21,7 +21,6 @@ from models.progress import PROGRESS_FILE
 ROOT = Path(__file__).resolve().parent.parent
 SAME_START_S = 2.0  # two readings of a process's start differ by less
 
-NICE = 10  # of jobs on CPUs
 _children: dict[int, subprocess.Popen] = {}  # of this page, to be reaped
 
 
@@ -33,8 +32,8 @@ def launcher(num_processes: int) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--quiet", *given, "--mixed_precision=no", "--dynamo_backend=no", *several]
 
 
-def launch(run: Path, num_processes: int = 1) -> None:
-    """Start a queued job's process; a training has so many."""
+def launch(run: Path, num_processes: int = 1, nice: int = 0) -> None:
+    """Start a queued job's process; a training has so many. For `nice` see `give_way`."""
     queued = read_job(run)
     if queued is None:  # its folder was removed meanwhile
         return
@@ -63,23 +62,23 @@ def launch(run: Path, num_processes: int = 1) -> None:
         except (OSError, ValueError) as error:
             write_json(run / JOB, asdict(replace(job, error=f"it could not be started ({error})")))
             return
-        give_way(child.pid)
+        give_way(child.pid, nice)
         _children[child.pid], process = child, psutil.Process(child.pid)
     write_json(run / JOB, asdict(replace(job, pid=process.pid, process_began=process.create_time())))
 
 
-def give_way(pid: int) -> None:
-    """Let a process that leads a session of its own have the cores where the page leaves them, and later processes of its as well.
+def give_way(pid: int, nice: int) -> None:
+    """Let a process that leads a session of its own, and what it starts, have the less of the cores the nicer it is, up to 19.
 
     Threads that share a computation wait for the slowest one. Where a training and the page, which samples, shared the cores evenly, the
     sampling took four times as long as alone, and both together twice as long as one after the other (tests/benchmarks, beside).
     """
-    if which("nvidia-smi"):  # the cores have little to do then
+    if not nice or which("nvidia-smi"):  # with a GPU the cores have little to do
         return
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, NICE)
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
         # Linux shares cores among sessions, and a process's own niceness counts within its session alone
-        Path(f"/proc/{pid}/autogroup").write_text(str(NICE), encoding="ascii")
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice), encoding="ascii")
 
 
 def process_of(run: Path, job: Job) -> psutil.Process | None:

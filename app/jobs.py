@@ -69,11 +69,12 @@ class Jobs:
         at_most: how many run at once.
         data: folder that images to train on must lie in; None allows every folder that the page's user may read.
         num_processes: of each training, one for each GPU.
+        nice: how far jobs on CPUs stand back, see `give_way`.
     """
 
-    def __init__(self, runs: Path, at_most: int = 1, data: Path | None = None, num_processes: int = 1) -> None:
+    def __init__(self, runs: Path, at_most: int = 1, data: Path | None = None, num_processes: int = 1, nice: int = 0) -> None:
         self.runs, self.at_most, self.data = runs.resolve(), at_most, data.resolve() if data else None
-        self.num_processes = num_processes
+        self.num_processes, self.nice = num_processes, nice
         self._reads = threading.Lock()  # held while weights are read
 
     def check(self, name: str, options: dict[str, Any], pair: bool = False) -> dict[str, dict[str, Any]]:
@@ -409,7 +410,7 @@ class Jobs:
             if status.kind == EVALUATION:
                 names = status.options.get("checkpoints", ())
                 _note(status.folder, [judging.UNKNOWN] * len(names), judging.versions_of(names, sources(self.runs)))
-            launch(status.folder, self.num_processes)
+            launch(status.folder, self.num_processes, self.nice)
 
     def _read_weights(self) -> None:
         """Note which weights evaluations are about that have begun: a run may train on, or another one may get its name.

@@ -33,7 +33,7 @@ def app_server(runs: Path, *flags: str, mkdir: bool = False) -> Iterator[str]:
     if mkdir:
         runs.mkdir(parents=True)
     port = free_port()
-    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), "--nice", "0", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:

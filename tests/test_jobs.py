@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from app import catalog, job_flags, job_process, judging, libraries
 from app import jobs as jobs_module
+from app.__main__ import main, parser
 from app.catalog import all_results
 from app.job_files import (
     EVALUATION,
@@ -52,6 +53,7 @@ from models import Pipeline, create_model
 from models.files import read_json, sha256, write_json
 from models.progress import PROGRESS_FILE, progress_bar
 from tests.conftest import ROOT, script_environment, wait_for
+from tests.screenshot import free_port
 from tests.tiny_pair import PLAIN, write_pair
 from training import monitor
 
@@ -114,8 +116,9 @@ def write_run(jobs: Jobs, name: str, saved: int = 0, log: str = "", rate: float 
 
 @pytest.mark.slow
 def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_folder: Path, tmp_path: Path) -> None:
+    jobs.nice = 1
     options = {**TINY, "train_data_dir": str(image_folder), "max_train_steps": 100_000}
-    page = "import json, os, sys, pathlib; from app.jobs import Jobs; jobs = Jobs(pathlib.Path(sys.argv[1]));"
+    page = "import json, os, sys, pathlib; from app.jobs import Jobs; jobs = Jobs(pathlib.Path(sys.argv[1]), nice=1);"
     page += "print(jobs.start('first', json.loads(sys.argv[2])).state, flush=True); os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", page, str(jobs.runs), json.dumps(options)]
     killed = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
@@ -137,7 +140,7 @@ def test_trainings_outlive_the_page_and_wait_for_each_other(jobs: Jobs, image_fo
     assert any("images/s" in line for line in progress.log)
     leader = psutil.Process(json.loads((jobs.runs / "first" / JOB).read_text())["pid"])
     if not shutil.which("nvidia-smi"):
-        assert {each.nice() for each in (leader, *leader.children(recursive=True))} == {job_process.NICE}, "the page goes first"
+        assert {each.nice() for each in (leader, *leader.children(recursive=True))} == {1}
 
     # stopping saves; then comes the next one's turn, and it fails
     assert jobs.stop("first").state == STOPPING
@@ -264,16 +267,25 @@ def test_a_training_whose_page_died_at_its_start_is_not_started_twice(jobs: Jobs
 def test_jobs_on_cpus_leave_the_cores_to_the_page(process: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     sleeper = psutil.Process(process().pid)
     monkeypatch.setattr(job_process, "which", lambda name: f"/usr/bin/{name}")
-    job_process.give_way(sleeper.pid)
+    job_process.give_way(sleeper.pid, 10)
     assert sleeper.nice() == 0, "a GPU computes"
     monkeypatch.setattr(job_process, "which", lambda name: None)
-    job_process.give_way(sleeper.pid)
-    assert sleeper.nice() == job_process.NICE
+    job_process.give_way(sleeper.pid, 0)
+    assert sleeper.nice() == 0
+    job_process.give_way(sleeper.pid, 10)
+    assert sleeper.nice() == 10
     group = Path(f"/proc/{sleeper.pid}/autogroup")  # where the kernel has them: of the session, which no other shares
-    assert not group.is_file() or group.read_text().strip().endswith(f"nice {job_process.NICE}")
+    assert not group.is_file() or group.read_text().strip().endswith("nice 10")
     sleeper.kill()
     sleeper.wait()
-    job_process.give_way(sleeper.pid)  # it may have ended meanwhile
+    job_process.give_way(sleeper.pid, 10)  # it may have ended meanwhile
+
+
+def test_how_nice_jobs_can_be(capsys: pytest.CaptureFixture) -> None:
+    assert parser().parse_args([]).nice == 10
+    with pytest.raises(SystemExit, match="2"):
+        main(["--port", str(free_port()), "--nice", "20"])
+    assert "--nice is 20; it must be between 0 and 19" in capsys.readouterr().err
 
 
 def test_a_queued_run_whose_folder_was_removed_is_not_started(jobs: Jobs) -> None:
@@ -288,7 +300,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 from app import job_files, job_process, jobs
 
-def launch(run, num_processes):  # a real process, but one that begins at once
+def launch(run, *rest):  # a real process, but one that begins at once
     time.sleep(0.05)
     process = subprocess.Popen(["sleep", "100"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     job_process._children[process.pid] = process
@@ -942,7 +954,7 @@ def test_the_queue_moves_while_nobody_looks(
 ) -> None:
     monkeypatch.setattr(jobs_module, "MOVE_S", 0.05)
     started: list[str] = []
-    monkeypatch.setattr(jobs_module, "launch", lambda folder, _: started.append(folder.name))
+    monkeypatch.setattr(jobs_module, "launch", lambda folder, *_: started.append(folder.name))
     before = process()
     write_job(jobs, "before", before)
     write_job(jobs, "next")

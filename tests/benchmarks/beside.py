@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from app.__main__ import parser
 from app.job_process import give_way
 from models.pipeline import Pipeline
 from models.precision import autocast, precision
@@ -35,7 +36,7 @@ def _workers(gives_way: bool) -> Iterator[Work]:
     with ExitStack() as stack:
         workers = [stack.enter_context(start([sys.executable, "-m", __name__, kind])) for kind in ("training", "sampling")]
         if gives_way:
-            give_way(workers[0].pid)
+            give_way(workers[0].pid, nice=parser().get_default("nice"))
 
         def answered() -> None:
             for worker in workers:
