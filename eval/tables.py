@@ -99,7 +99,7 @@ INTRODUCTION = (
     f"Quick looks at features (of autoencoders the last block's, of diffusion models the middle one's) are at a few training images, of "
     f"which one in {FOLDS} is judged: of 500 that are judged, differences of 3 points and less may be chance, of 2,000 differences of 1.5.",
 )
-LOOKED_AT = 2500  # before there was --probe_images
+LOOKED_AT_UNLESS_TOLD = 2500  # before there was --probe_images
 
 
 def _last(result: Result) -> Result | None:
@@ -139,7 +139,7 @@ def require_same(where: str, results: Sequence[Result]) -> None:
         if probe:
             seen.setdefault("probed on", set()).add((probe.get("train_labels"), probe.get("test_labels")))
         if any("probe_knn" in line for line in result["curves"]):
-            seen.setdefault("looked at with", set()).add(result["config"].get("probe_images", LOOKED_AT))
+            seen.setdefault("looked at with", set()).add(result["config"].get("probe_images", LOOKED_AT_UNLESS_TOLD))
         if fd:
             seen.setdefault("measured against", set()).add((fd.get("reference_fingerprint"), fd.get("num_samples")))
     for how, images in seen.items():
@@ -284,7 +284,7 @@ def protocol(arms: Mapping[str, Mapping[int, Result]]) -> str:
         where = f"the block (and time) that is best on held-out training images, k = {shown_k([best(result)])}"
         parts.append(f"probed on {images}, at {where}, rank over {probe['rank_images']:,} images{noted('probe')}")
     if any("probe_knn" in line for line in result["curves"]):
-        parts.append(f"quick looks at {result['config'].get('probe_images', LOOKED_AT):,} training images")
+        parts.append(f"quick looks at {result['config'].get('probe_images', LOOKED_AT_UNLESS_TOLD):,} training images")
     if "fd" in result:
         fd = result["fd"]
         how = f"{fd['sampler']} {fd['steps']} steps, guidance {fd['guidance_scale']:g}, seed {fd['seed']}"

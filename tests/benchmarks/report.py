@@ -24,8 +24,8 @@ TRIED = (
     "Averaging the weights every k steps: the average of DiT-XS costs about 1 % of a step on 2 cores; it is taken in every step.",
     "Bytes to floats in one pass, in six ways, or image by image in the cache: none faster than three passes over all.",
     "Turning images round as bytes, with `index_select` instead of brackets (a tenth of the time): 10 became 12 times as fast as "
-    "ImageFolder. A batch of `feed` takes 3 ms: picking 0.5, channels in their order 0.6, turning round 0.7, floats 0.8, the rest caches "
-    "that the opponent has emptied; 40 times would leave 0.9 ms for all.",
+    "ImageFolder. A batch of `feed` takes 3 ms, by itself 2.5: picking 0.5, channels in their order 0.6, turning round 0.7, floats 0.8; "
+    "40 times would leave 0.9 ms for all.",
     "Attention in bf16 on CPUs: torch's fused backward pass takes 2.2 times as long as in fp32 at 64 tokens, and that 2.7 times as long as "
     "two bf16 products with a softmax between, which stand there now.",
     "torch's softmax over a few classes, in the linear probe: six times as long as max, exp and sum by hand, which stand there now.",
@@ -35,7 +35,11 @@ TRIED = (
     "The exact GELU compiled with a rational erf (Abramowitz and Stegun 7.1.26) and a backward pass by hand: no gain forward, 0.12 of "
     "0.42 ms backward for a million numbers, 2 % of a step of MAE-XS; torch's stays.",
     "A step of MAE-XS, compiled or not: two thirds of its time and more are matrix products, most on the way back, and these run at "
-    "about half the rate of a large product (oneDNN's, of matrices 128 to 768 wide); so compiling, which melts the rest, gains 6 %.",
+    "about half the rate of a large product (oneDNN's, of matrices 128 to 768 wide; by a profile of one thread, beside other work); "
+    "compiling, which melts the rest, gains 6 %.",
+    "A training beside a sampling, by hand, two runs each: sampling took 11 to 12 s, 8.7 to 11.2 where the training was nice by 2 or 3, "
+    "6.1 to 6.7 by 5, 3.2 to 3.5 by 10, and 2.7 alone (3.5 to 3.9 in the runs of 2 to 5). Threads that turn round less while they wait "
+    "(GOMP_SPINCOUNT 1000 for the training) made both 1.7 times as fast, but the training 9 % slower alone.",
     "Two threads that crop and resize half a batch each: they wait for Python more than they gain; one writes each crop where it stays.",
     "The stream of a DiT in float32 under autocast, as SiT's is, instead of bf16: 1.15 of the time of a step of DiT-XS eager, 1.06 "
     "compiled (32 images, 40 pairs, on two cores, by hand); left in bf16, as diffusers' is.",
