@@ -116,7 +116,7 @@ class DiT(DecayedModel):
     @property
     def numbers_held(self) -> int:
         """About how many numbers are in memory for one image: a block's activations, and what the long skips keep."""
-        return len(self.positions) * self.config.dim * (16 + self.config.depth)
+        return len(self.positions) * self.config.dim * (16 + (self.config.depth // 2 if self.config.long_skips else 0))
 
     @torch.no_grad()
     def drop_variance(self) -> None:
@@ -162,11 +162,14 @@ class DiT(DecayedModel):
         *modulations, final = self.modulation(F.silu(c)).split(6 * self.config.dim, dim=-1)  # depth x (N, 6D), (N, 2D)
 
         features: list[Tensor] = []
-        half = len(self.blocks) // 2
+        skips: list[Tensor] = []  # last in, first out
+        half = len(self.blocks) // 2 if self.config.long_skips else 0
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
-            skip = features[len(self.blocks) - 1 - i] if i >= half and self.config.long_skips else None  # last in, first out
-            x = self.recomputing(block, x, modulation, skip)  # (N, T, D)
-            features.append(x)
+            x = self.recomputing(block, x, modulation, skips.pop() if skips and i >= half else None)  # (N, T, D)
+            if i < half:
+                skips.append(x)
+            if return_features:  # else what no skip needs makes room, where no way back keeps it
+                features.append(x)
 
         x = modulate(self.norm(x), *final.unsqueeze(1).chunk(2, dim=-1))
         x = unpatchify(self.head(x), self.config.patch_size, height, width)  # (N, C, H, W)

@@ -104,8 +104,8 @@ class UViT(DecayedModel):
 
     @property
     def numbers_held(self) -> int:
-        """About how many numbers are in memory for one image: a block's activations, and every block's output."""
-        return self.positions.numel() * (16 + len(self.blocks))
+        """About how many numbers are in memory for one image: a block's activations, and what the long skips keep."""
+        return self.positions.numel() * (16 + (self.config.depth // 2 if self.config.long_skips else 0))
 
     def _initialize(self) -> None:
         """As published: truncated normals in linears and positions, N(0, 1) for labels; then the zeros of `zero_init`."""
@@ -153,14 +153,18 @@ class UViT(DecayedModel):
         x = torch.cat(tokens, dim=1)  # (N, T, D)
         x = x + self.positions.to(x.dtype)
 
-        outputs: list[Tensor] = []
+        features: list[Tensor] = []
+        skips: list[Tensor] = []  # last in, first out
+        half = config.depth // 2 if config.long_skips else 0
         for i, block in enumerate(self.blocks):
-            skip = outputs[config.depth - i] if i > config.depth // 2 and config.long_skips else None  # last in, first out
-            x = self.recomputing(block, x, skip)  # (N, T, D)
-            outputs.append(x)
+            x = self.recomputing(block, x, skips.pop() if skips and i > half else None)  # (N, T, D)
+            if i < half:
+                skips.append(x)
+            if return_features:  # else what no skip needs makes room, where no way back keeps it
+                features.append(x[:, self.num_extras :])
 
         x = self.head(self.norm(x)[:, self.num_extras :])  # (N, H/p * W/p, p * p * C)
         x = unpatchify(x, config.patch_size, height, width)  # (N, C, H, W)
         if self.final_conv is not None:
             x = self.final_conv(x)
-        return (x, [output[:, self.num_extras :] for output in outputs]) if return_features else x
+        return (x, features) if return_features else x

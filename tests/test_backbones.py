@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,19 @@ def test_features_come_with_every_block(backbone: str) -> None:
     prediction, features = model(torch.randn(2, 3, 8, 8), torch.rand(2), return_features=True)
     assert prediction.shape == (2, 3, 8, 8)
     assert len(features) > 1 and all(feature.ndim == 3 and len(feature) == 2 for feature in features)
+
+
+@pytest.mark.parametrize(("long_skips", "expected"), [(False, 1), (True, 2)], ids=["plain", "skips"])
+@pytest.mark.parametrize("backbone", ["dit", "uvit"])
+def test_only_what_is_needed_is_kept_while_sampling(backbone: str, long_skips: bool, expected: int) -> None:
+    """The last block finds its input and its own skip in memory, and no other block's output."""
+    model, outputs, alive = tiny(backbone, depth=6, long_skips=long_skips), [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(weakref.ref(output)))
+    model.blocks[-1].register_forward_pre_hook(lambda _block, _inputs: alive.append(sum(output() is not None for output in outputs)))
+    with torch.inference_mode():
+        model(torch.randn(2, 3, 8, 8), torch.rand(2))
+    assert len(outputs) == len(model.blocks) and alive == [expected]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
