@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.files import read_json
 
+DECODED_PIXELS = 512**2  # of images that are decoded at once: small ones together are several times as fast, large ones fill the memory
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -83,9 +84,10 @@ def to_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def to_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) -> images, float32 (N, 3, H, W) in [-1, 1] but for overshoot."""
     z = (latents / vae.config.scaling_factor + _shift(vae)).to(vae.device, vae.dtype)
+    at_once = max(1, DECODED_PIXELS // (z[0, 0].numel() * factor(vae) ** 2))
     rounds = torch.is_autocast_enabled(z.device.type) and torch.get_autocast_dtype(z.device.type) != torch.float16
     with torch.autocast(z.device.type, torch.bfloat16, enabled=rounds):  # in fp16 some decoders, such as SDXL's, overflow
-        return torch.cat([vae.decode(each[None]).sample.float() for each in z])  # one by one: at full size memory is short
+        return torch.cat([vae.decode(part).sample.float() for part in z.split(at_once)])
 
 
 @torch.inference_mode()

@@ -45,6 +45,16 @@ def test_there_and_back() -> None:
         latent_shape(vae, 15)
 
 
+@pytest.mark.parametrize(("pixels", "expected"), [(1, [1, 1, 1, 1, 1]), (2 * 16**2, [2, 2, 1]), (512**2, [5])])
+def test_so_many_images_are_decoded_at_once(pixels: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, seen = make_vae().eval(), torch.randn(5, 4, 8, 8), []
+    whole = to_images(vae, latents)
+    monkeypatch.setattr("models.vae.DECODED_PIXELS", pixels)
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(to_images(vae, latents), whole, rtol=1e-4, atol=1e-5)
+    assert seen == expected
+
+
 def test_small_images_have_the_colours_of_the_decoder() -> None:
     """Exactly, where the decoder does nothing but colour each cell by a linear map."""
     matrix, latents = torch.randn(3, 4), torch.randn(2, 4, 5, 6)
