@@ -46,13 +46,14 @@ def main() -> None:
                     found |= {"ours_peak_bytes": peak_of(case.ours), "theirs_peak_bytes": peak_of(case.theirs)}
                 if case.parameters:
                     found["limits"] = limits_of(case)
+                key = f"{name} ({case.peer})" if case.peer else name
                 del case  # its workers end before their images go
             interval = " [{:.3f}, {:.3f}]".format(*found["ratio_interval_95"]) if found["ratio_interval_95"] else ""
             more = f", of processor time {found['processor_ratio_median']:.3f}"
             if "ours_peak_bytes" in found:
                 more += f", of peak memory {found['ours_peak_bytes'] / found['theirs_peak_bytes']:.3f}"
-            print("\n  ".join([f"{name:14} {found['about']}: {found['ratio_median']:.3f}{interval}{more}", *found["notes"]]), flush=True)
-            results[name] = found
+            print("\n  ".join([f"{key:14} {found['about']}: {found['ratio_median']:.3f}{interval}{more}", *found["notes"]]), flush=True)
+            results[key] = found
             if parsed.json:
                 write_json(parsed.json, results)
                 with written_aside(parsed.json.with_name(PAGE)) as aside:

@@ -35,9 +35,14 @@ class Inputs:
     keep: Callable[[AbstractContextManager], Any]
 
     @property
+    def peer_name(self) -> str:
+        """Of the checkout; nothing where there is none."""
+        return self.peer.name if self.peer else ""
+
+    @property
     def theirs(self) -> str:
         """Words for the opponent of the whole steps."""
-        return f"that of {self.peer.name}" if self.peer else "that of the published loop, rewritten, in fp32"
+        return f"that of {self.peer_name}, in fp32" if self.peer else "that of the published loop, rewritten, in fp32"
 
 
 def noise_images(count: int, size_px: int) -> ImageData:

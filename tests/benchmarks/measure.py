@@ -25,6 +25,7 @@ class Case:
 
     Attributes:
         about: in words.
+        peer: the checkout that theirs is of, where it is of one.
         ours, theirs: the work of both sides.
         goal: how many times as fast ours is to be.
         parameters: of a training step those of the network, so that its limits can be told.
@@ -40,6 +41,7 @@ class Case:
     about: str
     ours: Work
     theirs: Work
+    peer: str = ""
     goal: float | None = None
     parameters: int = 0
     pairs: int = 40

@@ -141,7 +141,7 @@ def _loop(backbone: str, title: str, inputs: Inputs, compile: bool, **options: A
     ours = whole_step(model, data, FlowMatching(CLASSES), max_grad_norm=1.0, ema_decay=0.9999)
     network = network_of(inputs.peer, backbone, HERE.sizes(backbone)).to(DEVICE)
     theirs = published_step(network, endless(inputs.keep(folder_of(data)), HERE.batch_size, CenterCrop(IMAGE)))
-    return _whole(f"{HERE.about(title)}: whole step / {inputs.theirs}", ours, theirs, model, compile)
+    return _whole(HERE.about(title), inputs, ours, theirs, model, compile)
 
 
 def mae_loop(compile: bool, inputs: Inputs) -> Case:
@@ -154,12 +154,13 @@ def mae_loop(compile: bool, inputs: Inputs) -> Case:
     crop = RandomResizedCrop(IMAGE, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
     network = network_of(inputs.peer, "mae", HERE.sizes("mae")).to(DEVICE)
     theirs = published_mae_step(network, endless(inputs.keep(folder_of(data)), HERE.batch_size, crop))
-    return _whole(f"{HERE.about('MAE')}: whole step / {inputs.theirs}", ours, theirs, model, compile)
+    return _whole(HERE.about("MAE"), inputs, ours, theirs, model, compile)
 
 
-def _whole(about: str, ours: Work, theirs: Work, model: nn.Module, compile: bool) -> Case:
-    goal = 3 if DEVICE == CPU else 6
-    case = Case(about, ours, theirs, goal=goal, parameters=size_of(model), pairs=20, warm_ups=3, of_torch=False)
+def _whole(network: str, inputs: Inputs, ours: Work, theirs: Work, model: nn.Module, compile: bool) -> Case:
+    about, goal = f"{network}: whole step / {inputs.theirs}", 3 if DEVICE == CPU else 6
+    parameters, peer = size_of(model), inputs.peer_name
+    case = Case(about, ours, theirs, peer=peer, goal=goal, parameters=parameters, pairs=20, warm_ups=3, of_torch=False)
     return compiled(case, model) if compile else case
 
 
@@ -177,16 +178,20 @@ def tuned(scale: Scale, _: Inputs) -> Case:
 
 def diffusers(_: Inputs) -> Case:
     """Our training step against one of diffusers' DiT of the same size, both in the precision that pays here."""
-    from diffusers import DiTTransformer2DModel
-
     torch.manual_seed(0)
-    ours = HERE.sizes("dit")
-    heads = dict(num_attention_heads=ours["num_heads"], attention_head_dim=ours["dim"] // ours["num_heads"], num_layers=ours["depth"])
-    sizes = dict(patch_size=ours["patch_size"], sample_size=IMAGE, in_channels=3, out_channels=3, num_embeds_ada_norm=CLASSES)
-    model = DiTTransformer2DModel(**heads, **sizes).to(DEVICE)
+    model = diffusers_dit(in_channels=3, out_channels=3, num_embeds_ada_norm=CLASSES).to(DEVICE)
     network = lambda x, t, labels: model(x, timestep=1000 * t, class_labels=labels).sample  # noqa: E731
     steps = step_of("dit", 0.5, long_skips=False)[1], step_with(model, network, FlowMatching(CLASSES))
     return Case(f"DiT-{HERE.size}: our step / diffusers'", *steps, goal=1.3, parameters=size_of(model), pairs=20)
+
+
+def diffusers_dit(**options: int) -> nn.Module:
+    """Diffusers' DiT of the size of ours."""
+    from diffusers import DiTTransformer2DModel
+
+    ours = HERE.sizes("dit")
+    heads = dict(num_attention_heads=ours["num_heads"], attention_head_dim=ours["dim"] // ours["num_heads"], num_layers=ours["depth"])
+    return DiTTransformer2DModel(**heads, patch_size=ours["patch_size"], sample_size=IMAGE, **options)
 
 
 def alpha(backbone: str, _: Inputs) -> Case:
