@@ -95,7 +95,7 @@ def parse(options: dict[str, Any], run: Path) -> dict[str, Any]:
     """
     load_libraries()
     from training.command import DataOptions, parse
-    from training.loop import LoopOptions, check
+    from training.loop_options import LoopOptions, check
     from training.objectives import create_objective
 
     if unknown := sorted(set(options) - flag_names(options)):

@@ -32,7 +32,7 @@ from training.augment import Boxes, _resize_each, _resize_together, crop_and_res
 from training.command import parse
 from training.data import ImageData
 from training.ema import EMA
-from training.loop import LoopOptions
+from training.loop_options import LoopOptions
 from training.monitor import feature_statistics, read_metrics
 from training.objectives import FlowMatching, MaskedAutoencoding
 from training.packing import load_images

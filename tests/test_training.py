@@ -32,10 +32,11 @@ from training.checkpoint import BROKE, averaged, checkpoints, continued, find_ch
 from training.command import describe, parse
 from training.data import Order
 from training.ema import EMA
-from training.loop import FREE_ON_RESUME, LoopOptions, check, learning_rate
+from training.loop_options import LoopOptions, check, learning_rate
 from training.monitor import read_metrics
 from training.objectives import BETA_SCHEDULES, DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
 from training.presets import PRESETS
+from training.resume import FREE_ON_RESUME
 from training.train_diffusion import GROUPS, main
 
 SCRIPT = "training/train_diffusion.py"
@@ -144,7 +145,7 @@ def test_a_copy_with_averaged_weights_goes_as_soon_as_it_is_let_go(tiny_dit: Cal
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_missing_tracker_is_told(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.get_available_trackers", list)
+    monkeypatch.setattr("training.loop_options.get_available_trackers", list)
     with pytest.raises(ValueError, match=f"--report_to {tracker} needs that library; pip install {tracker}, or give --report_to none"):
         check(LoopOptions(output_dir="runs/x", max_train_steps=1, report_to=tracker))
 

@@ -16,7 +16,7 @@ from models.shortcut import describe as describe_shortcuts
 from training.checkpoint import CONFIG
 from training.data import ImageData
 from training.images import SPLITS
-from training.loop import LoopOptions
+from training.loop_options import LoopOptions
 from training.options import add_options, option, read_options
 from training.packing import load_images
 from training.presets import Preset

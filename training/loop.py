@@ -8,43 +8,33 @@ repeat one process with N times the accumulation.
 import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.files import read_json, require_memory, require_writable, write_json
+from models.files import write_json
 from models.precision import precision
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData, seed_of
 from training.ema import EMA
+from training.loop_options import LoopOptions, check, check_with_data, learning_rate
 from training.memory import keep_freed_memory
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
-from training.options import option
 from training.processes import PATIENCE, StopSignals
-from training.sharding import FSDP2, Whole, ZeRO, asks_for_deepspeed, load_state, local, prepare
+from training.resume import resume_or_start
+from training.sharding import Whole, ZeRO, asks_for_deepspeed, local, prepare
 from training.stream import Streams
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
-
-# Options that may differ when a run is resumed; all others decide what is computed. Another number of processes is made up for by
-# another accumulation: images_a_step stays.
-FREE_ON_RESUME = frozenset(
-    "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "gradient_accumulation_steps probe_every probe_images metrics_during_training metrics_samples metrics_extractor "
-    "logging_steps preset dataset_name train_data_dir".split()  # data are known by their fingerprint, wherever they lie
-)
 
 P = ParamSpec("P")
 
@@ -69,49 +59,6 @@ class Objective(Protocol):
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """The loss."""
         ...
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """Optimisation and run."""
-
-    output_dir: str | None = option(None, "folder of the run, made if needed; runs/PRESET where a preset is named")
-    seed: int = option(0, "of the initial weights, the order of the data, and the noise", least=0)
-    train_batch_size: int = option(64, "images of a process in one forward pass", least=1)
-    gradient_accumulation_steps: int = option(1, "forward passes for one optimizer step", least=1)
-    mixed_precision: str = option(
-        "auto", "auto is bf16 where the hardware has it (on a CPU: avx512_bf16 or AMX), else no", choices=("auto", "no", "bf16", "fp16")
-    )
-    compile: bool = option(False, "torch.compile the network: minutes at the start, then faster steps; other last digits")
-    gradient_checkpointing: bool = option(False, "compute each block once more on the way back instead of keeping what is inside")
-    max_train_steps: int | None = option(None, "optimizer steps in all", least=1)
-    max_train_minutes: float | None = option(None, "save and leave after this long; resuming goes on", least=0)
-    learning_rate: float = option(1e-4, "of AdamW, after the warm-up", least=0)
-    lr_scheduler: str = option("constant", "after the warm-up; cosine falls to 0 at max_train_steps", choices=("constant", "cosine"))
-    lr_warmup_steps: int = option(0, "steps in which the learning rate rises from 0", least=0)
-    adam_beta1: float = option(0.9, "AdamW", least=0, most=1)
-    adam_beta2: float = option(0.999, "AdamW", least=0, most=1)
-    adam_weight_decay: float = option(0.0, "AdamW", least=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 leaves them", least=0)
-    skip_nonfinite: bool = option(False, "leave out a step whose gradients are not finite, instead of ending; 20 in a row still end")
-    ema_decay: float = option(0.9999, "of the averaged weights, after min(., (1 + step) / (10 + step)); 0: none", least=0, most=1)
-    random_flip: bool = option(False, "mirror half of the images")
-    checkpointing_steps: int = option(1000, "steps between checkpoints; the last step always gets one", least=1)
-    checkpoints_total_limit: int | None = option(2, "older checkpoints are deleted", least=1)
-    resume_from_checkpoint: str | None = option(None, '"latest", or the name of one, such as step-1000')
-    logging_steps: int = option(50, "steps between lines of metrics.jsonl", least=1)
-    sample_steps: int = option(500, "steps between sample grids; 0 for none", least=0)
-    probe_every: int = option(
-        0, "steps between quick looks at the features (kNN, linear probe, rank of a few labelled images); 0: none", least=0
-    )
-    probe_images: int = option(
-        2500, "training images for each look, about, and two of a class at least; a fifth of them is judged", least=10
-    )
-    report_to: str = option("tensorboard", "tracker", choices=("tensorboard", "wandb", "none"))
-
-    def settled(self, images_a_step: int) -> "LoopOptions":
-        """With all that depends on how many images make a step, which is known once the processes have found each other."""
-        return self
 
 
 def _alone_in_its_folder(train: Callable[Concatenate["LoopOptions", P], int]) -> Callable[Concatenate["LoopOptions", P], int]:
@@ -240,7 +187,7 @@ class _Training:
         computed = {"precision": resolved, "images_a_step": self.images_a_step, "data_fingerprint": data.fingerprint}
         computed |= {"sharded": self.whole.sharded, "deepspeed_processes": self.accelerator.num_processes if self.zero else 0}
         self.config = {**config, **dataclasses.asdict(options), **computed}
-        self.step = self.saved = _resume_or_start(self.accelerator, self.run, options, self.config)
+        self.step = self.saved = resume_or_start(self.accelerator, self.run, options, self.config)
         self.skipped = 0  # steps in a row
         self.metrics = MetricsFile(self.run, self.accelerator, self.step)
         self._begin_tracking()
@@ -399,17 +346,6 @@ def _accelerator(options: LoopOptions, run: Path, mixed_precision: str, zero: Ze
     return accelerator
 
 
-def learning_rate(options: LoopOptions, step: int) -> float:
-    """Of the step after `step` steps: a linear rise, then constant or a cosine down to 0."""
-    if step < options.lr_warmup_steps:
-        return options.learning_rate * (step + 1) / options.lr_warmup_steps
-    if options.lr_scheduler == "constant":
-        return options.learning_rate
-    assert options.max_train_steps is not None, "check() asks for it"
-    progress = (step - options.lr_warmup_steps) / max(1, options.max_train_steps - options.lr_warmup_steps)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class _LossMeter:
     """Mean of the losses since the last line; stays on the device until it is read, and travels with checkpoints."""
 
@@ -436,83 +372,3 @@ class _LossMeter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.count = state["total"].to(self.accelerator.device), state["count"]
-
-
-def check(options: LoopOptions) -> Path:
-    """Raise ValueError for options that contradict each other, before anything is spent; returns the run's folder."""
-    if options.output_dir is None:
-        raise ValueError("--output_dir is missing; name a folder for the run, such as runs/mine")
-    if options.max_train_steps is None and options.max_train_minutes is None:
-        raise ValueError("neither --max_train_steps nor --max_train_minutes is given; a training needs an end")
-    if options.lr_scheduler == "cosine" and options.max_train_steps is None:
-        raise ValueError("--lr_scheduler cosine needs --max_train_steps, to know where it ends")
-    if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("--compile needs a C++ compiler; install one (Debian: apt-get install g++), or leave it away")
-    if options.report_to not in ("none", *map(str, get_available_trackers())):
-        raise ValueError(f"--report_to {options.report_to} needs that library; pip install {options.report_to}, or give --report_to none")
-    if asks_for_deepspeed() and options.mixed_precision == "fp16":
-        raise ValueError(f"DeepSpeed's own fp16 hides the exact weights from the averages; give --mixed_precision bf16, or {FSDP2}")
-    run = Path(options.output_dir)
-    for folder in (run, run / "checkpoints"):  # not after hours, when the first checkpoint is due
-        require_writable(folder, "choose another --output_dir")
-    if options.resume_from_checkpoint is None and checkpoint_files.checkpoints(run):
-        raise ValueError(f"{run} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another --output_dir")
-    return run
-
-
-def check_with_data(options: LoopOptions, data: TrainingData, device: torch.device) -> None:
-    """Raise ValueError for a batch that cannot fit into memory, and for a run that would lie among its own images."""
-    run, folder = Path(options.output_dir or "").resolve(), Path(data.name).resolve()
-    if folder.is_dir() and run.is_relative_to(folder):
-        raise ValueError(f"--output_dir {run} lies in {data.name}, whose pictures are the data; choose a folder outside")
-    needed = 2 * 4 * options.train_batch_size * math.prod(data.shape)  # the images and what is predicted of them, float32
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    require_memory(needed, f"--train_batch_size {options.train_batch_size}", free)
-
-
-def _resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, config: dict[str, Any]) -> int:
-    """Load the asked checkpoint, or make the folder of a new run; returns the steps that were already taken."""
-    if accelerator.is_main_process:
-        checkpoint_files.remove_leftovers(run)
-    if options.resume_from_checkpoint is None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (run / checkpoint_files.BROKE).unlink(missing_ok=True)
-            write_json(run / checkpoint_files.CONFIG, {**config, **checkpoint_files.run_metadata()})
-        return 0
-    checkpoint = checkpoint_files.find_checkpoint(run, options.resume_from_checkpoint)
-    step = checkpoint_files.step_of(checkpoint)
-    later = ", ".join(path.name for path in checkpoint_files.checkpoints(run) if checkpoint_files.step_of(path) > step)
-    if later and options.resume_from_checkpoint != "latest":
-        if step >= (options.max_train_steps or math.inf):
-            raise ValueError(f"{checkpoint.name} has --max_train_steps {step} already, and {later} would be lost; ask for more steps")
-        accelerator.print(f"going on from {checkpoint.name}; {later} will be replaced")
-    before = read_json(run / checkpoint_files.CONFIG)
-    free = FREE_ON_RESUME | ({"max_train_steps"} if options.lr_scheduler == "constant" else set())
-    if before.get("sharded", False) != config["sharded"]:
-        how = "without" if config["sharded"] else "with"
-        raise ValueError(f"{run} was trained {how} --config_file training/configs/fsdp2.yaml; go on {how} it, or start another run")
-    parts = before.get("deepspeed_processes", 0)  # its checkpoints have a part of the moments for each
-    if parts != config["deepspeed_processes"]:
-        how = f"by DeepSpeed with --num_processes {parts}" if parts else "without DeepSpeed"
-        raise ValueError(f"{run} was trained {how}; go on like that, or start another run")
-    changed = [key for key in config if key not in free and key in before and before[key] != config[key]]
-    if changed:
-        what = ", ".join(f"{key} was {before[key]} and is {config[key]}" for key in changed)
-        raise ValueError(f"{run} cannot be resumed with other options ({what}); give the first ones, or start another run")
-    if before.get("gradient_accumulation_steps") != config["gradient_accumulation_steps"]:
-        processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
-        accelerator.print(f"going on with {processes}: the same images and noise as before; sums have another order, so last digits differ")
-    load_state(accelerator, checkpoint)
-    accelerator.step = 0  # micro-batches of a step, whose number may have been another; a checkpoint lies between two steps
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:  # later ones are damaged or given up: the run goes on from here
-        checkpoint_files.drop_after(run, checkpoint)
-        checkpoint_files.drop_before(run, options.checkpoints_total_limit)
-        (run / checkpoint_files.BROKE).unlink(missing_ok=True)
-        told = {**before, "max_train_steps": options.max_train_steps or before.get("max_train_steps")}
-        if step < (options.max_train_steps or math.inf):
-            told["continued"] = checkpoint_files.continued(before, step)
-        if told != {"continued": [], **before}:
-            write_json(run / checkpoint_files.CONFIG, told)
-    return step

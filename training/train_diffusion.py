@@ -27,7 +27,8 @@ from training.command import DataOptions, ShortcutOptions, begin_with, describe,
 from training.data import ImageData
 from training.ema import EMA
 from training.latents import encode
-from training.loop import Callback, LoopOptions, check, train
+from training.loop import Callback, train
+from training.loop_options import LoopOptions, check
 from training.monitor import save_grid
 from training.objectives import BETA_SCHEDULES, DDPM, OBJECTIVES, PREDICTION_TYPES, TIME_DISTRIBUTIONS, Diffusion, create_objective
 from training.options import option

@@ -28,7 +28,8 @@ from training.checkpoint import averaged, export_network
 from training.command import DataOptions, ShortcutOptions, begin_with, describe, parse, say, say_end
 from training.data import ImageData
 from training.ema import EMA
-from training.loop import Callback, LoopOptions, check, train
+from training.loop import Callback, train
+from training.loop_options import LoopOptions, check
 from training.monitor import save_grid
 from training.objectives import MaskedAutoencoding
 from training.options import option
