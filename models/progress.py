@@ -1,6 +1,8 @@
-"""Progress bars: drawn on a terminal, or told in a file to whoever started the program."""
+"""Progress bars: drawn on a terminal, lines in a log, or told in a file to whoever started the program."""
 
+import io
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,28 @@ from models.files import remove, write_json
 
 PROGRESS_FILE = "FADING_SHORTCUTS_PROGRESS"  # environment: where to tell it, instead of drawing
 TOLD_S = 0.5  # at most so often
+LINE_S = 60.0  # between two lines of a log; what is done sooner has none
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
-    """A bar of tqdm that leaves nothing behind; there is none where nobody would see it."""
+    """A bar of tqdm that leaves nothing behind on a terminal; elsewhere what it says comes in lines."""
     if os.environ.get(PROGRESS_FILE):
         return _InFile(*arguments, **options, leave=False, mininterval=TOLD_S)
-    return tqdm(*arguments, **options, leave=False, disable=None)
+    if not sys.stderr.isatty():
+        words = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left"
+        seldom = dict(mininterval=LINE_S, maxinterval=LINE_S, delay=LINE_S)
+        return _InLines(*arguments, **options, **seldom, leave=False, bar_format=words, file=io.StringIO())  # no carriage returns
+    return tqdm(*arguments, **options, leave=False)
+
+
+class _InLines(tqdm):
+    """A line each time, instead of one that is written over."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Called by tqdm: `msg` is "" at the end."""
+        if msg != "":
+            print(self, file=sys.stderr, flush=True)
+        return True
 
 
 class _InFile(tqdm):

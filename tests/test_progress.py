@@ -1,0 +1,20 @@
+"""Progress where nobody looks at a terminal; how the page is told stands in test_jobs.py."""
+
+import time
+
+import pytest
+
+from models import progress
+
+
+def test_a_log_gets_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in progress.progress_bar(range(3), "packing", unit=" images"):
+        pass
+    assert capsys.readouterr().err == "", "what is done within a minute has none"
+    monkeypatch.setattr(progress, "LINE_S", 0.05)
+    for _ in progress.progress_bar(range(4), "generating", unit=" images"):
+        time.sleep(0.06)
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert "\r" not in said and 2 <= len(lines) <= 4, said
+    assert all(line.startswith("generating: ") and " of 4 images, " in line and line.endswith(" left") for line in lines), said
