@@ -5,7 +5,7 @@
     python eval/compare.py runs/x --reference openmoji --sweep steps=5,10,20,50 guidance=1,1.5,2,4 --output runs/x/sweep
     python eval/compare.py runs/a/eval/fid.json runs/b/eval/fid.json                  numbers taken earlier
     python eval/compare.py runs/a runs/b                                              what eval/probe.py found in their features
-    python eval/compare.py results/mae-32px/skips-0.json results/mae-32px-init/0.4-lr-0.001-0.json           the same, in campaigns' results
+    python eval/compare.py eval/results/mae-32px/skips-0.json eval/results/mae-32px/decayed-0.json    the same, in results of campaigns
 
 Image i of every checkpoint comes from the same noise and the same label, and the interval (95 %) of a difference is of these pairs.
 Every checkpoint is compared with the first one: "better" or "worse" if the interval leaves out 0, else "undecided".
@@ -323,6 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--output {options.output} is a file; give a folder")
         if options.output:
             require_writable(Path(options.output), "choose another --output")
+        if missing := [path for path in parsed.contenders if path.endswith(".json") and not Path(path).is_file()]:
+            raise ValueError(f"{missing[0]} does not exist; give .json files of earlier evaluations, or folders of runs")
         if options.reference is None and any(map(probes_of, parsed.contenders)):
             compare_probes(parsed.contenders, options.output)
             return

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from eval.measure import unpacked
 from eval.pictures import draw_side_by_side
 from eval.report import Section, as_text, loss_curves, paragraph, probe_curves, rank_curves, table, write_report
 from models.files import read_json, write_json
+from training.checkpoint import CONFIG
 from training.monitor import read_metrics
 
+SAMPLES = "fd"  # where a campaign's result tells of samples
 RESULT = Path("eval") / "probe.json"  # in a run
 METRIC = "linear probe accuracy"  # what marks such a file
 # What two results must share to stand in one column; the labels, in their order, tell the images at any resolution ...
@@ -23,6 +25,7 @@ DRAWN = "drawn"
 # ... and what they should
 NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema", "blocks", "pooling", "times", "reference_network")
 TUNED = ("learning_rate", "batch_size")  # of fine-tuning
+TRAINED = ("seed", "learning_rate", "data_fingerprint")  # of the trainings themselves
 ABOUT = (
     "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would "
     "move them too."
@@ -37,11 +40,15 @@ class Probed:
         name: as the user wrote it.
         run: its folder, if there is one.
         result: what the file holds.
+        training: what the network was trained with, as far as it is told.
+        measured: its samples were measured, too.
     """
 
     name: str
     run: Path | None
     result: dict[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
 
     @property
     def best(self) -> dict[str, Any]:
@@ -69,14 +76,24 @@ class Probed:
 def probes_of(path: str) -> dict[str, Any] | None:
     """What eval/probe.py found in a contender: in a run or a folder of probes, or in the file itself, which may be a campaign's; None if
     there is nothing."""
+    found = _read(path)
+    return next((part for part in (found, found.get("probe")) if isinstance(part, dict) and part.get("metric") == METRIC), None)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """What the file of `probes_of` holds; nothing if there is none."""
     file = Path(path)
     if file.is_dir():  # a run, or what --output of eval/probe.py named
         file = next((found for found in (file / RESULT, file / RESULT.name) if found.is_file()), file)
-    if file.suffix != ".json" or not file.is_file():
-        return None
-    found = read_json(file)
-    parts = (found, found.get("probe")) if isinstance(found, dict) else ()
-    return next((part for part in parts if isinstance(part, dict) and part.get("metric") == METRIC), None)
+    found = read_json(file) if file.suffix == ".json" and file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _training_of(path: str, held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a run, or of a campaign's result; nothing where neither is told."""
+    config = Path(path) / CONFIG
+    found = read_json(config) if config.is_file() else held.get("config")
+    return found if isinstance(found, dict) else {}
 
 
 def read_probed(paths: Sequence[str]) -> list[Probed]:
@@ -93,7 +110,9 @@ def read_probed(paths: Sequence[str]) -> list[Probed]:
         missing = {*COMPARABLE, "best", "results"} - set(result)
         if missing:
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; probe again with this version")
-        entries.append(Probed(path, Path(path) if Path(path).is_dir() else None, result))
+        held = _read(path)
+        run = Path(path) if Path(path).is_dir() else None
+        entries.append(Probed(path, run, result, _training_of(path, held), measured=SAMPLES in held))
     for one, other in pairwise(entries):
         sides = {key: (one.result.get(key), other.result.get(key)) for key in (*COMPARABLE, DRAWN)}
         differ = [f"{key} {ours} and {theirs}" for key, (ours, theirs) in sides.items() if ours != theirs]
@@ -174,11 +193,17 @@ def notes_of(entries: Sequence[Probed]) -> list[str]:
     """What should be equal and is not, and what each result has noted."""
     results = [entry.result for entry in entries]
     tuned = [result["finetune"] for result in results if "finetune" in result]
+    trained = [entry.training for entry in entries if entry.training]
+    kinds = ((NOTED, results, ""), (TUNED, tuned, " of fine-tuning"), (TRAINED, trained, " of training"))
     notes = []
-    for key, several, about in (*((key, results, "") for key in NOTED), *((key, tuned, " of fine-tuning") for key in TUNED)):
+    for key, several, about in ((key, several, about) for keys, several, about in kinds for key in keys):
         values = list(dict.fromkeys(str(each.get(key)) for each in several))
         if len(values) > 1:
             notes.append(f"not all have the same {key}{about}: {', '.join(values)}")
+    if all(entry.measured for entry in entries):
+        notes.append(
+            "their samples were measured, too: the paired differences are in compared-SEED.json, and python -m eval.tables shows them"
+        )
     return [*notes, *(f"{entry.name}: {note}" for entry in entries for note in entry.result["notes"])]
 
 

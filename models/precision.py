@@ -1,5 +1,9 @@
 """Where to compute, and in which precision."""
 
+import platform
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 from accelerate.utils import parse_flag_from_env
 
@@ -12,6 +16,16 @@ def uses_gpu() -> bool:
 def device_name() -> str:
     """Of the GPU that is used, else "cpu"."""
     return torch.cuda.get_device_name() if uses_gpu() else "cpu"
+
+
+def cpu_name() -> str:
+    """As its maker calls it, where the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def precision(wanted: str) -> str:

@@ -60,7 +60,9 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     command(monkeypatch, *flags, "--max_minutes", 0.001, *TRAINING)  # nothing, or a beginning
     assert "0 of 2 runs are done; the same command goes on" in capsys.readouterr().out
     command(monkeypatch, *flags, *TRAINING, "--arms", "decayed")
-    assert "1 of 2 runs are done; the same command without --arms goes on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 2 runs are done; the same command without --arms goes on" in said
+    assert said.count("note: the network has seen the test images in its training\n") == 1
     assert [path.stem for path in (tmp_path / "results/demo").glob("*.json")] == ["decayed-0"]
     command(monkeypatch, *flags, *TRAINING)
     assert "2 of 2 runs are done" in capsys.readouterr().out
@@ -192,6 +194,8 @@ def test_what_is_compared_is_known_by_its_arms(tmp_path: Path) -> None:
     ("flags", "told"),
     [
         (["--seeds", "a"], "whole numbers"),
+        (["--seeds", ""], "--seeds '' cannot be read"),
+        (["--seeds", "0,-1"], "-1 is below 0"),
         (["--arms", "plain,faded"], "demo has no 'faded'; choose from plain, decayed"),
         (["--arms", ""], "demo has no ''; choose from"),
         (["--at_once", "0"], "at least one"),
@@ -380,9 +384,11 @@ def test_runs_that_say_nothing_about_each_other_share_no_table(tmp_path: Path) -
 def test_protocols_name_every_network() -> None:
     small, large = probed(1.0, 0.5), probed(0.5, 0.5)
     large["config"] |= {"size": "S", "depth": 24, "precision": "no"}
-    assert "; quick looks at 2,500 training images; device" in tables.protocol({"plain": {0: small}}), "before there was a flag"
+    assert "; quick looks at 2,500 training images (or at all, where there are fewer); device" in tables.protocol({"plain": {0: small}}), (
+        "before there was a flag"
+    )
     looked = {**small, "config": {**small["config"], "probe_images": 10_000}}
-    assert "; quick looks at 10,000 training images;" in tables.protocol({"plain": {0: looked}})
+    assert "; quick looks at 10,000 training images (or at all, where there are fewer);" in tables.protocol({"plain": {0: looked}})
     assert "32 px, mae-XS / 32 px, mae-S of 24 blocks; 2 images a step, learning rate 0.001, bf16 / no" in tables.protocol(
         {"plain": {0: small}, "decayed": {0: large}}
     )

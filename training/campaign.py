@@ -366,7 +366,9 @@ def check(asked: argparse.Namespace, more: list[str]) -> tuple[list[int], list[s
     try:
         seeds = list(dict.fromkeys(int(seed) for seed in asked.seeds.split(",")))
     except ValueError:
-        raise ValueError(f"--seeds {asked.seeds} cannot be read; give whole numbers, such as 0,1,2") from None
+        raise ValueError(f"--seeds {asked.seeds!r} cannot be read; give whole numbers, such as 0,1,2") from None
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds {asked.seeds}: {min(seeds)} is below 0; give whole numbers, such as 0,1,2")
     arms = list(COMPARISONS[asked.name].arms)
     chosen = arms if asked.arms is None else asked.arms.split(",")
     if unknown := [arm for arm in chosen if arm not in arms]:
@@ -417,6 +419,7 @@ def main() -> None:
         def compare_arms(seed: int) -> bool:
             return compare([run for run in runs if run.seed == seed], data, deadline)
 
+        noted: set[str] = set()
         with _alone(asked.output, asked.name):
             done = sum(run.result.is_file() for run in mine)
             with tqdm(total=len(mine), initial=done, desc=asked.name, unit=" runs", disable=None) as bar:
@@ -425,6 +428,10 @@ def main() -> None:
                     found = read_json(run.result)
                     told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[asked.name].judges if name in found)
                     tqdm.write(f"{run.result}: {told or found['broke']}")
+                    notes = dict.fromkeys(note for name in COMPARISONS[asked.name].judges for note in found.get(name, {}).get("notes", ()))
+                    for note in (note for note in notes if note not in noted):
+                        tqdm.write(f"note: {note}")
+                    noted |= notes.keys()
                     compare_arms(run.seed)  # as soon as all of its arms are there, whatever becomes of other seeds
             compared = [compare_arms(seed) for seed in seeds]
         done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.files import AVERAGES_SAVED, INDEX, WEIGHTS_SAVED, is_checkpoint, read_json, remove, sha256, write_json, written_aside
 from models.pipeline import Pipeline
+from models.precision import cpu_name, device_name
 from training.ema import EMA
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of a full disk: RuntimeError is torch.save's
@@ -230,7 +231,8 @@ def averaged(model: nn.Module, ema: EMA) -> nn.Module:
 
 
 def continued(config: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """From which steps on a run was made with other code than its config.json begins with, now that it goes on at `step`."""
+    """From which steps on a run was made with other code, or on another machine, than its config.json begins with, now that it goes on
+    at `step`."""
     before = [each for each in config.get("continued", ()) if each["step"] < step]  # later steps are given up
     now, last = run_metadata(), [config, *before][-1]
     return before if all(last.get(name) == value for name, value in now.items()) else [*before, {"step": step, **now}]
@@ -243,10 +245,11 @@ def revisions(config: dict[str, Any]) -> list[str]:
 
 
 def run_metadata() -> dict[str, Any]:
-    """What a run was made with: versions of the libraries that matter, and the git revision."""
+    """What a run was made with and on: versions of the libraries that matter, the git revision, and the machine."""
     versions = {name: version(name) for name in ("torch", "diffusers", "accelerate")}
     revision = None
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         revision = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
-    return {"versions": versions, "git_revision": revision, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    cpu = {"cpu": cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cpu_threads": torch.get_num_threads()}
+    return {"versions": versions, "git_revision": revision, "device": device_name(), **cpu}

@@ -121,7 +121,7 @@ def describe(name: str, model: nn.Module) -> str:
     first = f"{name} with {model.num_parameters() / 1e6:.1f} M parameters, {describe_shortcuts(model.shortcuts)} "
     first += f"over {len(alphas)} sub-layers, alpha_eff {effective_alpha(alphas):.2g}"
     instead = advised(model.shortcuts, model.config.shortcut_schedule, model.config.shortcut_placement) if against else None
-    return "\n".join([first, *(f"warning: {line}" for line in against), *[f"{instead} would be advised"] * bool(instead)])
+    return "\n".join([first, *(f"warning: {line}" for line in against), *[f"the depth rule advises {instead}"] * bool(instead)])
 
 
 def begin_with(model: nn.Module, checkpoint: str, run: Path, resuming: bool) -> int:
