@@ -120,7 +120,7 @@ def extract_layers(images: Dataset, extractor: FeatureExtractorBase, batch_size:
     device = next(extractor.parameters()).device
     layers: tuple[np.ndarray, ...] = ()
     batches = own_batches(len(images), batch_size)
-    with progress_bar(total=len(images), desc=f"features of {about}", unit=" images") as bar:
+    with progress_bar(total=sum(stop - start for start, stop in batches), desc=f"features of {about}", unit=" images") as bar:
         for (start, stop), batch in zip(batches, _read(images, batches), strict=True):
             found = extractor(batch.to(device))  # a (B, D) for each layer
             if not layers:

@@ -130,8 +130,9 @@ def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | 
     pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
     guide = load_guide(pipeline, options.guide) if options.guide else None
     context = autocast(pipeline.device, options.precision)
-    with progress_bar(total=options.num_samples, desc="generating", unit=" images") as bar, context:
-        for start, stop in own_batches(options.num_samples, options.batch_size):
+    batches = own_batches(options.num_samples, options.batch_size)
+    with progress_bar(total=sum(stop - start for start, stop in batches), desc="generating", unit=" images") as bar, context:
+        for start, stop in batches:
             images[start:stop] = pipeline(
                 stop - start,
                 labels and labels[start:stop],

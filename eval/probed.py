@@ -25,7 +25,7 @@ DRAWN = "drawn"
 # ... and what they should
 NOTED = ("dataset", "resolution", "precision", "crop", "seed", "ema", "blocks", "pooling", "times", "reference_network")
 TUNED = ("learning_rate", "batch_size")  # of fine-tuning
-TRAINED = ("seed", "learning_rate", "data_fingerprint")  # of the trainings themselves
+TRAINED = ("seed", "learning_rate", "images_a_step", "max_train_steps", "data_fingerprint")  # of the trainings themselves
 ABOUT = (
     "Differences with their 95 % intervals over the test images, each for itself; another training seed, or another block, would "
     "move them too."
@@ -41,14 +41,14 @@ class Probed:
         run: its folder, if there is one.
         result: what the file holds.
         training: what the network was trained with, as far as it is told.
-        measured: its samples were measured, too.
+        compared: the file that holds the paired differences of samples of a campaign's arms of one seed, if these were measured.
     """
 
     name: str
     run: Path | None
     result: dict[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
-    measured: bool = False
+    compared: str | None = None
 
     @property
     def best(self) -> dict[str, Any]:
@@ -76,7 +76,10 @@ class Probed:
 def probes_of(path: str) -> dict[str, Any] | None:
     """What eval/probe.py found in a contender: in a run or a folder of probes, or in the file itself, which may be a campaign's; None if
     there is nothing."""
-    found = _read(path)
+    return _probes_in(_read(path))
+
+
+def _probes_in(found: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((part for part in (found, found.get("probe")) if isinstance(part, dict) and part.get("metric") == METRIC), None)
 
 
@@ -104,15 +107,16 @@ def read_probed(paths: Sequence[str]) -> list[Probed]:
     """
     entries = []
     for path in dict.fromkeys(paths):
-        result = probes_of(path)
+        held = _read(path)
+        result = _probes_in(held)
         if result is None:
             raise ValueError(f"{path} holds no result of eval/probe.py; probe it first, or give --reference to compare images")
         missing = {*COMPARABLE, "best", "results"} - set(result)
         if missing:
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; probe again with this version")
-        held = _read(path)
         run = Path(path) if Path(path).is_dir() else None
-        entries.append(Probed(path, run, result, _training_of(path, held), measured=SAMPLES in held))
+        compared = f"{held.get('comparison')}/compared-{held.get('seed')}.json" if SAMPLES in held else None
+        entries.append(Probed(path, run, result, _training_of(path, held), compared))
     for one, other in pairwise(entries):
         sides = {key: (one.result.get(key), other.result.get(key)) for key in (*COMPARABLE, DRAWN)}
         differ = [f"{key} {ours} and {theirs}" for key, (ours, theirs) in sides.items() if ours != theirs]
@@ -200,10 +204,8 @@ def notes_of(entries: Sequence[Probed]) -> list[str]:
         values = list(dict.fromkeys(str(each.get(key)) for each in several))
         if len(values) > 1:
             notes.append(f"not all have the same {key}{about}: {', '.join(values)}")
-    if all(entry.measured for entry in entries):
-        notes.append(
-            "their samples were measured, too: the paired differences are in compared-SEED.json, and python -m eval.tables shows them"
-        )
+    if len(entries) > 1 and len(compared := {entry.compared for entry in entries}) == 1 and (file := compared.pop()):
+        notes.append(f"their samples were measured, too: {file} holds the paired differences, and python -m eval.tables shows them")
     return [*notes, *(f"{entry.name}: {note}" for entry in entries for note in entry.result["notes"])]
 
 

@@ -81,8 +81,8 @@ HOPES = (
 )
 HOPED = (
     "Hoped for: this project's goals for 64 px and hundreds of epochs. The paper's networks gain more: kNN 2.3 times, linear probe 1.07 "
-    "times, FID 0.7 times. Plain autoencoders have no long skips, as in the paper (below are differences from those that have them, too); "
-    "in `photographs` both networks have them."
+    "times, FID 0.7 times. Plain autoencoders have no long skips, as in the paper (below are differences from those that have them, too), "
+    "and in `mae-32px` one learning rate, where fading has the better of two; in `photographs` both networks have long skips."
 )
 SKIPS = "skips"  # the arm from which faded ones differ in alpha alone
 DISTANCES = ("FD", "KD", "FID", "KID")

@@ -17,11 +17,13 @@ LINE_S = 60.0  # between two lines of a log; what is done sooner has none
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
-    """A bar of tqdm that leaves nothing behind on a terminal; elsewhere what it says comes in lines."""
+    """A bar of tqdm that leaves nothing behind on a terminal; elsewhere the first of several processes says the same in lines."""
     if os.environ.get(PROGRESS_FILE):
         return _InFile(*arguments, **options, leave=False, mininterval=TOLD_S)
+    if int(os.environ.get("RANK", 0)):
+        return tqdm(*arguments, **options, disable=True)
     if not sys.stderr.isatty():
-        words = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left"
+        words = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} left"
         seldom = dict(mininterval=LINE_S, maxinterval=LINE_S, delay=LINE_S)
         return _InLines(*arguments, **options, **seldom, leave=False, bar_format=words, file=io.StringIO())  # no carriage returns
     return tqdm(*arguments, **options, leave=False)
@@ -33,7 +35,8 @@ class _InLines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Called by tqdm: `msg` is "" at the end."""
         if msg != "":
-            print(self, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a pipe that nobody reads any more
+                print(self, file=sys.stderr, flush=True)
         return True
 
 

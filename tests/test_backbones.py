@@ -125,8 +125,9 @@ def test_diffusion_backbones_sample_save_and_load(backbone: str, objective: Flow
 @pytest.mark.parametrize("backbone", names("diffusion"))
 def test_features_come_with_every_block(backbone: str) -> None:
     model = tiny(backbone)
-    prediction, features = model(torch.randn(2, 3, 8, 8), torch.rand(2), return_features=True)
-    assert prediction.shape == (2, 3, 8, 8)
+    inputs = torch.randn(2, 3, 8, 8), torch.rand(2)
+    prediction, features = model(*inputs, return_features=True)
+    assert prediction.shape == (2, 3, 8, 8) and torch.equal(prediction, model(*inputs))
     assert len(features) > 1 and all(feature.ndim == 3 and len(feature) == 2 for feature in features)
 
 
@@ -141,6 +142,12 @@ def test_only_what_is_needed_is_kept_while_sampling(backbone: str, long_skips: b
     with torch.inference_mode():
         model(torch.randn(2, 3, 8, 8), torch.rand(2))
     assert len(outputs) == len(model.blocks) and alive == [expected]
+
+
+@pytest.mark.parametrize("backbone", ["dit", "uvit"])
+def test_long_skips_are_counted_where_memory_is_asked_for(backbone: str) -> None:
+    plain, skips = (tiny(backbone, depth=6, long_skips=long_skips) for long_skips in (False, True))
+    assert skips.numbers_held - plain.numbers_held == 3 * skips.positions.numel(), "three outputs of the encoder"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

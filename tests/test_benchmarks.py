@@ -75,6 +75,10 @@ def test_a_part_of_their_work_counts_as_often_as_the_whole_needs_it() -> None:
     assert found["processor_ratio_median"] < 0.1
 
 
+def test_a_peer_has_a_row_of_its_own() -> None:
+    assert [Case("", list, list, peer=peer).row("loop") for peer in ("", "SiT")] == ["loop", "loop (SiT)"]
+
+
 def test_shards_hold_as_many_images_as_they_say(tmp_path: Path) -> None:
     stream = open_stream(str(write_shards(tmp_path / "shards", 30, in_each=10)), 32, "train", "image", None, shuffle_buffer=5)
     assert sum(1 for _ in stream.table) == 30

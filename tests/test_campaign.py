@@ -62,7 +62,7 @@ def test_a_comparison_is_finished_in_slices(small: None, image_folder: Path, tmp
     command(monkeypatch, *flags, *TRAINING, "--arms", "decayed")
     said = capsys.readouterr().out
     assert "1 of 2 runs are done; the same command without --arms goes on" in said
-    assert said.count("note: the network has seen the test images in its training\n") == 1
+    assert said.count("note (probe): the network has seen the test images in its training\n") == 1
     assert [path.stem for path in (tmp_path / "results/demo").glob("*.json")] == ["decayed-0"]
     command(monkeypatch, *flags, *TRAINING)
     assert "2 of 2 runs are done" in capsys.readouterr().out

@@ -144,18 +144,19 @@ def test_files_of_results_do_as_well(run: Callable, script: Callable, tmp_path: 
     gathered = [tmp_path / f"plain-{seed}.json" for seed in (0, 1)]  # as training.campaign does
     for seed, path in enumerate(gathered):
         probe, config = json.loads(files[0].read_text()), {"seed": seed, "learning_rate": 1e-3}
-        path.write_text(json.dumps({"arm": "plain", "seed": seed, "config": config, "probe": probe, "fd": {"metric": "FD"}}))
+        path.write_text(json.dumps({"arm": "plain", "seed": seed, "config": config, "probe": probe, "comparison": "demo", "fd": {}}))
     code, out, _ = script(files[1], gathered[0], "--output", tmp_path / "page")
     assert code == 0 and out.count("undecided") == 3 and (tmp_path / "page" / "comparison.html").is_file()
     assert "of training" not in out and "measured, too" not in out
     code, out, _ = script(*gathered)
     assert code == 0 and "note: not all have the same seed of training: 0, 1\n" in out and "learning_rate of training" not in out
-    assert "note: their samples were measured, too" in out
-    code, out, err = script(gathered[0], tmp_path / "gone.json")
-    assert (code, out) == (
-        2,
-        "",
-    ) and err == f"error: {tmp_path / 'gone.json'} does not exist; give .json files of earlier evaluations, or folders of runs\n"
+    assert "measured, too" not in out, "two seeds are no pair"
+    other = tmp_path / "decayed-0.json"
+    other.write_text(gathered[0].read_text().replace("plain", "decayed"))
+    assert "note: their samples were measured, too: demo/compared-0.json holds" in script(gathered[0], other)[1]
+    code, out, err = script(gathered[0], gone := tmp_path / "gone.json")
+    assert (code, out) == (2, "")
+    assert err == f"error: {gone} does not exist; give .json files of earlier evaluations, or folders of runs\n"
 
 
 @pytest.mark.parametrize(

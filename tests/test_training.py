@@ -24,11 +24,11 @@ from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
 from models.files import read_json, sha256
 from models.paths import data_from_prediction
-from models.precision import precision, uses_gpu
+from models.precision import cpu_name, precision, uses_gpu
 from tests.conftest import ROOT, script_environment, wait_for
 from tests.processes import run_together
 from training import train_mae
-from training.checkpoint import BROKE, averaged, checkpoints, continued, find_checkpoint, locked, revisions
+from training.checkpoint import BROKE, averaged, checkpoints, continued, find_checkpoint, locked, revisions, run_metadata
 from training.command import describe, parse
 from training.data import Order
 from training.ema import EMA
@@ -498,6 +498,13 @@ def test_a_run_that_goes_on_with_other_code_says_so(monkeypatch: pytest.MonkeyPa
     assert revisions(config) == ["a", "b", "a", "unknown"] and revisions({}) == ["unknown"]
     at("c")
     assert [each["git_revision"] for each in continued(config, 4)] == ["b", "c"], "what was trained after step 4 is given up"
+
+
+def test_a_run_that_goes_on_on_another_machine_says_so() -> None:
+    config = {key: value for key, value in run_metadata().items() if key != "cpu"}
+    assert continued(config, 1) == [], "an older one did not tell"
+    assert continued({**config, "cpu": cpu_name()}, 1) == [] and cpu_name()
+    assert continued({**config, "cpu": "another"}, 1) == [{"step": 1, **run_metadata()}]
 
 
 def test_config_tells_what_a_run_went_on_with(train: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

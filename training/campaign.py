@@ -428,10 +428,11 @@ def main() -> None:
                     found = read_json(run.result)
                     told = ", ".join(f"{name} {found[name]['value']:.4g}" for name in COMPARISONS[asked.name].judges if name in found)
                     tqdm.write(f"{run.result}: {told or found['broke']}")
-                    notes = dict.fromkeys(note for name in COMPARISONS[asked.name].judges for note in found.get(name, {}).get("notes", ()))
-                    for note in (note for note in notes if note not in noted):
-                        tqdm.write(f"note: {note}")
-                    noted |= notes.keys()
+                    judges = [name for name in COMPARISONS[asked.name].judges if name in found]
+                    for note in [f"note ({name}): {note}" for name in judges for note in found[name].get("notes", ())]:
+                        if note not in noted:
+                            tqdm.write(note)
+                        noted.add(note)
                     compare_arms(run.seed)  # as soon as all of its arms are there, whatever becomes of other seeds
             compared = [compare_arms(seed) for seed in seeds]
         done, mine_done = (sum(run.result.is_file() for run in some) for some in (runs, mine))

@@ -231,11 +231,11 @@ def averaged(model: nn.Module, ema: EMA) -> nn.Module:
 
 
 def continued(config: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """From which steps on a run was made with other code, or on another machine, than its config.json begins with, now that it goes on
-    at `step`."""
+    """From which steps on a run was made with other code, on another machine or with other threads than its config.json begins with,
+    as far as that tells, now that it goes on at `step`."""
     before = [each for each in config.get("continued", ()) if each["step"] < step]  # later steps are given up
     now, last = run_metadata(), [config, *before][-1]
-    return before if all(last.get(name) == value for name, value in now.items()) else [*before, {"step": step, **now}]
+    return before if all(last[name] == value for name, value in now.items() if name in last) else [*before, {"step": step, **now}]
 
 
 def revisions(config: dict[str, Any]) -> list[str]:

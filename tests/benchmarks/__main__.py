@@ -46,7 +46,7 @@ def main() -> None:
                     found |= {"ours_peak_bytes": peak_of(case.ours), "theirs_peak_bytes": peak_of(case.theirs)}
                 if case.parameters:
                     found["limits"] = limits_of(case)
-                key = f"{name} ({case.peer})" if case.peer else name
+                key = case.row(name)
                 del case  # its workers end before their images go
             interval = " [{:.3f}, {:.3f}]".format(*found["ratio_interval_95"]) if found["ratio_interval_95"] else ""
             more = f", of processor time {found['processor_ratio_median']:.3f}"

@@ -279,7 +279,7 @@ def pipeline(_: Inputs) -> Case:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision("auto") == "bf16" else torch.float32
     # of latents; with 1,000 classes, since theirs takes the label 1,000 for none
-    model = steps.HERE.create("dit", alpha_min=0.5, long_skips=False, in_channels=4, num_classes=1000)
+    model = steps.HERE.create("dit", alpha_min=0.5, long_skips=False, zero_init=False, in_channels=4, num_classes=1000)
     transformer = steps.diffusers_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
     vae, scheduler = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8), DDPMScheduler()
     for network in (model, transformer, vae):

@@ -52,6 +52,10 @@ class Case:
     figures: Mapping[str, Any] = field(default_factory=dict)
     valid: bool = True
 
+    def row(self, name: str) -> str:
+        """What it is called among the results: a peer has a row of its own."""
+        return f"{name} ({self.peer})" if self.peer else name
+
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
     """Seconds of both in turn, the order swapped from pair to pair, and the ratios ours / theirs pair by pair.
