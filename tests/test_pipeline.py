@@ -221,7 +221,9 @@ def test_latents_are_decoded(tiny_dit: Make, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                         latent_channels=4, norm_num_groups=2, scaling_factor=0.5)  # fmt: skip
-    pipeline = Pipeline(tiny_dit(in_channels=4), FlowMatchEulerDiscreteScheduler(), vae=vae.eval())
+    pipeline = Pipeline(
+        tiny_dit(in_channels=4), FlowMatchEulerDiscreteScheduler(), vae=vae.eval().requires_grad_(False)
+    )  # as `load_vae` gives it
     assert pipeline.latent_shape == (4, 16, 16) and pipeline.image_shape == (3, 32, 32)
     latents = list(pipeline.steps(2, num_inference_steps=2))[-1].x
     images = pipeline(2, num_inference_steps=2, output_type="pt").images
