@@ -42,7 +42,7 @@ TRIED = (
     "(GOMP_SPINCOUNT 1000 for the training) made both 1.7 times as fast, but the training 9 % slower alone.",
     "Two threads that crop and resize half a batch each: they wait for Python more than they gain; one writes each crop where it stays.",
     "Peers: their rows are of a day on which the machine multiplied at half of its rate of two days before (compare the products of `loop` "
-    "and `loop (SiT)`); bf16 gains less there: in the same minutes `loop` gave 1.80 [1.79, 1.83] instead of 2.49.",
+    "and `loop (SiT)`); bf16 gains less there: in the same minutes `loop` gave 1.80 [1.79, 1.83] (10 pairs) instead of 2.49.",
     "The stream of a DiT in float32 under autocast, as SiT's is, instead of bf16: 1.15 of the time of a step of DiT-XS eager, 1.06 "
     "compiled (32 images, 40 pairs, on two cores, by hand); left in bf16, as diffusers' is.",
 )
