@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from eval.generate import SamplingOptions
 from models.pipeline import Pipeline
 from tests.benchmarks.cases import write_shards
 from tests.benchmarks.measure import Case, measure
+from tests.benchmarks.peers import network_of
 from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
 from tests.benchmarks.report import page
 from tests.benchmarks.sampling import LADDER, Sampling, Tried, search, taken
+from tests.benchmarks.steps import SMALL
 from training.stream import open_stream
 
 
@@ -49,6 +52,48 @@ def test_the_cheapest_setting_that_is_as_good_is_taken() -> None:
     assert taken(tried).options.num_inference_steps == 8 and taken(tried).quality == "quality equal as far as these few images tell"
     tried = search(settings[:3], judge, cost)
     assert taken(tried).options.num_inference_steps == 6 and taken(tried).quality == "QUALITY NOT EQUAL"
+
+
+def ours_and_published(backbone: str) -> tuple[nn.Module, nn.Module]:
+    """The plain network and the published one with its weights."""
+    torch.manual_seed(0)
+    model, published = SMALL.create(backbone, long_skips=False, zero_init=False), network_of(None, backbone, SMALL.sizes(backbone))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if backbone == "dit":
+        dim = model.config.dim
+        for end in ("weight", "bias"):
+            *rows, final = weights.pop(f"modulation.{end}").split(6 * dim)
+            weights |= {f"blocks.{i}.modulation.1.{end}": part for i, part in enumerate(rows)} | {f"modulation.1.{end}": final}
+    else:
+        channels = model.config.in_channels
+        for end in ("weight", "bias"):  # the published head puts the channels of a patch first
+            pixels = weights.pop(f"decoder_pred.{end}").unflatten(0, (-1, channels))
+            weights[f"head.{end}"] = pixels.transpose(0, 1).flatten(0, 1)
+    missing, unexpected = published.load_state_dict(weights, strict=False)
+    assert not unexpected and all("positions" in name for name in missing)
+    return model, published
+
+
+@pytest.mark.parametrize("backbone", ["dit", "mae"])
+def test_the_published_networks_do_the_same_work(backbone: str) -> None:
+    model, published = ours_and_published(backbone)
+    images, t, labels = torch.randn(3, 3, 32, 32), torch.rand(3), torch.tensor([0, 8, 9])
+    found = []
+    for network in (published, model):
+        torch.manual_seed(1)  # of the masks
+        output = network(images, t, labels) if backbone == "dit" else network(images)[0]
+        output.square().mean().backward()
+        found.append((output, network.blocks[0].mlp.fc1.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["dit", "mae"])
+def test_the_published_networks_run_wherever_they_lie(backbone: str) -> None:
+    with torch.device("meta"):
+        network = network_of(None, backbone, SMALL.sizes(backbone))
+    images, t, labels = (torch.empty(2, *shape, device="meta") for shape in ((3, 32, 32), (), ()))
+    output = network(images, t, labels.long()) if backbone == "dit" else network(images)[0]
+    assert output.device.type == "meta"
 
 
 @pytest.mark.slow

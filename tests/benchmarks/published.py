@@ -7,6 +7,7 @@ and the averaged weights are moved tensor by tensor.
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,12 @@ class PublishedMAE(nn.Module):
             nn.Parameter(torch.cat([torch.zeros(1, width), sincos_positions(width, grid, grid)]), requires_grad=False)
             for width in (dim, decoder_dim)
         )
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True) for _ in range(depth)))
-        self.norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(decoder_dim)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(*(Block(dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm, self.decoder_norm = norm(dim), norm(decoder_dim)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
-        self.decoder_blocks = nn.Sequential(*(Block(decoder_dim, decoder_num_heads, qkv_bias=True) for _ in range(decoder_depth)))
+        decoder_blocks = (Block(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.Sequential(*decoder_blocks)
         self.head = nn.Linear(decoder_dim, 3 * patch_size**2)
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +171,10 @@ class PublishedMAE(nn.Module):
         pixels = patchify(images, self.patch_size)
         n, t, _ = pixels.shape
         x = self.patch_embed(pixels) + self.positions[1:]
-        order = torch.rand(n, t).argsort(1)
+        order = torch.rand(n, t, device=x.device).argsort(1)
         back, kept = order.argsort(1), order[:, : round(t * (1 - mask_ratio))]
         x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        mask = torch.ones(n, t).scatter(1, kept, 0.0)
+        mask = torch.ones(n, t, device=x.device).scatter(1, kept, 0.0)
         x = torch.cat([(self.cls_token + self.positions[:1]).expand(n, -1, -1), x], dim=1)
         x = self.decoder_embed(self.norm(self.blocks(x)))
         tokens = torch.cat([x[:, 1:], self.mask_token.expand(n, t + 1 - x.shape[1], -1)], dim=1)
