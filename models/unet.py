@@ -1,6 +1,7 @@
 """The decayed U-Net: diffusers' UNet2DModel, the network of DDPM, as a backbone (arXiv 2006.11239, 2404.10947)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -10,8 +11,22 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from models.apply import set_shortcuts, shortcuts_of
-from models.layers import DecayedModel
+from models.layers import DecayedModel, scaled_dot_product_attention
 from models.shortcut import Shortcut
+
+
+class SelfAttention:
+    """What diffusers' `AttnProcessor2_0` computes over the pixels of (N, C, H, W), by the attention that all backbones share."""
+
+    # `Attention.forward` warns of arguments that its processor does not name, which would break a compiled graph; these are not used
+    def __call__(
+        self, attn: Attention, x: Tensor, encoder_hidden_states: None = None, attention_mask: None = None, temb: Any = None
+    ) -> Tensor:
+        h = attn.group_norm(x.flatten(2)).transpose(1, 2)  # (N, H*W, C)
+        q, k, v = (project(h).unflatten(2, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v))
+        h = attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = h.transpose(1, 2).reshape(x.shape)
+        return (h + x if attn.residual_connection else h) / attn.rescale_output_factor
 
 
 class UNet(DecayedModel):
@@ -85,6 +100,8 @@ class UNet(DecayedModel):
             norm_eps=1e-6,  # DDPM's; where shortcuts fade, variances are small
             num_class_embeds=num_classes + 1 if num_classes else None,  # the last row stands for "no label"
         )
+        for attention in self._attentions:
+            attention.set_processor(SelfAttention())
         set_shortcuts(self.unet, alpha_min, shortcut_schedule, shortcut_placement, learnable_alpha)
         if zero_init:
             self._zero_branches()
@@ -109,11 +126,15 @@ class UNet(DecayedModel):
         sizes = [(self.config.image_size // 2**level) ** 2 * width for level, width in enumerate(self.config.channels)]
         return 16 * max(sizes) + (self.config.layers_per_block + 1) * sum(sizes)
 
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.unet.modules() if isinstance(module, Attention)]
+
     def _zero_branches(self) -> None:
         """The last layer of every branch and of the network."""
         last = [self.unet.conv_out]
         last += [module.conv2 for module in self.unet.modules() if isinstance(module, ResnetBlock2D)]
-        last += [module.to_out[0] for module in self.unet.modules() if isinstance(module, Attention)]
+        last += [attention.to_out[0] for attention in self._attentions]
         for layer in last:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

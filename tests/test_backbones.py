@@ -33,7 +33,7 @@ def loss_of(model: nn.Module, backbone: str, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     images = torch.rand(4, 3, model.config.image_size, model.config.image_size, generator=generator) * 2 - 1
     if backbone == "mae":
-        return model(images, generator=generator).loss
+        return model(images, torch.rand(4, model.num_patches, generator=generator)).loss
     batch = {"images": images, "labels": torch.tensor([0, 1, 2, 0])}
     return FlowMatching(3)(model, batch, generator)
 
@@ -97,6 +97,55 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(backbone: str) ->
     same_gradients, kept_less = gradients_and_kept(model, backbone)
     assert kept_less < kept / 2
     assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_in_bf16_it_learns_the_same(backbone: str) -> None:
+    """By autocast, as trainings use it: what is predicted at first, and the loss after some steps."""
+    losses, first = [], []
+    for mixed in (False, True):
+        model = tiny(backbone, alpha_min=0.6, zero_init=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            first.append(probed(model, backbone))
+        losses.append([])
+        for step in range(24):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = loss_of(model, backbone, step % 4)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    exact, rounded = losses
+    # of the tiny U-Net every channel is a group, whose norm blows rounding up
+    assert (first[1] - first[0]).norm() < (2e-2 if backbone == "unet" else 1e-2) * first[0].norm()
+    assert exact[-1] < 0.95 * exact[3], "it has learned, of the same batch"
+    assert rounded[-1] == pytest.approx(exact[-1], rel=1e-2)
+
+
+@torch.no_grad()
+def probed(model: nn.Module, backbone: str) -> Tensor:
+    """What it predicts, float32."""
+    generator = torch.Generator().manual_seed(9)
+    images = torch.randn(4, 3, model.config.image_size, model.config.image_size, generator=generator)
+    output = model(images, torch.rand(4, model.num_patches if backbone == "mae" else 1, generator=generator).squeeze(1))
+    return (output.prediction if backbone == "mae" else output).float()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_it_is_traced_as_one_graph_that_computes_the_same(backbone: str) -> None:
+    """Forward and back as for --compile, without its generated code; under autocast, and with blocks that are recomputed."""
+    gradients = []
+    for traced in (False, True):
+        model = tiny(backbone, alpha_min=0.6, zero_init=False)
+        model.enable_gradient_checkpointing()
+        if traced:
+            model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, backbone, step=0)
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
