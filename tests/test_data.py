@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, script_environment
 from training.augment import with_crops
-from training.data import copied, in_unit_range
+from training.data import Order, ReadAhead, copied, in_unit_range
 from training.images import to_rgb
 from training.openmoji import draw, emoji_groups, family, motifs
 from training.packing import cache_dir, load_images
@@ -82,6 +83,7 @@ def test_batches_are_the_same_from_a_copy_on_the_device(image_folder: Path) -> N
     data, cpu = load_images(str(image_folder), 16), torch.device("cpu")
     assert data.held(cpu) is data, "in memory already"
     held = replace(data, on_device=copied(data.images, cpu), images=np.zeros_like(data.images))
+    assert not isinstance(held.order(0, 1), ReadAhead), "there is nothing to read"
     for min_scale in (1, 0.3):
         one, other = (
             with_crops(each, min_scale).batch(np.array([7, 0, 23]), cpu, torch.Generator().manual_seed(0), flip=True)
@@ -89,6 +91,40 @@ def test_batches_are_the_same_from_a_copy_on_the_device(image_folder: Path) -> N
         )
         assert one.keys() == other.keys() == {"images", "labels"}
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_fits_is_held_on_a_gpu(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_images(str(image_folder), 16)
+    monkeypatch.setattr("training.data.copied", lambda array, device: (array.nbytes, device.type))
+    for free, expected in ((8 * data.images.nbytes, (data.images.nbytes, "cuda")), (8 * data.images.nbytes - 8, None)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 2 * free))
+        assert data.held(torch.device("cuda")).on_device == expected
+
+
+def test_rows_are_read_while_the_step_runs(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_images(str(image_folder), 16)
+    read, rows_of = [], type(data).rows
+    monkeypatch.setattr(type(data), "rows", lambda self, indices: read.append(indices.tolist()) or rows_of(self, indices))
+    order, plain = data.order(seed=3, batches_a_step=1), Order(len(data), seed=3)
+    with closing(order):
+        # two processes with batches of 4, of which this is the second; then it goes on elsewhere, with batches of another size
+        for count, positions in ((4, range(4, 100, 8)), (6, (30, 0, 6, 12))):
+            for position in positions:
+                before = len(read)
+                rows, where = order.indices(position, count), plain.indices(position, count)
+                assert np.array_equal(rows.samples, data.images[where]) and rows.labels.tolist() == data.labels[where].tolist()
+                if count == 4 and position > 12:
+                    order.reader.submit(int).result()  # what was begun is done
+                    assert len(read) == before + 1, "one batch ahead, and none twice"
+    batches = [data.batch(each, torch.device("cpu"), torch.Generator(), flip=True) for each in (where, rows)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("images", "labels"))
+
+
+def test_what_cannot_be_read_is_told(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_images(str(image_folder), 16)
+    monkeypatch.setattr(type(data), "rows", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with closing(data.order(0, 1)) as order, pytest.raises(OSError, match="the disk is gone"):
+        order.indices(0, 4)
 
 
 @pytest.mark.parametrize("file", ["labels.npy", "images.npy", "data.json"])

@@ -100,6 +100,20 @@ def test_an_autoencoder_without_a_shift(data: ImageData, fresh_cache: Path) -> N
     )
 
 
+@pytest.mark.parametrize("flips", [False, True])
+def test_batches_are_the_same_from_a_copy_on_the_device(
+    flips: bool, data: ImageData, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = encode(data, vae, flips)
+    assert encoded.held(CPU) is encoded, "in memory already"
+    monkeypatch.setattr(latents, "fits", lambda num_bytes, _: num_bytes == (1 + flips) * encoded.moments.nbytes)
+    held = encoded.held(CPU)
+    assert held.on_device is not None and encoded.is_read and not held.is_read
+    emptied = dataclasses.replace(held, moments=np.zeros_like(encoded.moments))
+    one, other = (each.batch(np.array([7, 0, 23]), CPU, torch.Generator().manual_seed(0), flips) for each in (encoded, emptied))
+    assert all(torch.equal(one[name], other[name]) for name in ("images", "labels"))
+
+
 def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderKL) -> None:
     encoded = encode(data, vae, flips=True)
     indices = np.array([5, 0, 23, 5, 7, 11, 2, 8])

@@ -30,7 +30,7 @@ from tests.conftest import ROOT, script_environment
 from training import train_diffusion, train_mae
 from training.augment import Boxes, _resize_each, _resize_together, crop_and_resize, random_boxes, with_crops
 from training.command import parse
-from training.data import ImageData
+from training.data import ImageData, pixels
 from training.ema import EMA
 from training.loop_options import LoopOptions
 from training.monitor import feature_statistics, read_metrics
@@ -430,7 +430,7 @@ def test_crops_equal_pillow(size: int, resize: Callable) -> None:
 
 
 def test_a_box_as_large_as_the_image_changes_nothing(images: ImageData) -> None:
-    whole = images.pixels(np.arange(4), torch.device("cpu"))
+    whole = pixels(images.rows(np.arange(4)), torch.device("cpu"))
     zeros, full = torch.zeros(4, dtype=torch.long), torch.full((4,), 32)
     assert torch.equal(crop_and_resize(whole, Boxes(zeros, zeros, full, full)), whole)
     assert torch.equal(_resize_together(whole, Boxes(zeros, zeros, full, full)), whole)

@@ -82,11 +82,11 @@ def test_a_batch_holds_the_images_with_their_labels(stream: ImageStream) -> None
 def test_streams_go_on_where_they_were(stream: ImageStream) -> None:
     """Within the second epoch, whatever was read ahead."""
     whole, begun, resumed = (stream.order(seed=3, batches_a_step=2) for _ in range(3))
-    expected = [numbers(whole.indices(position, 5).images) for position in range(0, 150, 5)]
+    expected = [numbers(whole.indices(position, 5).samples) for position in range(0, 150, 5)]
     for position in range(0, 70, 5):
         begun.indices(position, 5)
     resumed.load_state_dict(json.loads(json.dumps(begun.state_dict()), object_hook=_whole_keys))
-    assert [numbers(resumed.indices(position, 5).images) for position in range(70, 150, 5)] == expected[14:]
+    assert [numbers(resumed.indices(position, 5).samples) for position in range(70, 150, 5)] == expected[14:]
 
 
 def _whole_keys(found: dict) -> dict:
@@ -114,7 +114,7 @@ def test_folders_and_archives_stream_as_they_pack(tmp_path: Path) -> None:
         packed = load_images(str(name), 16, "train", image_column, label_column)
         assert stream.class_names == packed.class_names == class_names
         rows = stream.order(seed=0, batches_a_step=1).indices(0, 12)
-        assert dict(zip(numbers(rows.images), rows.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
+        assert dict(zip(numbers(rows.samples), rows.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
         assert dict(zip(numbers(packed.images), packed.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
 
 

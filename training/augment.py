@@ -6,14 +6,14 @@ box would cost more to launch than to run, and a batch is resized at once.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data import ImageData, Order, TrainingData, in_unit_range
+from training.data import ImageData, Order, Rows, TrainingData, in_unit_range, pixels
 from training.stream import ImageStream
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a box
@@ -128,12 +128,12 @@ class CroppedData(TrainingData):
     def order(self, seed: int, batches_a_step: int) -> Order:
         return self.whole.order(seed, batches_a_step)
 
-    def labels_of(self, indices: Any) -> np.ndarray | None:
-        return self.whole.labels_of(indices)
+    def rows(self, indices: np.ndarray) -> Rows:
+        return self.whole.rows(indices)
 
-    def samples(self, indices: Any, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
-        boxes = random_boxes(len(indices), self.shape[-1], self.min_scale, generator)
-        return in_unit_range(crop_and_resize(self.whole.pixels(indices, device), boxes), mirrored)
+    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        boxes = random_boxes(len(rows), self.shape[-1], self.min_scale, generator)
+        return in_unit_range(crop_and_resize(pixels(rows, device), boxes), mirrored)
 
 
 def with_crops(data: ImageData | ImageStream, min_scale: float) -> TrainingData:

@@ -1,12 +1,33 @@
 """What a training reads: samples as batches, in a random order that a seed decides."""
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+HELD_SHARE = 1 / 8  # of a GPU's free memory: the rest is for the network
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was read for a batch.
+
+    Attributes:
+        samples: as the data keep them, such as images, uint8 (N, H, W, 3); where the data lie on a device, there.
+        labels: int64 (N,), or None.
+        mirrored: the same of the mirrored images, where the data keep them.
+    """
+
+    samples: np.ndarray | Tensor
+    labels: np.ndarray | None
+    mirrored: np.ndarray | Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +68,52 @@ class TrainingData(ABC):
 
     def order(self, seed: int, batches_a_step: int) -> "Order":
         """In which order a training sees the samples."""
-        return Order(len(self), seed)
+        return ReadAhead(self, seed) if self.is_read else Order(len(self), seed)
 
-    def labels_of(self, indices: Any) -> np.ndarray | None:
+    @property
+    def is_read(self) -> bool:
+        """Whether rows come from memory or a disk; else they lie on a device."""
+        return True
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray | None:
         """int64 (N,), or None without labels."""
         return None if self.labels is None else self.labels[indices]
+
+    @abstractmethod
+    def rows(self, indices: np.ndarray) -> Rows:
+        """What lies at these indices, read into memory."""
 
     def held(self, device: torch.device) -> Self:
         """The same; what fits lies on the device from now on, so that batches need not travel."""
         return self
 
-    @abstractmethod
-    def samples(self, indices: Any, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(
+        self, indices: np.ndarray | Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None
+    ) -> Tensor:
         """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
+        return self.made_of(indices if isinstance(indices, Rows) else self.rows(indices), device, generator, mirrored)
+
+    @abstractmethod
+    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        """As `samples`, of what was read."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def batch(self, indices: Any, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
+    def batch(self, indices: np.ndarray | Rows, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
         """What an objective takes (training/objectives.py): samples as "images" and, where there are labels, "labels".
 
         Args:
-            indices: what the `order` gave.
+            indices: what the `order` gave, or where to read.
             generator: on the device; all that is random comes from it.
             flip: mirror half of the images.
         """
-        mirrored = torch.rand(len(indices), device=device, generator=generator) < 0.5 if flip else None
-        batch = {"images": self.samples(indices, device, generator, mirrored)}
-        labels = self.labels_of(indices)
-        if labels is not None:
-            batch["labels"] = moved(labels, device)
+        rows = indices if isinstance(indices, Rows) else self.rows(indices)
+        mirrored = torch.rand(len(rows), device=device, generator=generator) < 0.5 if flip else None
+        batch = {"images": self.samples(rows, device, generator, mirrored)}
+        if rows.labels is not None:
+            batch["labels"] = moved(rows.labels, device)
         return batch
 
 
@@ -103,9 +139,16 @@ class ImageData(TrainingData):
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
-    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    @property
+    def is_read(self) -> bool:
+        return self.on_device is None
+
+    def rows(self, indices: np.ndarray) -> Rows:
+        return Rows(taken(self.images if self.on_device is None else self.on_device, indices), self.labels_of(indices))
+
+    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
-        return in_unit_range(self.pixels(indices, device), mirrored)
+        return in_unit_range(pixels(rows, device), mirrored)
 
     def some(self, count: int) -> Tensor:
         """Float (count, C, H, W) in [-1, 1] from all over the split; fewer where it has fewer."""
@@ -113,28 +156,40 @@ class ImageData(TrainingData):
         return self.samples(indices, torch.device("cpu"), None, None)
 
     def held(self, device: torch.device) -> Self:
-        """With all images on a GPU, if they take at most an eighth of what is free there."""
-        if device.type != "cuda" or 8 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
-            return self
-        return replace(self, on_device=copied(self.images, device))
-
-    def pixels(self, indices: np.ndarray, device: torch.device) -> Tensor:
-        """uint8 (N, C, H, W), the channels of a pixel side by side."""
-        chosen = moved(self.images[indices], device) if self.on_device is None else self.on_device[moved(indices, device)]
-        return chosen.permute(0, 3, 1, 2)
+        """With all images on a GPU, if they fit there."""
+        return replace(self, on_device=copied(self.images, device)) if fits(self.images.nbytes, device) else self
 
 
-def moved(array: np.ndarray, device: torch.device) -> Tensor:
+def pixels(rows: Rows, device: torch.device) -> Tensor:
+    """Images -> uint8 (N, C, H, W), the channels of a pixel side by side."""
+    return moved(rows.samples, device).permute(0, 3, 1, 2)
+
+
+def taken(array: np.ndarray | Tensor, indices: np.ndarray) -> np.ndarray | Tensor:
+    """Rows of an array, which may be mapped, or of what lies on a device."""
+    if isinstance(array, Tensor):
+        return array[moved(indices, array.device)]
+    return np.asarray(array).take(indices, axis=0)  # as fast as brackets, and other threads may work meanwhile
+
+
+def moved(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """The array on the device. Neither waits for the other: steps are sent to a GPU while it is busy with earlier ones."""
+    if isinstance(array, Tensor):
+        return array.to(device)
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def copied(images: np.ndarray, device: torch.device) -> Tensor:
-    """All images on the device, read part by part: a mapped file need not fit into memory."""
-    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    for start in range(0, len(images), 4096):
-        copy[start : start + 4096] = torch.from_numpy(np.array(images[start : start + 4096]))
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether a GPU has room for data, beside what it computes."""
+    return device.type == "cuda" and num_bytes <= HELD_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def copied(array: np.ndarray, device: torch.device) -> Tensor:
+    """All of it on the device, read part by part: a mapped file need not fit into memory."""
+    copy = torch.from_numpy(np.empty(0, array.dtype)).new_empty(array.shape, device=device)
+    for start in range(0, len(array), 4096):
+        copy[start : start + 4096] = torch.from_numpy(np.array(array[start : start + 4096]))
     return copy
 
 
@@ -165,7 +220,7 @@ class Order:
         self.num_images, self.seed = num_images, seed
         self.epoch, self.permutation = -1, torch.empty(0)
 
-    def indices(self, position: int, count: int) -> np.ndarray:
+    def indices(self, position: int, count: int) -> Any:
         """Those at positions [position, position + count), epochs joined end to end."""
         found = []
         while count > 0:
@@ -180,6 +235,33 @@ class Order:
 
     def close(self) -> None:
         """To be called when no more are asked for."""
+
+
+class ReadAhead(Order):
+    """What lies at the indices instead of them: a thread reads the next rows while the step runs, which may come from a disk.
+
+    Which are the next is guessed: as far on as these are from those before.
+    """
+
+    def __init__(self, data: TrainingData, seed: int) -> None:
+        super().__init__(len(data), seed)
+        self.data, self.reader = data, ThreadPoolExecutor(1)
+        self.position: int | None = None
+        self.ahead: dict[tuple[int, int], Future[Rows]] = {}
+
+    def indices(self, position: int, count: int) -> Rows:
+        """The rows at positions [position, position + count); those after them are being read when this returns."""
+        rows = self.ahead.pop((position, count), None) or self.reader.submit(self._read, position, count)
+        following = position + (count if self.position is None else position - self.position), count
+        self.ahead = {following: self.reader.submit(self._read, *following)}
+        self.position = position
+        return rows.result()
+
+    def _read(self, position: int, count: int) -> Rows:
+        return self.data.rows(super().indices(position, count))
+
+    def close(self) -> None:
+        self.reader.shutdown(cancel_futures=True)
 
 
 def seed_of(*parts: int) -> int:

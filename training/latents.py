@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from models.files import require_disk, written_aside
 from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
-from training.data import ImageData, TrainingData, moved
+from training.data import ImageData, Rows, TrainingData, copied, fits, moved, taken
 from training.packing import cache_dir, made_once
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
@@ -28,11 +29,13 @@ class LatentData(TrainingData):
         moments: float16 (N, 2, C, H, W), mean and standard deviation, see `models.vae.to_moments`.
         mirrored_moments: of the mirrored images, or None: a mirrored latent is not the latent of the mirrored image.
         of_images: their fingerprint.
+        on_device: both once more, where a training computes; see `held`.
     """
 
     moments: np.ndarray
     mirrored_moments: np.ndarray | None
     of_images: str
+    on_device: tuple[Tensor, ...] | None = None
 
     @property
     def images_fingerprint(self) -> str:
@@ -45,13 +48,31 @@ class LatentData(TrainingData):
     def shape(self) -> tuple[int, int, int]:
         return self.moments.shape[2:]
 
-    def samples(self, indices: np.ndarray, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
-        moments = moved(self.moments[indices], device)  # (N, 2, C, H, W)
+    @property
+    def is_read(self) -> bool:
+        return self.on_device is None
+
+    def rows(self, indices: np.ndarray) -> Rows:
+        kept = self.on_device or self._kept
+        return Rows(taken(kept[0], indices), self.labels_of(indices), *(taken(mirrored, indices) for mirrored in kept[1:]))
+
+    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        moments = moved(rows.samples, device)  # (N, 2, C, H, W)
         if mirrored is not None:
-            assert self.mirrored_moments is not None, "encoded without flips"
-            moments = torch.where(mirrored.view(-1, 1, 1, 1, 1), moved(self.mirrored_moments[indices], device), moments)
+            assert rows.mirrored is not None, "encoded without flips"
+            moments = torch.where(mirrored.view(-1, 1, 1, 1, 1), moved(rows.mirrored, device), moments)
         mean, std = moments.float().unbind(1)  # 2 x (N, C, H, W)
         return mean + std * torch.randn(mean.shape, device=device, generator=generator)
+
+    def held(self, device: torch.device) -> Self:
+        """With all latents on a GPU, if they fit there."""
+        if not fits(sum(each.nbytes for each in self._kept), device):
+            return self
+        return replace(self, on_device=tuple(copied(each, device) for each in self._kept))
+
+    @property
+    def _kept(self) -> tuple[np.ndarray, ...]:
+        return (self.moments,) if self.mirrored_moments is None else (self.moments, self.mirrored_moments)
 
 
 def encode(data: ImageData, vae: AutoencoderKL, flips: bool) -> LatentData:

@@ -22,21 +22,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from models.progress import progress_bar
-from training.data import ImageData, Order, TrainingData, in_unit_range, moved
+from training.data import ImageData, Order, Rows, TrainingData, in_unit_range, pixels
 from training.images import EMBEDDED, decode_image, label_values, open_dataset, undecoded
 
 ARROW_ENDS_S = 1.0  # a tenth of that was enough for those who reported the crash (apache/arrow#39862)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What was read for a batch: images, uint8 (N, H, W, 3), and labels, int64 (N,) or None."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -74,16 +63,12 @@ class ImageStream(TrainingData):
     def order(self, seed: int, batches_a_step: int) -> "Streams":
         return Streams(self, seed, batches_a_step)
 
-    def labels_of(self, indices: Rows) -> np.ndarray | None:
-        return indices.labels
+    def rows(self, indices: np.ndarray) -> Rows:
+        raise TypeError("a stream has no indices")
 
-    def samples(self, indices: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
-        return in_unit_range(self.pixels(indices, device), mirrored)
-
-    def pixels(self, indices: Rows, device: torch.device) -> Tensor:
-        """uint8 (N, C, H, W), the channels of a pixel side by side."""
-        return moved(indices.images, device).permute(0, 3, 1, 2)
+        return in_unit_range(pixels(rows, device), mirrored)
 
     def some(self, count: int) -> Tensor:
         """Float (count, C, H, W) in [-1, 1], the first ones."""
@@ -177,7 +162,7 @@ class Streams(Order):
         self.reader = ThreadPoolExecutor(1)  # prepares the next batch while the step runs
         self.decoders = ThreadPoolExecutor()
 
-    def indices(self, position: int, count: int) -> Rows:  # type: ignore[override]  # rows instead of where they are
+    def indices(self, position: int, count: int) -> Rows:
         """The next `count` images of the stream whose turn it is at this position of the training."""
         number = position // count % self.count
         if number not in self.opened:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.published import CLASSES, write_folder
-from training.data import ImageData, Order, TrainingData
+from training.data import ImageData, TrainingData
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ def noise_images(count: int, size_px: int) -> ImageData:
 
 def batches_of(data: TrainingData, batch_size: int, device: torch.device = CPU) -> Callable[[], tuple[dict[str, Any], torch.Generator]]:
     """The next batch each time, as our loop takes it."""
-    data, order, taken = data.held(device), Order(len(data), seed=0), count()
+    data = data.held(device)
+    order, taken = data.order(seed=0, batches_a_step=1), count()
 
     def batch() -> tuple[dict[str, Any], torch.Generator]:
         number = next(taken)
