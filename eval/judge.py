@@ -237,6 +237,7 @@ def checkpoint_protocol(
         "seed": sampling.seed,
         "labels": labels_rule(pipeline.num_classes, sampling, counts),
         "precision": sampling.precision,
+        "compiled": sampling.compile,
         "ema": averaged,
         "images_seen": training.get("images_seen"),
         "training_data": training.get("data"),

@@ -44,7 +44,7 @@ class Guidance:
             num_classes: the label that stands for none.
         """
         if not self.acts(time, labels):
-            return model(x, t, labels).float()
+            return model(x, t, labels).to(torch.float32, copy=True)  # what a CUDA graph gives is overwritten by its next run
         if self.guide is not None:
             strong, weak = model(x, t, labels).float(), self.guide(x.to(self.guide.dtype), t, labels).float()
         else:
@@ -52,4 +52,4 @@ class Guidance:
             strong, weak = model(x.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         moved = self.channels or x.shape[1]
         guided = weak[:, :moved] + self.scale * (strong[:, :moved] - weak[:, :moved])
-        return torch.cat([guided, strong[:, moved:]], dim=1)
+        return guided if moved == strong.shape[1] else torch.cat([guided, strong[:, moved:]], dim=1)

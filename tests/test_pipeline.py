@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from eval.generate import SamplingOptions, generate
 from models import Pipeline
 from models.guidance import Guidance
 from models.paths import PATHS, data_from_prediction, from_sigma, interpolate, split, velocity
@@ -167,6 +170,46 @@ def test_the_last_euler_preview_is_the_image(pipeline: Pipeline) -> None:
         2, num_inference_steps=5, output_type="pt", callback_on_step_end=lambda _, state: previews.append(state.preview)
     ).images
     torch.testing.assert_close(previews[-1], images, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_it_draws_the_same_in_one_shape_and_its_double(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SamplingOptions(
+        num_samples=6, batch_size=4, num_inference_steps=4, sampler="unipc", guidance_scale=2.0, guidance_to=0.5, labels="balanced"
+    )
+    expected = generate(pipeline, options)
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def traced(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=traced))
+    found = generate(pipeline, replace(options, compile=True))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert len(graphs) == 2, "the last batch, of 2 images, is filled up"
+    assert np.array_equal(generate(pipeline, replace(options, compile=True)), found) and len(graphs) == 2
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+def test_what_a_network_gave_may_be_overwritten_by_its_next_call(prediction_type: str, tiny_dit: Make) -> None:
+    """As a CUDA graph does."""
+    objective = DDPM(3, prediction_type=prediction_type)
+    images = []
+    for overwrites in (False, True):
+        model, kept = tiny_dit(), {}
+
+        def same_memory(_module: nn.Module, _inputs: tuple, output: Tensor, kept: dict = kept) -> Tensor:
+            return kept.setdefault("output", torch.empty_like(output)).copy_(output)
+
+        if overwrites:
+            model.register_forward_hook(same_memory)
+        pipeline = Pipeline(model, objective.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        previews = [step.preview for step in pipeline.steps(2, 1, num_inference_steps=5, sampler="dpm++")]
+        images.append(torch.stack(previews))
+    assert torch.equal(*images)
 
 
 def test_an_exception_in_the_callback_stops_sampling(pipeline: Pipeline) -> None:
