@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
-from models.files import read_json, sha256
+from models.files import read_json, sha256, write_json
 from models.paths import data_from_prediction
 from models.precision import cpu_name, precision, uses_gpu
 from tests.conftest import ROOT, script_environment, wait_for
@@ -32,7 +32,7 @@ from training.checkpoint import BROKE, averaged, checkpoints, continued, find_ch
 from training.command import describe, parse
 from training.data import Order
 from training.ema import EMA
-from training.loop_options import LoopOptions, check, learning_rate
+from training.loop_options import LoopOptions, check, compiles, learning_rate
 from training.monitor import read_metrics
 from training.objectives import BETA_SCHEDULES, DDPM, PREDICTION_TYPES, TIME_DISTRIBUTIONS, FlowMatching
 from training.presets import PRESETS
@@ -154,6 +154,22 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler"):
         check(LoopOptions(output_dir="runs/x", max_train_steps=1, compile=True))
+
+
+def test_a_long_training_on_a_gpu_is_compiled_unless_it_began_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    long = LoopOptions(output_dir=str(tmp_path), max_train_steps=5000)
+    assert compiles(long, gpu, whole=True)
+    assert not any((compiles(long, cpu, True), compiles(long, gpu, False), compiles(replace(long, max_train_steps=4999), gpu, True)))
+    assert compiles(replace(long, max_train_steps=None, max_train_minutes=15), gpu, True)
+    assert not compiles(replace(long, max_train_minutes=10), gpu, True)
+    assert compiles(replace(long, compile=True), cpu, False) and not compiles(replace(long, compile=False), gpu, True)
+    write_json(tmp_path / "config.json", {"compile": False})
+    assert not compiles(replace(long, resume_from_checkpoint="latest"), gpu, True)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiles(long, gpu, True)
 
 
 def test_the_seed_decides_everything(train: Callable, tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from models.precision import precision
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData, seed_of
 from training.ema import EMA
-from training.loop_options import LoopOptions, check, check_with_data, learning_rate
+from training.loop_options import LoopOptions, check, check_with_data, compiles, learning_rate
 from training.memory import keep_freed_memory
 from training.monitor import EXPLODED, MetricsFile, feature_statistics
 from training.processes import PATIENCE, StopSignals
 from training.resume import resume_or_start
-from training.sharding import Whole, ZeRO, asks_for_deepspeed, local, prepare
+from training.sharding import Whole, ZeRO, asks_for_deepspeed, is_sharded, local, prepare
 from training.stream import Streams
 
 MAX_SKIPPED = 20  # steps in a row that may be left out
@@ -162,6 +162,8 @@ class _Training:
             keep_freed_memory()
         micro_batches = self.accelerator.num_processes * options.gradient_accumulation_steps  # of one step
         self.images_a_step = micro_batches * batch_size
+        whole = not (self.zero or is_sharded(self.accelerator))
+        options = dataclasses.replace(options, compile=compiles(options, self.device, whole))
         self.options = options = options.settled(self.images_a_step)
 
         optimizer = torch.optim.AdamW(
@@ -331,6 +333,8 @@ class _Training:
 
 def _accelerator(options: LoopOptions, run: Path, mixed_precision: str, zero: ZeRO | None) -> Accelerator:
     """What spreads the work over processes and devices; ValueError if the processes do not see each other."""
+    # of gradients there is one copy, not two; tables of positions never change, and need not be sent in every step
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -338,8 +342,7 @@ def _accelerator(options: LoopOptions, run: Path, mixed_precision: str, zero: Ze
         project_dir=run,
         step_scheduler_with_optimizer=False,
         deepspeed_plugin=zero,
-        # of DDP's gradients there is one copy then, not two
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise ValueError("torchrun's processes do not see each other, as there is no GPU; set ACCELERATE_USE_CPU=True to train on CPUs")
