@@ -1,22 +1,27 @@
 """The parts of the benchmarks that decide what is compared."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from eval.generate import SamplingOptions
+from eval.intervals import Estimate
 from models.pipeline import Pipeline
 from tests.benchmarks.cases import write_shards
 from tests.benchmarks.measure import Case, measure
 from tests.benchmarks.peers import network_of
 from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
 from tests.benchmarks.report import page
-from tests.benchmarks.sampling import LADDER, Sampling, Tried, search, taken
+from tests.benchmarks.sampling import LADDER, Sampling, Tried, quality_notes, search, taken
 from tests.benchmarks.steps import SMALL
+from tests.conftest import ROOT, script_environment
 from training.stream import open_stream
 
 
@@ -121,7 +126,24 @@ def test_a_part_of_their_work_counts_as_often_as_the_whole_needs_it() -> None:
 
 
 def test_a_peer_has_a_row_of_its_own() -> None:
-    assert [Case("", list, list, peer=peer).row("loop") for peer in ("", "SiT")] == ["loop", "loop (SiT)"]
+    case, of_peer = Case("", list, list), Case("", list, list, peer="SiT")
+    assert [case.row("loop"), of_peer.row("loop"), case.row("loop", "cold"), of_peer.row("loop", "cold")] == [
+        "loop", "loop (SiT)", "loop (cold)", "loop (SiT, cold)",
+    ]  # fmt: skip
+
+
+def test_notes_of_quality_leave_out_what_was_no_nearer_than_cheaper_ones() -> None:
+    tried = [Tried(options, 0, 100 * ratio, ratio, ratio, ratio) for options, ratio in zip(LADDER, (1.3, 1.4, 1.2, 1.01), strict=False)]
+    head, *notes = quality_notes(tried, Estimate(100.0, np.zeros(0)), 64)
+    assert "64 images (so few" in head and "of 4 settings" in head
+    assert [note.split(": ")[1].split(", ")[0] for note in notes] == ["130.0", "120.0", "101.0"] and notes[-1].endswith(": within 2 %")
+
+
+def test_words_that_do_not_fit_are_told_before_anything_is_measured(tmp_path: Path) -> None:
+    for words, told in ((["crops", "--peer", tmp_path], "--peer is for the cases loop, "), (["bogus"], "there is no benchmark 'bogus'")):
+        command = [sys.executable, "-m", "tests.benchmarks", *map(str, words)]
+        found = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
+        assert found.returncode == 2 and told in found.stderr and found.stderr.count("\n") == 1, found.stderr
 
 
 def test_shards_hold_as_many_images_as_they_say(tmp_path: Path) -> None:
@@ -149,7 +171,9 @@ def test_the_page_tells_what_was_reached() -> None:
             "limits": {"products_s": 0.15, "traffic_s": 0.05, "flops": 10, "data_sheet_flops_per_s": 100.0},
         },
     }
-    lines = page({name: found | case for name, case in cases.items()}).splitlines()
+    assert "Tried" not in page({}), "that is of the machine of those who tried"
+    lines = page({name: found | case for name, case in cases.items()}, tried="- once").splitlines()
+    assert lines[lines.index("Tried, and what came of it:") + 2] == "- once"
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("|")}
     goals = ("reached", "nearly", "perhaps", "missed", "of other quality", "without")
     assert [rows[name][6] for name in goals] == ["yes", "undecided", "undecided", "no", "no", ""]

@@ -283,7 +283,7 @@ def pipeline(_: Inputs) -> Case:
     transformer = steps.diffusers_dit(in_channels=4, out_channels=4, num_embeds_ada_norm=1000)
     vae, scheduler = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8), DDPMScheduler()
     for network in (model, transformer, vae):
-        network.to(DEVICE, dtype).eval()
+        nn.Module.to(network, DEVICE, dtype).eval()  # diffusers' own warns of modules that none of them has
     ours = Pipeline(model, scheduler, vae=vae)
     theirs = DiTPipeline(transformer, vae, DPMSolverMultistepScheduler.from_config(scheduler.config))
     for each in (ours, theirs):
@@ -304,7 +304,8 @@ def places(_: Inputs) -> Case:
     data = ImageData(pixels, labels=None, class_names=(), name="noise", split="train", fingerprint="")
     encoder = MAEEncoder(create_model("mae", "S", image_size=64, patch_size=8), {"backbone": "mae"}, 64)
     features = partial(block_features, encoder, data, mixed_precision="auto")
-    return Case("features of 36 places / of one", features, lambda: features((11,), ("mean",)), goal=1 / 1.3, pairs=10, of_torch=False)
+    about = "features of 36 places (12 blocks x 3 poolings) / of one"
+    return Case(about, features, lambda: features((11,), ("mean",)), goal=1 / 1.3, pairs=10, of_torch=False)
 
 
 def call(*command: object) -> None:

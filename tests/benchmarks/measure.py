@@ -1,7 +1,6 @@
 """How it is compared: in turn, pair by pair; and how far from the limits of the hardware."""
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from models.precision import precision
+from models.precision import cpu_name, precision
 
 Work = Callable[[], object]
 
@@ -52,9 +51,10 @@ class Case:
     figures: Mapping[str, Any] = field(default_factory=dict)
     valid: bool = True
 
-    def row(self, name: str) -> str:
-        """What it is called among the results: a peer has a row of its own."""
-        return f"{name} ({self.peer})" if self.peer else name
+    def row(self, name: str, label: str = "") -> str:
+        """What it is called among the results: a peer has a row of its own, and so has what the user labels."""
+        more = ", ".join(filter(None, (self.peer, label)))
+        return f"{name} ({more})" if more else name
 
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     reach = 0.98 * len(ratios) ** 0.5
     ends = max(0, int(len(ratios) / 2 - reach)), min(len(ratios) - 1, int(len(ratios) / 2 + reach))
     return {
+        "times_as_fast": 1 / statistics.median(ratios),  # what a goal is of; the ratios are ours / theirs
         "ratio_median": statistics.median(ratios),
         "ratio_interval_95": [ratios[end] for end in ends] if len(ratios) >= 6 else None,
         "ours_s_median": statistics.median(seconds[0]),
@@ -166,7 +167,7 @@ def quickest(work: Work, times: int = 10) -> float:
 
 def machine() -> dict[str, Any]:
     """What a ratio depends on beside the work."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{psutil.cpu_count()} CPU threads, {platform.machine()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{psutil.cpu_count()} threads of {cpu_name()}"
     return {
         "device": device,
         "torch_threads": torch.get_num_threads(),
