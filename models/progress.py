@@ -13,7 +13,7 @@ from models.files import remove, write_json
 
 PROGRESS_FILE = "FADING_SHORTCUTS_PROGRESS"  # environment: where to tell it, instead of drawing
 TOLD_S = 0.5  # at most so often
-LINE_S = 60.0  # between two lines of a log; what is done sooner has none
+FIRST_LINE_S, LINE_S = 10.0, 60.0  # until the first line of a log, and between two; what is done sooner has none
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
@@ -24,7 +24,7 @@ def progress_bar(*arguments: Any, **options: Any) -> tqdm:
         return tqdm(*arguments, **options, disable=True)
     if not sys.stderr.isatty():
         words = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} left"
-        seldom = dict(mininterval=LINE_S, maxinterval=LINE_S, delay=LINE_S)
+        seldom = dict(mininterval=FIRST_LINE_S, maxinterval=FIRST_LINE_S, delay=FIRST_LINE_S)
         return _InLines(*arguments, **options, **seldom, leave=False, bar_format=words, file=io.StringIO())  # no carriage returns
     return tqdm(*arguments, **options, leave=False)
 
@@ -35,6 +35,7 @@ class _InLines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Called by tqdm: `msg` is "" at the end."""
         if msg != "":
+            self.mininterval = self.maxinterval = LINE_S
             with suppress(OSError):  # a pipe that nobody reads any more
                 print(self, file=sys.stderr, flush=True)
         return True

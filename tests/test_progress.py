@@ -10,7 +10,11 @@ from models import progress
 def test_a_log_gets_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in progress.progress_bar(range(3), "packing", unit=" images"):
         pass
-    assert capsys.readouterr().err == "", "what is done within a minute has none"
+    assert capsys.readouterr().err == "", "what is done at once has none"
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.05)
+    for _ in progress.progress_bar(range(4), "generating", unit=" images"):
+        time.sleep(0.06)
+    assert len(capsys.readouterr().err.splitlines()) == 1, "the next would be due in a minute"
     monkeypatch.setattr(progress, "LINE_S", 0.05)
     for _ in progress.progress_bar(range(4), "generating", unit=" images"):
         time.sleep(0.06)

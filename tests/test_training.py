@@ -172,6 +172,13 @@ def test_a_long_training_on_a_gpu_is_compiled_unless_it_began_without(tmp_path: 
     assert not compiles(long, gpu, True)
 
 
+def test_a_log_tells_how_long_it_takes(train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, "--max_train_steps", 4, "--logging_steps", 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and lines[0].startswith("step 2 of 4, 0.") and " min left: loss " in lines[0]
+    assert lines[1].startswith("step 4 of 4: loss ")
+
+
 def test_the_seed_decides_everything(train: Callable, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tmp_path / name, "--max_train_steps", 2, "--seed", seed)

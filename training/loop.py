@@ -116,7 +116,7 @@ def train(
                 told = training.tell(looks)
                 bar.set_postfix_str(told)
                 if bar.disable and accelerator.is_main_process:  # a log gets lines
-                    print(f"step {step}{f' of {options.max_train_steps}' if options.max_train_steps else ''}: {told}", flush=True)
+                    print(f"step {step}{training.way_left}: {told}", flush=True)
             if step % options.checkpointing_steps == 0:
                 training.save()
             if options.max_train_minutes is not None and training.minutes > options.max_train_minutes:
@@ -134,7 +134,7 @@ class _Training:
     Attributes:
         options: settled.
         model, bare: as accelerate prepared it, and as it was given.
-        step, saved: how many were taken, and were when the last checkpoint was.
+        step, saved, first_step: how many were taken, were when the last checkpoint was, and were at the beginning.
         batch, generator: of the last micro-batch, for `tell`.
     """
 
@@ -189,7 +189,7 @@ class _Training:
         computed = {"precision": resolved, "images_a_step": self.images_a_step, "data_fingerprint": data.fingerprint}
         computed |= {"sharded": self.whole.sharded, "deepspeed_processes": self.accelerator.num_processes if self.zero else 0}
         self.config = {**config, **dataclasses.asdict(options), **computed}
-        self.step = self.saved = resume_or_start(self.accelerator, self.run, options, self.config)
+        self.step = self.saved = self.first_step = resume_or_start(self.accelerator, self.run, options, self.config)
         self.skipped = 0  # steps in a row
         self.metrics = MetricsFile(self.run, self.accelerator, self.step)
         self._begin_tracking()
@@ -208,6 +208,15 @@ class _Training:
     def minutes(self) -> float:
         """Since it began, or went on."""
         return (time.monotonic() - self.began) / 60
+
+    @property
+    def way_left(self) -> str:
+        """Up to which step, in words, and how long that takes at the pace so far."""
+        if not self.options.max_train_steps:
+            return ""
+        left = self.options.max_train_steps - self.step
+        minutes = left * self.minutes / max(1, self.step - self.first_step)
+        return f" of {self.options.max_train_steps}{f', {minutes:,.1f} min left' if left else ''}"
 
     @property
     def _images_seen(self) -> int:
