@@ -27,7 +27,7 @@ from models.paths import data_from_prediction
 from models.precision import cpu_name, precision, uses_gpu
 from tests.conftest import ROOT, script_environment, wait_for
 from tests.processes import run_together
-from training import train_mae
+from training import loop, train_mae
 from training.checkpoint import BROKE, averaged, checkpoints, continued, find_checkpoint, locked, revisions, run_metadata
 from training.command import describe, parse
 from training.data import Order
@@ -239,6 +239,25 @@ def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], tra
     assert step >= 4
     train(run, "--max_train_steps", step + 2, "--resume_from_checkpoint", "latest")
     assert Pipeline.from_pretrained(run).config.training["steps"] == step + 2
+
+
+def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--logging_steps", 4)
+    train(tmp_path / "whole", *flags)
+    batches, micro_batch = [], loop._Training._micro_batch
+
+    def signalled(training: loop._Training, accumulated: int) -> object:
+        batches.append(accumulated)
+        if len(batches) == 3 + 3 + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return micro_batch(training, accumulated)
+
+    monkeypatch.setattr(loop._Training, "_micro_batch", signalled)
+    train(tmp_path / "run", *flags)
+    assert batches == [0, 1, 2, 0, 1, 2, 0, 1] and [path.name for path in checkpoints(tmp_path / "run")] == ["step-2"]
+    train(tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert without_speed(tmp_path / "run") == without_speed(tmp_path / "whole")
 
 
 def test_minutes_end_a_run(train: Callable, tmp_path: Path) -> None:

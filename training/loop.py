@@ -108,7 +108,8 @@ def train(
     bar = tqdm(total=options.max_train_steps, initial=training.step, desc=training.run.name, unit=" steps", disable=quiet)
     with StopSignals(accelerator) as stop, closing(training.order):
         while training.step < (options.max_train_steps or math.inf) and not stop.asked(training.step):
-            training.take_step()
+            if not training.take_step(stop):
+                break
             step = training.step
             bar.update()
             looks = [callback for every, callback in callbacks if step % every == 0]
@@ -223,15 +224,22 @@ class _Training:
         """By the weights: in this run, and before it."""
         return self.config.get("images_before", 0) + self.step * self.images_a_step
 
-    def take_step(self) -> None:
+    def take_step(self, stop: StopSignals) -> bool:
         """Update the weights and their averages once.
+
+        Returns:
+            Whether it was done: many micro-batches take long, and a signal between two of them, if no other process has to hear of it,
+            gives the step up; a resumed run takes it from its beginning.
 
         Raises:
             FloatingPointError: gradients are not finite where they cannot be left out, or time and again.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.options, self.step)
+        losses = []
         for accumulated in range(self.options.gradient_accumulation_steps):
+            if accumulated and stop.wished and self.accelerator.num_processes == 1:
+                return False
             self.batch, self.generator = self._micro_batch(accumulated)
             with self.accelerator.accumulate(self.model):
                 loss = self.objective(self.model, self.batch, self.generator)  # in the precision that prepare() gave the model
@@ -240,12 +248,15 @@ class _Training:
                     self._clip_gradients()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                if not self.options.skip_nonfinite or loss.isfinite():
-                    self.losses.add(loss)
+                losses.append(loss.detach())
+        for loss in losses:
+            if not self.options.skip_nonfinite or loss.isfinite():
+                self.losses.add(loss)
         self.step += 1
         if self.skipped == MAX_SKIPPED:
             raise self._broken(f"gradients are not finite in {self.skipped} steps in a row, up to step {self.step}")
         self.ema.update(self.bare.parameters(), self.step)
+        return True
 
     def _micro_batch(self, accumulated: int) -> tuple[dict[str, Tensor], torch.Generator]:
         """This process's share of the step's images, and what draws their noise."""
