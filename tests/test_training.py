@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.fid import has_changed, training_data
 from models import Pipeline, create_model, effective_alpha
@@ -239,6 +241,37 @@ def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], tra
     assert step >= 4
     train(run, "--max_train_steps", step + 2, "--resume_from_checkpoint", "latest")
     assert Pipeline.from_pretrained(run).config.training["steps"] == step + 2
+
+
+class _ReadsBack(TorchDispatchMode):
+    """What the host would wait for a GPU for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if operator.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.found.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", [("--train_batch_size", 4), ("--gradient_accumulation_steps", 2, "--learnable_alpha")])
+def test_no_step_waits_for_the_device(flags: tuple, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, take_step = [], loop._Training.take_step
+
+    def watched(training: loop._Training, stop: object) -> bool:
+        with _ReadsBack() as found:
+            taken = take_step(training, stop)
+        reads.append(found.found)
+        return taken
+
+    monkeypatch.setattr(loop._Training, "take_step", watched)
+    train(tmp_path, "--max_train_steps", 3, "--logging_steps", 1, *flags)
+    assert reads == [[]] * 3
+    with _ReadsBack() as seen:
+        torch.ones(1).item()
+    assert len(seen.found) == 1
 
 
 def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
