@@ -48,7 +48,7 @@ def test_the_cheapest_setting_that_is_as_good_is_taken() -> None:
     def judge(options: SamplingOptions) -> Tried:
         asked.append(options.num_inference_steps)
         ratio = {4: 1.3, 6: 1.1, 8: 1.019, 10: 1.0}.get(options.num_inference_steps, 1.2)
-        return Tried(options, 0, 100 * ratio, ratio, ratio - 0.01, ratio + 0.01)
+        return Tried(options, 0, 64, 100 * ratio, ratio, ratio - 0.01, ratio + 0.01)
 
     settings = [options for options in LADDER if options.sampler == "dpm++" and options.guidance_to == 1]
     cost = lambda options: options.num_inference_steps  # noqa: E731
@@ -112,6 +112,10 @@ def test_sides_of_sampling_have_one_quality_where_they_are_one_sampler(
     same = sides.judge(full)
     assert same.passes == 2 * SAMPLER_STEPS
     assert same.ratio == pytest.approx(1, abs=0.02) and same.low <= same.ratio <= same.high
+    assert same.num_images == 6, "a part, of 4 images, does not rule it out"
+    with monkeypatch.context() as strict:
+        strict.setattr("tests.benchmarks.sampling.TOLERANCE", 0.5)
+        assert sides.judge(full).num_images == 4
     monkeypatch.delattr(Sampling, "theirs_of")  # what was drawn once is not drawn again
     half = Sampling(6, tmp_path, str(image_folder), "train")
     assert half.judge(SamplingOptions(sampler="unipc", num_inference_steps=4, guidance_scale=1.5, guidance_to=0.5)).passes in (6, 7)
@@ -133,7 +137,7 @@ def test_a_peer_has_a_row_of_its_own() -> None:
 
 
 def test_notes_of_quality_leave_out_what_was_no_nearer_than_cheaper_ones() -> None:
-    tried = [Tried(options, 0, 100 * ratio, ratio, ratio, ratio) for options, ratio in zip(LADDER, (1.3, 1.4, 1.2, 1.01), strict=False)]
+    tried = [Tried(options, 0, 64, 100 * ratio, ratio, ratio, ratio) for options, ratio in zip(LADDER, (1.3, 1.4, 1.2, 1.01), strict=False)]
     head, *notes = quality_notes(tried, Estimate(100.0, np.zeros(0)), 64)
     assert "64 images (so few" in head and "of 4 settings" in head
     assert [note.split(": ")[1].split(", ")[0] for note in notes] == ["130.0", "120.0", "101.0"] and notes[-1].endswith(": within 2 %")
