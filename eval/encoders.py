@@ -54,7 +54,7 @@ class Encoder(ABC):
 
     def reader(self, data: ImageData) -> Callable[[np.ndarray], Tensor]:
         """Indices (N,) -> what the network sees of these images, float (N, C, H, W) on its device; nothing is drawn."""
-        return lambda indices: data.samples(indices, self.device, None, None)
+        return lambda indices: data.samples(data.rows(indices), self.device, None, None)
 
     @abstractmethod
     def blocks(self, inputs: Tensor, seed: int, times: Times) -> Iterator[tuple[float | None, list[Tensor]]]:

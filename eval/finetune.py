@@ -84,9 +84,9 @@ def finetune(
     cropped, order = with_crops(train, CROP_MIN_SCALE), Order(len(train), seed)
     encoder.network.train()
     for step in progress_bar(range(steps), "fine-tuning", unit=" steps"):
-        rows = order.indices(step * batch_size, batch_size)
-        images = cropped.batch(rows, device, draws, flip=True)["images"]
-        loss = F.cross_entropy(outputs(images, seed + step * batch_size), y[rows].to(device), label_smoothing=LABEL_SMOOTHING)
+        indices = order.indices(step * batch_size, batch_size)
+        images = cropped.batch(train.rows(indices), device, draws, flip=True)["images"]
+        loss = F.cross_entropy(outputs(images, seed + step * batch_size), y[indices].to(device), label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

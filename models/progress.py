@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ def progress_bar(*arguments: Any, **options: Any) -> tqdm:
 
 
 class _InLines(tqdm):
-    """A line each time, instead of one that is written over."""
+    """A line now and then, instead of one that is written over."""
+
+    due = 0.0  # on the clock, the next line
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Called by tqdm: `msg` is "" at the end."""
-        if msg != "":
-            self.mininterval = self.maxinterval = LINE_S
+        if msg != "" and time.monotonic() >= self.due:
+            self.due = time.monotonic() + LINE_S
             with suppress(OSError):  # a pipe that nobody reads any more
                 print(self, file=sys.stderr, flush=True)
         return True

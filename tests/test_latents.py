@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from models.vae import latent_shape
 from tests.test_vae import SCALE, SHIFT, make_vae
 from training import latents
-from training.data import ImageData
+from training.data import ImageData, ReadAhead
 from training.latents import LatentData, encode
 from training.packing import cache_dir, load_images
 
@@ -59,7 +59,7 @@ def test_batches_of_images(data: ImageData, flip: bool, labelled: bool) -> None:
     data = data if labelled else dataclasses.replace(data, labels=None)
     indices = np.array([5, 0, 23, 5, 7, 11, 2, 8])
     generator, ours = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    batch = data.batch(indices, CPU, generator, flip)
+    batch = data.batch(data.rows(indices), CPU, generator, flip)
 
     expected = torch.from_numpy(data.images[indices]).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
     if flip:  # the first draw of the generator
@@ -108,16 +108,17 @@ def test_batches_are_the_same_from_a_copy_on_the_device(
     assert encoded.held(CPU) is encoded, "in memory already"
     monkeypatch.setattr(latents, "fits", lambda num_bytes, _: num_bytes == (1 + flips) * encoded.moments.nbytes)
     held = encoded.held(CPU)
-    assert held.on_device is not None and encoded.is_read and not held.is_read
+    assert held.on_device is not None
+    assert [isinstance(each.reader(0, 1), ReadAhead) for each in (encoded, held)] == [True, False]
     emptied = dataclasses.replace(held, moments=np.zeros_like(encoded.moments))
-    one, other = (each.batch(np.array([7, 0, 23]), CPU, torch.Generator().manual_seed(0), flips) for each in (encoded, emptied))
+    one, other = (each.batch(each.rows(np.array([7, 0, 23])), CPU, torch.Generator().manual_seed(0), flips) for each in (encoded, emptied))
     assert all(torch.equal(one[name], other[name]) for name in ("images", "labels"))
 
 
 def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderKL) -> None:
     encoded = encode(data, vae, flips=True)
     indices = np.array([5, 0, 23, 5, 7, 11, 2, 8])
-    batch = encoded.batch(indices, CPU, torch.Generator().manual_seed(3), flip=True)
+    batch = encoded.batch(encoded.rows(indices), CPU, torch.Generator().manual_seed(3), flip=True)
     generator = torch.Generator().manual_seed(3)
     mirrored = (torch.rand(8, generator=generator) < 0.5).tolist()
     assert any(mirrored) and not all(mirrored)
@@ -126,7 +127,7 @@ def test_samples_are_drawn_from_the_gaussians(data: ImageData, vae: AutoencoderK
     assert torch.equal(batch["images"], mean + std * torch.randn(8, 4, 8, 8, generator=generator))
     assert batch["labels"].tolist() == data.labels[indices].tolist()
 
-    drawn = encoded.batch(np.full(4000, 3), CPU, torch.Generator().manual_seed(0), flip=False)["images"]
+    drawn = encoded.batch(encoded.rows(np.full(4000, 3)), CPU, torch.Generator().manual_seed(0), flip=False)["images"]
     mean, std = torch.from_numpy(encoded.moments[3].astype(np.float32))
     assert ((drawn.mean(0) - mean) / std).abs().max() < 5 / 4000**0.5
     assert (drawn.std(0) / std - 1).abs().max() < 5 / 8000**0.5
@@ -216,4 +217,4 @@ def test_latents_are_read_from_the_disk(data: ImageData, vae: AutoencoderKL) -> 
     encoded = encode(data, vae, flips=False)
     assert isinstance(encoded, LatentData) and isinstance(encoded.moments, np.memmap)
     with pytest.raises(AssertionError, match="without flips"):
-        encoded.batch(np.arange(24), CPU, torch.Generator().manual_seed(0), flip=True)
+        encoded.batch(encoded.rows(np.arange(24)), CPU, torch.Generator().manual_seed(0), flip=True)

@@ -343,7 +343,7 @@ def test_quick_probes_see_the_averaged_weights_and_change_nothing(train: Callabl
     data = fewer(load_images(str(image_folder), 8), 16, seed=0)
     assert len(data) == 16
     with torch.no_grad():
-        x = features(data.samples(np.arange(16), torch.device("cpu"), None, None))[-1].mean(1)
+        x = features(data.samples(data.rows(np.arange(16)), torch.device("cpu"), None, None))[-1].mean(1)
     y = torch.from_numpy(data.labels)
     judged, choosing, *_ = held_out_parts(y, 5, parts=5)
     assert lines[-1]["probe_rank"] == pytest.approx(effective_rank(x), abs=1e-4)
@@ -472,12 +472,15 @@ def test_batches_repeat_with_their_generator(images: ImageData) -> None:
     assert len(data) == len(images) and data.shape == images.shape and data.fingerprint == images.fingerprint
 
     def batch(seed: int, **options: bool) -> torch.Tensor:
-        return data.batch(np.arange(8), torch.device("cpu"), torch.Generator().manual_seed(seed), **options)["images"]
+        return data.batch(data.rows(np.arange(8)), torch.device("cpu"), torch.Generator().manual_seed(seed), **options)["images"]
 
     flipped = batch(0, flip=True)
     assert torch.equal(flipped, batch(0, flip=True)) and not torch.equal(flipped, batch(1, flip=True))
     assert flipped.shape == (8, 3, 32, 32) and flipped.abs().max() <= 1
-    assert data.batch(np.arange(8), torch.device("cpu"), torch.Generator(), flip=False)["labels"].tolist() == images.labels[:8].tolist()
+    assert (
+        data.batch(data.rows(np.arange(8)), torch.device("cpu"), torch.Generator(), flip=False)["labels"].tolist()
+        == images.labels[:8].tolist()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- presets

@@ -102,7 +102,7 @@ def test_features_of_an_autoencoder_by_hand(mae: Path, data: Path) -> None:
     encoder, images = load_encoder(str(mae)), load_images(str(data), 16, "validation")
     assert isinstance(encoder, MAEEncoder) and encoder.poolings == ("mean", "patches", "class")
     found = block_features(encoder, images, batch_size=7)
-    tokens = encoder.network.features(images.samples(np.arange(30), torch.device("cpu"), None, None))
+    tokens = encoder.network.features(images.samples(images.rows(np.arange(30)), torch.device("cpu"), None, None))
     assert list(found) == [Place(None, block, pooling) for block in (0, 1) for pooling in encoder.poolings]
     for block in (0, 1):
         torch.testing.assert_close(found[Place(None, block, "mean")], tokens[block].mean(1))
@@ -118,7 +118,7 @@ def test_noise_belongs_to_the_image_and_labels_are_not_seen(dit: Path, data: Pat
     found = block_features(encoder, images, seed=5, batch_size=30)
     for place, x in block_features(encoder, images, seed=5, batch_size=7).items():
         torch.testing.assert_close(x, found[place], atol=1e-5, rtol=1e-4)
-    x = images.samples(np.arange(30), torch.device("cpu"), None, None)
+    x = images.samples(images.rows(np.arange(30)), torch.device("cpu"), None, None)
     noise = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(5 + i)) for i in range(30)])
     t = torch.full((30,), 0.8)
     _, tokens = encoder.network(interpolate(x, noise, t), t, torch.full((30,), 3), return_features=True)  # 3: no label

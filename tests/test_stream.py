@@ -68,9 +68,9 @@ def test_streams_share_out_every_image_once_an_epoch_and_draw_a_new_order(stream
 
 def test_a_batch_holds_the_images_with_their_labels(stream: ImageStream) -> None:
     generator = torch.Generator().manual_seed(0)
-    order, seen = stream.order(seed=1, batches_a_step=2), []
+    reader, seen = stream.reader(seed=1, batches_a_step=2), []
     for position in range(0, 2 * COUNT, 8):
-        batch = stream.batch(order.indices(position, 8), torch.device("cpu"), generator, flip=True)
+        batch = stream.batch(reader.rows(position, 8), torch.device("cpu"), generator, flip=True)
         found = numbers(((batch["images"].permute(0, 2, 3, 1) + 1) * 127.5).round().numpy())
         assert batch["labels"].tolist() == [number % 3 for number in found]
         seen += found
@@ -81,12 +81,12 @@ def test_a_batch_holds_the_images_with_their_labels(stream: ImageStream) -> None
 
 def test_streams_go_on_where_they_were(stream: ImageStream) -> None:
     """Within the second epoch, whatever was read ahead."""
-    whole, begun, resumed = (stream.order(seed=3, batches_a_step=2) for _ in range(3))
-    expected = [numbers(whole.indices(position, 5).samples) for position in range(0, 150, 5)]
+    whole, begun, resumed = (stream.reader(seed=3, batches_a_step=2) for _ in range(3))
+    expected = [numbers(whole.rows(position, 5).samples) for position in range(0, 150, 5)]
     for position in range(0, 70, 5):
-        begun.indices(position, 5)
+        begun.rows(position, 5)
     resumed.load_state_dict(json.loads(json.dumps(begun.state_dict()), object_hook=_whole_keys))
-    assert [numbers(resumed.indices(position, 5).samples) for position in range(70, 150, 5)] == expected[14:]
+    assert [numbers(resumed.rows(position, 5).samples) for position in range(70, 150, 5)] == expected[14:]
 
 
 def _whole_keys(found: dict) -> dict:
@@ -113,7 +113,7 @@ def test_folders_and_archives_stream_as_they_pack(tmp_path: Path) -> None:
         stream = open_stream(str(name), 16, "train", image_column, label_column, shuffle_buffer=100)
         packed = load_images(str(name), 16, "train", image_column, label_column)
         assert stream.class_names == packed.class_names == class_names
-        rows = stream.order(seed=0, batches_a_step=1).indices(0, 12)
+        rows = stream.reader(seed=0, batches_a_step=1).rows(0, 12)
         assert dict(zip(numbers(rows.samples), rows.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
         assert dict(zip(numbers(packed.images), packed.labels.tolist(), strict=True)) == {i: i % 2 for i in range(12)}
 
@@ -142,11 +142,11 @@ def test_what_streams_cannot_do_is_told(shards: Path, stream: ImageStream, tmp_p
     (tmp_path / "bad.png").write_bytes(b"no picture")
     broken = open_stream(str(tmp_path), 16, "train", "image", None, 5)
     with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
-        broken.order(0, 1).indices(0, 2)
+        broken.reader(0, 1).rows(0, 2)
     with pytest.raises(ValueError, match="an image of some is missing; mend or remove it"):
         replace(broken, name="some").decode({"image": None})
     with pytest.raises(ValueError, match="no images for one of 3 streams"):
-        broken.order(0, 3).indices(4, 2)
+        broken.reader(0, 3).rows(4, 2)
 
 
 def test_packing_does_not_hold_the_images(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_two_processes_that_stream_are_one_and_go_on_as_if_never_stopped(shards:
 def test_nothing_of_a_stream_stays_open(stream: ImageStream) -> None:
     streams = Streams(stream, seed=0, count=2)
     for batch in range(4):
-        streams.indices(4 * batch, 4)
+        streams.rows(4 * batch, 4)
     rows = [each.rows for each in streams.opened.values()]
     streams.close()
     assert [inspect.getgeneratorstate(each) for each in rows] == [inspect.GEN_CLOSED] * 2

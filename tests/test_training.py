@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -159,25 +160,30 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_training_on_a_gpu_is_compiled_unless_it_began_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("models.compiling.has_what_triton_needs", lambda: True)
+    monkeypatch.setattr("training.loop_options.has_what_triton_needs", lambda: True)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     long = LoopOptions(output_dir=str(tmp_path), max_train_steps=5000)
     assert compiles(long, gpu, whole=True)
     assert not any((compiles(long, cpu, True), compiles(long, gpu, False), compiles(replace(long, max_train_steps=4999), gpu, True)))
     assert compiles(replace(long, max_train_steps=None, max_train_minutes=15), gpu, True)
-    assert not compiles(replace(long, max_train_minutes=10), gpu, True)
+    assert not any(compiles(replace(long, max_train_steps=None, max_train_minutes=minutes), gpu, True) for minutes in (0, 14.9))
+    assert compiles(replace(long, max_train_minutes=10), gpu, True), "it goes on later"
     assert compiles(replace(long, compile=True), cpu, False) and not compiles(replace(long, compile=False), gpu, True)
-    write_json(tmp_path / "config.json", {"compile": False})
-    assert not compiles(replace(long, resume_from_checkpoint="latest"), gpu, True)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not compiles(long, gpu, True)
+    short = replace(long, max_train_steps=7, resume_from_checkpoint="latest")
+    for begun in (True, False):
+        write_json(tmp_path / "config.json", {"compile": begun})
+        assert compiles(short, gpu, True) == compiles(replace(short, max_train_steps=5000), gpu, True) == begun
+    write_json(tmp_path / "config.json", {"compile": True})
+    monkeypatch.setattr("training.loop_options.has_what_triton_needs", lambda: False)
+    monkeypatch.setattr("training.loop_options.has_compiler", lambda: False)
+    assert not compiles(short, gpu, True) and not compiles(short, cpu, True)
 
 
 def test_a_log_tells_how_long_it_takes(train: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "--max_train_steps", 4, "--logging_steps", 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 2 and lines[0].startswith("step 2 of 4, 0.") and " min left: loss " in lines[0]
+    assert len(lines) == 2 and re.match(r"step 2 of 4, \d+\.\d min left: loss ", lines[0])
     assert lines[1].startswith("step 4 of 4: loss ")
 
 
@@ -244,20 +250,25 @@ def test_signals_save_and_leave(number: signal.Signals, launcher: list[str], tra
 
 
 class _ReadsBack(TorchDispatchMode):
-    """What the host would wait for a GPU for."""
+    """Numbers that the host reads, for which it would wait for a GPU; of copies it would not see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if operator.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+        if operator.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+            torch.ops.aten.masked_select,
+        ):
             self.found.append(str(operator))
         return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("flags", [("--train_batch_size", 4), ("--gradient_accumulation_steps", 2, "--learnable_alpha")])
-def test_no_step_waits_for_the_device(flags: tuple, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_reads_a_number_back(flags: tuple, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, take_step = [], loop._Training.take_step
 
     def watched(training: loop._Training, stop: object) -> bool:
@@ -274,7 +285,19 @@ def test_no_step_waits_for_the_device(flags: tuple, train: Callable, tmp_path: P
     assert len(seen.found) == 1
 
 
-def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_compiled_goes_on_where_there_is_no_compiler(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "--max_train_steps", 1)
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "compile": True})
+    monkeypatch.setattr("training.loop_options.has_compiler", lambda: False)
+    train(tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert "going on not compiled, other than before: last digits differ" in capsys.readouterr().out
+
+
+def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--logging_steps", 4)
     train(tmp_path / "whole", *flags)
     batches, micro_batch = [], loop._Training._micro_batch
@@ -286,6 +309,10 @@ def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(train: Callable
         return micro_batch(training, accumulated)
 
     monkeypatch.setattr(loop._Training, "_micro_batch", signalled)
+    batches += [0] * 6
+    train(tmp_path / "none", *flags)
+    assert "left before its first step was done" in capsys.readouterr().out and not checkpoints(tmp_path / "none")
+    batches.clear()
     train(tmp_path / "run", *flags)
     assert batches == [0, 1, 2, 0, 1, 2, 0, 1] and [path.name for path in checkpoints(tmp_path / "run")] == ["step-2"]
     train(tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data import ImageData, Order, Rows, TrainingData, in_unit_range, pixels
+from training.data import ImageData, Reader, Rows, TrainingData, in_unit_range, pixels
 from training.stream import ImageStream
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a box
@@ -125,13 +125,13 @@ class CroppedData(TrainingData):
     def images_fingerprint(self) -> str | None:
         return self.whole.images_fingerprint
 
-    def order(self, seed: int, batches_a_step: int) -> Order:
-        return self.whole.order(seed, batches_a_step)
+    def reader(self, seed: int, batches_a_step: int) -> Reader:
+        return self.whole.reader(seed, batches_a_step)
 
     def rows(self, indices: np.ndarray) -> Rows:
         return self.whole.rows(indices)
 
-    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         boxes = random_boxes(len(rows), self.shape[-1], self.min_scale, generator)
         return in_unit_range(crop_and_resize(pixels(rows, device), boxes), mirrored)
 

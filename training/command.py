@@ -170,7 +170,9 @@ def differences(one: nn.Module, other: nn.Module) -> list[tuple[str, Any, Any]]:
 
 def say_end(step: int, options: LoopOptions) -> None:
     """How far a training came, and how it goes on if that is not its end."""
-    if options.max_train_steps is None or step >= options.max_train_steps:
+    if not step:
+        say(f"{options.output_dir}: left before its first step was done, so there is nothing to go on with; begin again")
+    elif options.max_train_steps is None or step >= options.max_train_steps:
         say(f"{options.output_dir}: step {step} reached")
     else:
         say(f"{options.output_dir}: step {step} of {options.max_train_steps} reached; --resume_from_checkpoint latest goes on")

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -66,14 +66,9 @@ class TrainingData(ABC):
         """How much there is, in words."""
         return f"{len(self):,} images"
 
-    def order(self, seed: int, batches_a_step: int) -> "Order":
-        """In which order a training sees the samples."""
-        return ReadAhead(self, seed) if self.is_read else Order(len(self), seed)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether rows come from memory or a disk; else they lie on a device."""
-        return True
+    def reader(self, seed: int, batches_a_step: int) -> "Reader":
+        """What gives a training its rows."""
+        return ReadAhead(self, seed)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray | None:
         """int64 (N,), or None without labels."""
@@ -87,29 +82,22 @@ class TrainingData(ABC):
         """The same; what fits lies on the device from now on, so that batches need not travel."""
         return self
 
-    def samples(
-        self, indices: np.ndarray | Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None
-    ) -> Tensor:
-        """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
-        return self.made_of(indices if isinstance(indices, Rows) else self.rows(indices), device, generator, mirrored)
-
     @abstractmethod
-    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
-        """As `samples`, of what was read."""
+    def samples(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+        """Float (N, C, H, W); those of `mirrored`, bool (N,), are of the mirrored image."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def batch(self, indices: np.ndarray | Rows, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
+    def batch(self, rows: Rows, device: torch.device, generator: torch.Generator, flip: bool) -> dict[str, Tensor]:
         """What an objective takes (training/objectives.py): samples as "images" and, where there are labels, "labels".
 
         Args:
-            indices: what the `order` gave, or where to read.
+            rows: of the `reader`, or from anywhere.
             generator: on the device; all that is random comes from it.
             flip: mirror half of the images.
         """
-        rows = indices if isinstance(indices, Rows) else self.rows(indices)
         mirrored = torch.rand(len(rows), device=device, generator=generator) < 0.5 if flip else None
         batch = {"images": self.samples(rows, device, generator, mirrored)}
         if rows.labels is not None:
@@ -139,21 +127,20 @@ class ImageData(TrainingData):
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
-    @property
-    def is_read(self) -> bool:
-        return self.on_device is None
+    def reader(self, seed: int, batches_a_step: int) -> "Reader":
+        return ReadAhead(self, seed) if self.on_device is None else Reader(self, seed)
 
     def rows(self, indices: np.ndarray) -> Rows:
         return Rows(taken(self.images if self.on_device is None else self.on_device, indices), self.labels_of(indices))
 
-    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
         return in_unit_range(pixels(rows, device), mirrored)
 
     def some(self, count: int) -> Tensor:
         """Float (count, C, H, W) in [-1, 1] from all over the split; fewer where it has fewer."""
         indices = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        return self.samples(indices, torch.device("cpu"), None, None)
+        return self.samples(self.rows(indices), torch.device("cpu"), None, None)
 
     def held(self, device: torch.device) -> Self:
         """With all images on a GPU, if they fit there."""
@@ -220,7 +207,7 @@ class Order:
         self.num_images, self.seed = num_images, seed
         self.epoch, self.permutation = -1, torch.empty(0)
 
-    def indices(self, position: int, count: int) -> Any:
+    def indices(self, position: int, count: int) -> np.ndarray:
         """Those at positions [position, position + count), epochs joined end to end."""
         found = []
         while count > 0:
@@ -233,35 +220,43 @@ class Order:
             position, count = position + len(part), count - len(part)
         return torch.cat(found).numpy()
 
+
+class Reader:
+    """Rows in the order in which a training sees them."""
+
+    def __init__(self, data: TrainingData, seed: int) -> None:
+        self.data, self.order = data, Order(len(data), seed)
+
+    def rows(self, position: int, count: int) -> Rows:
+        """Those at positions [position, position + count), epochs joined end to end."""
+        return self.data.rows(self.order.indices(position, count))
+
     def close(self) -> None:
         """To be called when no more are asked for."""
 
 
-class ReadAhead(Order):
-    """What lies at the indices instead of them: a thread reads the next rows while the step runs, which may come from a disk.
+class ReadAhead(Reader):
+    """A thread reads the next rows, which may come from a disk, while the step runs.
 
     Which are the next is guessed: as far on as these are from those before.
     """
 
     def __init__(self, data: TrainingData, seed: int) -> None:
-        super().__init__(len(data), seed)
-        self.data, self.reader = data, ThreadPoolExecutor(1)
+        super().__init__(data, seed)
+        self.thread = ThreadPoolExecutor(1)
         self.position: int | None = None
         self.ahead: dict[tuple[int, int], Future[Rows]] = {}
 
-    def indices(self, position: int, count: int) -> Rows:
-        """The rows at positions [position, position + count); those after them are being read when this returns."""
-        rows = self.ahead.pop((position, count), None) or self.reader.submit(self._read, position, count)
+    def rows(self, position: int, count: int) -> Rows:
+        """As of any reader; those after them are being read when this returns."""
+        rows = self.ahead.pop((position, count), None) or self.thread.submit(super().rows, position, count)
         following = position + (count if self.position is None else position - self.position), count
-        self.ahead = {following: self.reader.submit(self._read, *following)}
+        self.ahead = {following: self.thread.submit(super().rows, *following)}
         self.position = position
         return rows.result()
 
-    def _read(self, position: int, count: int) -> Rows:
-        return self.data.rows(super().indices(position, count))
-
     def close(self) -> None:
-        self.reader.shutdown(cancel_futures=True)
+        self.thread.shutdown(cancel_futures=True)
 
 
 def seed_of(*parts: int) -> int:

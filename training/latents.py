@@ -13,7 +13,7 @@ from torch import Tensor
 from models.files import require_disk, written_aside
 from models.progress import progress_bar
 from models.vae import AutoencoderKL, latent_shape, to_moments
-from training.data import ImageData, Rows, TrainingData, copied, fits, moved, taken
+from training.data import ImageData, ReadAhead, Reader, Rows, TrainingData, copied, fits, moved, taken
 from training.packing import cache_dir, made_once
 
 ENCODING = 1  # raise it when latents are computed or kept differently: cached ones are then made anew
@@ -48,15 +48,14 @@ class LatentData(TrainingData):
     def shape(self) -> tuple[int, int, int]:
         return self.moments.shape[2:]
 
-    @property
-    def is_read(self) -> bool:
-        return self.on_device is None
+    def reader(self, seed: int, batches_a_step: int) -> Reader:
+        return ReadAhead(self, seed) if self.on_device is None else Reader(self, seed)
 
     def rows(self, indices: np.ndarray) -> Rows:
         kept = self.on_device or self._kept
         return Rows(taken(kept[0], indices), self.labels_of(indices), *(taken(mirrored, indices) for mirrored in kept[1:]))
 
-    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         moments = moved(rows.samples, device)  # (N, 2, C, H, W)
         if mirrored is not None:
             assert rows.mirrored is not None, "encoded without flips"
@@ -127,7 +126,7 @@ def _write_moments(path: Path, data: ImageData, vae: AutoencoderKL, shape: tuple
         for start in range(0, len(data), batch_size):
             indices = np.arange(start, min(start + batch_size, len(data)))
             everyone = torch.full((len(indices),), mirrored, device=vae.device)
-            moments = to_moments(vae, data.samples(indices, vae.device, None, everyone)).half()  # (N, 2, C, H, W)
+            moments = to_moments(vae, data.samples(data.rows(indices), vae.device, None, everyone)).half()  # (N, 2, C, H, W)
             if not moments.isfinite().all():
                 raise ValueError(f"the autoencoder gives latents of {data.name} that are not finite in half precision; choose another")
             moments.cpu().numpy().tofile(file)

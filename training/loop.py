@@ -83,7 +83,7 @@ def train(
     callbacks: Sequence[tuple[int, Callback]] = (),
     parameters: Iterable[Any] | None = None,
 ) -> int:
-    """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint.
+    """Train until max_train_steps, max_train_minutes, Ctrl-C or SIGTERM, whichever comes first; each leaves a checkpoint of the last step.
 
     Args:
         model: with fresh weights; resuming overwrites them.
@@ -106,7 +106,7 @@ def train(
     options, accelerator = training.options, training.accelerator
     quiet = None if accelerator.is_main_process else True  # None: where there is no terminal
     bar = tqdm(total=options.max_train_steps, initial=training.step, desc=training.run.name, unit=" steps", disable=quiet)
-    with StopSignals(accelerator) as stop, closing(training.order):
+    with StopSignals(accelerator) as stop, closing(training.reader):
         while training.step < (options.max_train_steps or math.inf) and not stop.asked(training.step):
             if not training.take_step(stop):
                 break
@@ -137,10 +137,12 @@ class _Training:
         model, bare: as accelerate prepared it, and as it was given.
         step, saved, first_step: how many were taken, were when the last checkpoint was, and were at the beginning.
         batch, generator: of the last micro-batch, for `tell`.
+        first_done: when the first step was, on the clock; it may compile.
     """
 
     batch: dict[str, Tensor]
     generator: torch.Generator
+    first_done: float
 
     def __init__(
         self,
@@ -183,8 +185,8 @@ class _Training:
         self.model, self.optimizer = prepare(self.accelerator, model, optimizer, resolved)
         self.ema, self.losses = EMA(model.parameters(), options.ema_decay), _LossMeter(self.accelerator)
         self.data = data.held(self.device)
-        self.order = self.data.order(options.seed, micro_batches)
-        stateful = [self.order] if isinstance(self.order, Streams) else []
+        self.reader = self.data.reader(options.seed, micro_batches)
+        stateful = [self.reader] if isinstance(self.reader, Streams) else []
         self.accelerator.register_for_checkpointing(self.ema, self.losses, *stateful)
 
         computed = {"precision": resolved, "images_a_step": self.images_a_step, "data_fingerprint": data.fingerprint}
@@ -212,12 +214,15 @@ class _Training:
 
     @property
     def way_left(self) -> str:
-        """Up to which step, in words, and how long that takes at the pace so far."""
-        if not self.options.max_train_steps:
+        """Up to which step, in words, and how long that takes at the pace so far, of which the first step is no part."""
+        last, limit = self.options.max_train_steps, self.options.max_train_minutes
+        if not last:
             return ""
-        left = self.options.max_train_steps - self.step
-        minutes = left * self.minutes / max(1, self.step - self.first_step)
-        return f" of {self.options.max_train_steps}{f', {minutes:,.1f} min left' if left else ''}"
+        words, steps = f" of {last}", self.step - self.first_step - 1
+        if last == self.step or not steps:
+            return words
+        minutes = (last - self.step) * (time.monotonic() - self.first_done) / steps / 60
+        return f"{words}, {minutes if limit is None else min(minutes, limit - self.minutes):,.1f} min left"
 
     @property
     def _images_seen(self) -> int:
@@ -238,7 +243,7 @@ class _Training:
             group["lr"] = learning_rate(self.options, self.step)
         losses = []
         for accumulated in range(self.options.gradient_accumulation_steps):
-            if accumulated and stop.wished and self.accelerator.num_processes == 1:
+            if accumulated and self.accelerator.num_processes == 1 and stop.heard():
                 return False
             self.batch, self.generator = self._micro_batch(accumulated)
             with self.accelerator.accumulate(self.model):
@@ -253,6 +258,8 @@ class _Training:
             if not self.options.skip_nonfinite or loss.isfinite():
                 self.losses.add(loss)
         self.step += 1
+        if self.step == self.first_step + 1:
+            self.first_done = time.monotonic()
         if self.skipped == MAX_SKIPPED:
             raise self._broken(f"gradients are not finite in {self.skipped} steps in a row, up to step {self.step}")
         self.ema.update(self.bare.parameters(), self.step)
@@ -261,9 +268,9 @@ class _Training:
     def _micro_batch(self, accumulated: int) -> tuple[dict[str, Tensor], torch.Generator]:
         """This process's share of the step's images, and what draws their noise."""
         micro = accumulated * self.accelerator.num_processes + self.accelerator.process_index
-        indices = self.order.indices(self.step * self.images_a_step + micro * self.options.train_batch_size, self.options.train_batch_size)
+        rows = self.reader.rows(self.step * self.images_a_step + micro * self.options.train_batch_size, self.options.train_batch_size)
         generator = torch.Generator(self.device).manual_seed(seed_of(self.options.seed, self.step, micro + 1))
-        return self.data.batch(indices, self.device, generator, self.options.random_flip), generator
+        return self.data.batch(rows, self.device, generator, self.options.random_flip), generator
 
     def _clip_gradients(self) -> None:
         """To `max_grad_norm`; those that are not finite are let go, where that was asked for."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.tracking import get_available_trackers
 
-from models.compiling import WORTH_MINUTES, WORTH_STEPS, is_worth_it, require_compiler
+from models.compiling import WORTH_STEPS, has_compiler, has_what_triton_needs, is_worth_it, require_compiler
 from models.files import read_json, require_memory, require_writable
 from training import checkpoint as checkpoint_files
 from training.data import TrainingData
@@ -28,8 +28,8 @@ class LoopOptions:
     )
     compile: bool | None = option(
         None,
-        "torch.compile the network: about a minute at the start, then faster steps (on a CPU a DiT's by a quarter, an MAE's by 6 %); "
-        f"other last digits; unless given, on a GPU in trainings of {WORTH_STEPS:,} steps and {WORTH_MINUTES:g} minutes",
+        "torch.compile the network: a minute or so at the start, then shorter steps (on a CPU a DiT's by a quarter, an MAE's by a "
+        f"twentieth); other last digits; unless given, on GPUs that hold all parameters, in trainings of {WORTH_STEPS:,} steps and more",
     )
     gradient_checkpointing: bool = option(False, "compute each block once more on the way back instead of keeping what is inside")
     max_train_steps: int | None = option(None, "optimizer steps in all", least=1)
@@ -96,7 +96,7 @@ def check(options: LoopOptions) -> Path:
 
 
 def compiles(options: LoopOptions, device: torch.device, whole: bool) -> bool:
-    """Whether the network is compiled: as asked, as the run began, or else where that is worth it.
+    """Whether the network is compiled: as asked, as the run began where that can be done, or else where it is worth it.
 
     Args:
         whole: every process holds all parameters, and steps by torch's own means.
@@ -105,7 +105,7 @@ def compiles(options: LoopOptions, device: torch.device, whole: bool) -> bool:
         return options.compile
     begun = Path(options.output_dir or "") / checkpoint_files.CONFIG
     if options.resume_from_checkpoint is not None and begun.is_file():
-        return bool(read_json(begun).get("compile"))
+        return bool(read_json(begun).get("compile")) and (has_compiler() if device.type == "cpu" else has_what_triton_needs())
     return whole and is_worth_it(device, options.max_train_steps, options.max_train_minutes)
 
 

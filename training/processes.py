@@ -79,15 +79,20 @@ class StopSignals:
             tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more to leave at once")
 
     def ask(self) -> None:
-        """Stop after the current step."""
+        """Stop as soon as all processes are ready to."""
         self.wished = True
+
+    def heard(self) -> bool:
+        """Whether this process wishes to stop."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.wished = True
+        return self.wished
 
     def asked(self, step: int) -> bool:
         """Whether to stop before step `step` + 1; the same answer in every process."""
-        if self.launcher is not None and os.getppid() != self.launcher:
-            self.wished = True
+        wished = self.heard()
         if self.accelerator.num_processes == 1:
-            return self.wished
+            return wished
         if self.accelerator.device.type != "cpu" and step % STOP_CHECK_STEPS:
             return False
         return bool(self.accelerator.reduce(torch.tensor(float(self.wished), device=self.accelerator.device)).item())

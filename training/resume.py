@@ -12,10 +12,10 @@ from training.loop_options import LoopOptions
 from training.sharding import load_state
 
 # Options that may differ when a run is resumed; all others decide what is computed. Another number of processes is made up for by
-# another accumulation: images_a_step stays.
+# another accumulation: images_a_step stays. Compiled or not changes last digits, but a run may go on where there is no compiler.
 FREE_ON_RESUME = frozenset(
     "output_dir max_train_minutes checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to sample_steps "
-    "gradient_accumulation_steps probe_every probe_images metrics_during_training metrics_samples metrics_extractor "
+    "gradient_accumulation_steps compile probe_every probe_images metrics_during_training metrics_samples metrics_extractor "
     "logging_steps preset dataset_name train_data_dir".split()  # data are known by their fingerprint, wherever they lie
 )
 
@@ -46,6 +46,8 @@ def resume_or_start(accelerator: Accelerator, run: Path, options: LoopOptions, c
     if before.get("gradient_accumulation_steps") != config["gradient_accumulation_steps"]:
         processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
         accelerator.print(f"going on with {processes}: the same images and noise as before; sums have another order, so last digits differ")
+    if bool(before.get("compile")) != config["compile"]:
+        accelerator.print(f"going on {'' if config['compile'] else 'not '}compiled, other than before: last digits differ")
     load_state(accelerator, checkpoint)
     accelerator.step = 0  # micro-batches of a step, whose number may have been another; a checkpoint lies between two steps
     accelerator.wait_for_everyone()

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from models.progress import progress_bar
-from training.data import ImageData, Order, Rows, TrainingData, in_unit_range, pixels
+from training.data import ImageData, Reader, Rows, TrainingData, in_unit_range, pixels
 from training.images import EMBEDDED, decode_image, label_values, open_dataset, undecoded
 
 ARROW_ENDS_S = 1.0  # a tenth of that was enough for those who reported the crash (apache/arrow#39862)
@@ -60,13 +60,13 @@ class ImageStream(TrainingData):
     def shape(self) -> tuple[int, int, int]:
         return 3, self.resolution, self.resolution
 
-    def order(self, seed: int, batches_a_step: int) -> "Streams":
+    def reader(self, seed: int, batches_a_step: int) -> "Streams":
         return Streams(self, seed, batches_a_step)
 
     def rows(self, indices: np.ndarray) -> Rows:
         raise TypeError("a stream has no indices")
 
-    def made_of(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
+    def samples(self, rows: Rows, device: torch.device, generator: torch.Generator | None, mirrored: Tensor | None) -> Tensor:
         """In [-1, 1]; nothing is drawn."""
         return in_unit_range(pixels(rows, device), mirrored)
 
@@ -142,7 +142,7 @@ def _class_names(name: str, table: Any, column: str) -> tuple[str, ...]:
     return tuple(str(value) for value in label_values(name, table, column, (row[column] for row in rows)))
 
 
-class Streams(Order):
+class Streams(Reader):
     """The streams of a training, of which a process opens those that it is asked for. Knows where they stand, for checkpoints.
 
     Args:
@@ -159,10 +159,10 @@ class Streams(Order):
         self.data, self.seed, self.count = data, seed, count
         self.opened: dict[int, _Stream] = {}
         self.places: dict[int, tuple[int, int]] = {}  # where a resumed run begins
-        self.reader = ThreadPoolExecutor(1)  # prepares the next batch while the step runs
+        self.thread = ThreadPoolExecutor(1)  # prepares the next batch while the step runs
         self.decoders = ThreadPoolExecutor()
 
-    def indices(self, position: int, count: int) -> Rows:
+    def rows(self, position: int, count: int) -> Rows:
         """The next `count` images of the stream whose turn it is at this position of the training."""
         number = position // count % self.count
         if number not in self.opened:
@@ -192,7 +192,7 @@ class Streams(Order):
 
     def close(self) -> None:
         """Let go of all that is open, before the process ends: Arrow's threads crash if they outlive Python (apache/arrow#45214)."""
-        self.reader.shutdown(cancel_futures=True)
+        self.thread.shutdown(cancel_futures=True)
         self.decoders.shutdown()
         for stream in self.opened.values():
             stream.rows.close()  # even if the traceback of an error holds the stream
@@ -211,9 +211,9 @@ class _Stream:
 
     def next(self, count: int) -> Rows:
         """The next images; those after them are being read when this returns."""
-        ahead = self.ahead or self.streams.reader.submit(self._take, count)
+        ahead = self.ahead or self.streams.thread.submit(self._take, count)
         rows, self.place = ahead.result()
-        self.ahead = self.streams.reader.submit(self._take, count)
+        self.ahead = self.streams.thread.submit(self._take, count)
         return rows
 
     def _take(self, count: int) -> tuple[Rows, tuple[int, int]]:

@@ -54,12 +54,12 @@ def noise_images(count: int, size_px: int) -> ImageData:
 def batches_of(data: TrainingData, batch_size: int, device: torch.device = CPU) -> Callable[[], tuple[dict[str, Any], torch.Generator]]:
     """The next batch each time, as our loop takes it."""
     data = data.held(device)
-    order, taken = data.order(seed=0, batches_a_step=1), count()
+    reader, taken = data.reader(seed=0, batches_a_step=1), count()
 
     def batch() -> tuple[dict[str, Any], torch.Generator]:
         number = next(taken)
         generator = torch.Generator(device).manual_seed(number)
-        return data.batch(order.indices(number * batch_size, batch_size), device, generator, flip=True), generator
+        return data.batch(reader.rows(number * batch_size, batch_size), device, generator, flip=True), generator
 
     return batch
 
