@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
 from eval.spread import gathered, own_batches
+from models.compiling import require_compiler
 from models.files import require_memory, written_aside
 from models.guidance import Guidance
 from models.pipeline import SAMPLER_NAMES, Pipeline
@@ -42,7 +44,9 @@ class SamplingOptions:
     mixed_precision: str = option(
         "no", "no is fp32; auto is bf16 where the hardware has it; noted in the protocol", choices=("no", "auto", "bf16")
     )
-    compile: bool = option(False, "torch.compile the network: up to minutes at the start, then faster batches; other last digits")
+    compile: bool = option(
+        False, "torch.compile the network (not a --guide): a minute or so at the start, then faster batches; other last digits"
+    )
 
     @property
     def precision(self) -> str:
@@ -102,6 +106,8 @@ def check_sampling(pipeline: Pipeline, options: SamplingOptions) -> None:
     """Raise ValueError, before anything is spent, for what `generate` could not do."""
     channels, height, width = pipeline.image_shape
     require_memory(options.num_samples * channels * height * width, f"{options.num_samples:,} images")  # first: labels take some, too
+    if options.compile:
+        require_compiler()
     labels = class_labels(pipeline.num_classes, options)
     pipeline.check(options.num_samples, labels, options.seed, options.num_inference_steps, options.sampler)
     Guidance(options.guidance_scale, (options.guidance_from, options.guidance_to))
@@ -132,16 +138,21 @@ def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | 
     guide = load_guide(pipeline, options.guide) if options.guide else None
     if options.compile:
         pipeline.compile()
+    stance = "default" if options.compile else "force_eager"  # it may have been compiled before
     context = autocast(pipeline.device, options.precision)
     batches = own_batches(options.num_samples, options.batch_size)
-    with progress_bar(total=sum(stop - start for start, stop in batches), desc="generating", unit=" images") as bar, context:
+    with (
+        progress_bar(total=sum(stop - start for start, stop in batches), desc="generating", unit=" images") as bar,
+        context,
+        torch.compiler.set_stance(stance),
+    ):
         for start, stop in batches:
-            # what is compiled is so for one number of images: the last batch is filled up
-            count = min(options.batch_size, options.num_samples) if options.compile else stop - start
-            images[start:stop] = pipeline(
-                count,
-                labels and (labels[start:stop] + labels[:1] * (count - stop + start)),
-                seed=options.seed + start,
+            # what is compiled is so for one number of images: the last batch begins earlier, and draws some images once more
+            first = max(0, stop - options.batch_size) if options.compile else start
+            images[first:stop] = pipeline(
+                stop - first,
+                labels and labels[first:stop],
+                seed=options.seed + first,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
                 sampler=options.sampler,
@@ -149,7 +160,7 @@ def generate(pipeline: Pipeline, options: SamplingOptions, counts: np.ndarray | 
                 guide=guide,
                 output_type="np",
                 return_dict=False,
-            )[0][: stop - start]
+            )[0]
             bar.update(stop - start)
     return images
 

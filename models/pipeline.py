@@ -129,9 +129,9 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
     def compile(self) -> None:
-        """Compile the network: each batch size, and its double where guidance acts, once and at length, then faster.
+        """Compile the network: each batch size, and its double for guidance without a label, once and at length, then faster.
 
-        On a GPU the steps are CUDA graphs. Images differ in their last digits.
+        On a GPU its passes are CUDA graphs. Images differ in their last digits.
 
         Raises:
             ValueError: there is no C++ compiler.

@@ -1,7 +1,5 @@
 """The parts of the benchmarks that decide what is compared."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from eval.generate import SamplingOptions
 from eval.intervals import Estimate
+from models.files import read_json
 from models.pipeline import Pipeline
 from tests.benchmarks.cases import write_shards
 from tests.benchmarks.measure import Case, measure
@@ -21,7 +20,7 @@ from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
 from tests.benchmarks.report import page
 from tests.benchmarks.sampling import LADDER, Sampling, Tried, quality_notes, search, taken
 from tests.benchmarks.steps import SMALL
-from tests.conftest import ROOT, script_environment
+from tests.conftest import ROOT
 from training.stream import open_stream
 
 
@@ -143,11 +142,16 @@ def test_notes_of_quality_leave_out_what_was_no_nearer_than_cheaper_ones() -> No
     assert [note.split(": ")[1].split(", ")[0] for note in notes] == ["130.0", "120.0", "101.0"] and notes[-1].endswith(": within 2 %")
 
 
-def test_words_that_do_not_fit_are_told_before_anything_is_measured(tmp_path: Path) -> None:
+def test_words_that_do_not_fit_are_told_before_anything_is_measured(tmp_path: Path, run_here: Callable) -> None:
     for words, told in ((["crops", "--peer", tmp_path], "--peer is for the cases loop, "), (["bogus"], "there is no benchmark 'bogus'")):
-        command = [sys.executable, "-m", "tests.benchmarks", *map(str, words)]
-        found = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True)
-        assert found.returncode == 2 and told in found.stderr and found.stderr.count("\n") == 1, found.stderr
+        code, _, said = run_here("tests/benchmarks/__main__.py", *words)
+        assert code == 2 and told in said and said.count("\n") == 1, said
+
+
+def test_the_page_that_ships_is_that_of_its_results() -> None:
+    folder = ROOT / "tests/benchmarks"
+    tried = (folder / "TRIED.md").read_text(encoding="utf-8")
+    assert (folder / "RESULTS.md").read_text(encoding="utf-8") == page(read_json(folder / "results.json"), tried)
 
 
 def test_shards_hold_as_many_images_as_they_say(tmp_path: Path) -> None:

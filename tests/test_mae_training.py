@@ -477,10 +477,8 @@ def test_batches_repeat_with_their_generator(images: ImageData) -> None:
     flipped = batch(0, flip=True)
     assert torch.equal(flipped, batch(0, flip=True)) and not torch.equal(flipped, batch(1, flip=True))
     assert flipped.shape == (8, 3, 32, 32) and flipped.abs().max() <= 1
-    assert (
-        data.batch(data.rows(np.arange(8)), torch.device("cpu"), torch.Generator(), flip=False)["labels"].tolist()
-        == images.labels[:8].tolist()
-    )
+    labels = data.batch(data.rows(np.arange(8)), torch.device("cpu"), torch.Generator(), flip=False)["labels"]
+    assert labels.tolist() == images.labels[:8].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------- presets

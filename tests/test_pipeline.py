@@ -17,7 +17,7 @@ from eval.generate import SamplingOptions, generate
 from models import Pipeline
 from models.guidance import Guidance
 from models.paths import PATHS, data_from_prediction, from_sigma, interpolate, split, velocity
-from models.pipeline import DDPM_SAMPLERS, SAMPLERS, Step, _set_steps, to_uint8
+from models.pipeline import DDPM_SAMPLERS, MAX_SEED, SAMPLERS, Step, _set_steps, to_uint8
 from training.objectives import DDPM, PREDICTION_TYPES
 
 Make = Callable[..., nn.Module]
@@ -187,8 +187,11 @@ def test_compiled_it_draws_the_same_in_one_shape_and_its_double(pipeline: Pipeli
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend=traced))
     found = generate(pipeline, replace(options, compile=True))
     assert np.abs(found.astype(int) - expected).max() <= 1
-    assert len(graphs) == 2, "the last batch, of 2 images, is filled up"
-    assert np.array_equal(generate(pipeline, replace(options, compile=True)), found) and len(graphs) == 2
+    assert len(graphs) == 2, "the last batch, of 2 images, begins earlier"
+    assert np.array_equal(generate(pipeline, replace(options, compile=True)), found)
+    assert np.array_equal(generate(pipeline, options), expected), "not asked for, it is not used"
+    last = replace(options, seed=MAX_SEED - 6, compile=True)
+    assert generate(pipeline, last).shape == (6, 16, 16, 3) and len(graphs) == 2
     torch.compiler.reset()
 
 

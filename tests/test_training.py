@@ -257,12 +257,8 @@ class _ReadsBack(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if operator.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.equal,
-            torch.ops.aten.masked_select,
-        ):
+        aten = torch.ops.aten
+        if operator.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select):
             self.found.append(str(operator))
         return operator(*args, **(kwargs or {}))
 

@@ -151,6 +151,8 @@ class Streams(Reader):
         count: number of streams, which is that of the batches of a step.
     """
 
+    data: ImageStream
+
     def __init__(self, data: ImageStream, seed: int, count: int) -> None:
         import datasets.config
 

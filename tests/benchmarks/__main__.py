@@ -30,8 +30,6 @@ def main() -> None:
     written = f"write the results to this file (folders are made), where those of other cases stay, and {PAGE} beside it"
     flags.add_argument("--json", type=Path, help=f"{written}, which takes in {TRIED} if that is there")
     parsed = flags.parse_args()
-    keep_freed_memory()  # as our loop does; in one process opponents gain by it as well
-    torch.backends.cuda.matmul.allow_tf32 = True  # as DiT and SiT train on GPUs
     with one_line_errors():
         if unknown := set(parsed.cases) - set(CASES):
             raise ValueError(f"there is no benchmark {unknown.pop()!r}; choose from {', '.join(CASES)}")
@@ -41,6 +39,8 @@ def main() -> None:
             raise ValueError(f"--peer {parsed.peer} is not a folder; give a checkout")
         if parsed.peer and (not parsed.cases or set(parsed.cases) - OF_PEERS):
             raise ValueError(f"--peer is for the cases {', '.join(sorted(OF_PEERS))}; name only those beside it")
+        keep_freed_memory()  # as our loop does; in one process opponents gain by it as well
+        torch.backends.cuda.matmul.allow_tf32 = True  # as DiT and SiT train on GPUs
         results = read_json(parsed.json) if parsed.json and parsed.json.is_file() else {}
         for name in parsed.cases or [name for name in CASES if name not in NOT_ASKED]:
             with ExitStack() as kept:

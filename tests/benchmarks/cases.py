@@ -245,8 +245,6 @@ def linear_probe(inputs: Inputs) -> Case:
 def sampling(inputs: Inputs) -> Case:
     """Sampling at equal quality against 250 steps of Euler, all guided: DiT-XS, 32 px, the shipped weights."""
     sides, cuda = Sampling(inputs.samples), DEVICE.type == "cuda"
-    if cuda:
-        sides.ours.compile()  # what is timed is what is judged
     tried = search(LADDER, sides.judge, sides.passes)
     best = taken(tried)
 

@@ -156,14 +156,13 @@ class Sampling:
 
     def ours_of(self, options: SamplingOptions, num_images: int) -> np.ndarray:
         """Our images, uint8 (N, H, W, 3)."""
-        return generate(self.ours, replace(options, num_samples=num_images), self.counts)
+        return generate(self.ours, replace(options, num_samples=num_images, compile=self.ours.device.type == "cuda"), self.counts)
 
     def passes(self, options: SamplingOptions) -> float:
         """Of an image through the network, counted."""
         seen = []
         counter = self.ours.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-        with torch.compiler.set_stance("force_eager"):  # a hook would be compiled with the network
-            self.ours_of(options, 2)
+        generate(self.ours, replace(options, num_samples=2), self.counts)  # not compiled, as the hook would be too
         counter.remove()
         return sum(seen) / 2
 
