@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from models.files import write_json
@@ -177,7 +178,8 @@ class _Training:
             fused=True,
         )
         if options.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            # nothing is drawn inside a block
+            model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
         if options.compile:
             model.compile(dynamic=False)
         self.alphas = list(model.alphas)  # as it begins: learned ones may not be numbers when it breaks down
