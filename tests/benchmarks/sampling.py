@@ -16,6 +16,7 @@ from eval.features import ArrayImages, extract_features, reference_features
 from eval.generate import SamplingOptions, class_labels, generate, label_counts
 from eval.intervals import Estimate, difference
 from eval.metrics import frechet, statistics
+from models.compiling import has_compiler
 from models.files import sha256, written_aside
 from models.pipeline import Pipeline, to_uint8
 from models.precision import precision
@@ -135,7 +136,7 @@ class Sampling:
     def __init__(self, num_images: int, checkpoint: Path = CHECKPOINT, data: str = "openmoji", split: str = "all") -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if precision("auto") == "bf16" else torch.float32
-        self.num_images, self.checkpoint = num_images, checkpoint
+        self.num_images, self.checkpoint, self.compiles = num_images, checkpoint, has_compiler()
         self.theirs = Pipeline.from_pretrained(checkpoint).to(device)
         self.ours = Pipeline.from_pretrained(checkpoint, torch_dtype=dtype).to(device)
         self.data = load_images(data, self.theirs.image_shape[1], split)
@@ -156,7 +157,7 @@ class Sampling:
 
     def ours_of(self, options: SamplingOptions, num_images: int) -> np.ndarray:
         """Our images, uint8 (N, H, W, 3)."""
-        return generate(self.ours, replace(options, num_samples=num_images, compile=self.ours.device.type == "cuda"), self.counts)
+        return generate(self.ours, replace(options, num_samples=num_images, compile=self.compiles), self.counts)
 
     def passes(self, options: SamplingOptions) -> float:
         """Of an image through the network, counted."""
