@@ -32,8 +32,8 @@ def require_compiler() -> None:
 def is_worth_it(device: torch.device, steps: int | None, minutes: float | None) -> bool:
     """Whether a training of so many steps is to be compiled where nobody said so; without a number of steps, of so many minutes.
 
-    Only on GPUs that Triton knows. On CPUs it gains a quarter of a DiT's step and a twentieth of an MAE's (tests/benchmarks/RESULTS.md),
-    last digits change, and whoever repeats a small run wants those.
+    Only on GPUs that Triton knows. On CPUs it gains a sixth to a quarter of a DiT's step and less than a tenth of an MAE's
+    (tests/benchmarks/RESULTS.md), last digits change, and whoever repeats a small run wants those.
     """
     # both may be given: then the minutes say when to leave, and the training goes on later
     is_long = steps >= WORTH_STEPS if steps is not None else (minutes or 0) >= WORTH_MINUTES

@@ -174,13 +174,21 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
         left_alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(LOST_PROCESS, str(error))
-        if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not (out_of_memory or left_alone)):
+        not_compiled = type(error).__name__ == "InductorError"  # torch's; to import it takes long
+        known = out_of_memory or left_alone or not_compiled
+        if os.environ.get("FADING_SHORTCUTS_DEBUG") or (isinstance(error, RuntimeError) and not known):
             raise
         if left_alone:  # told at once: the launcher is about to end this one too
             kept = "whole checkpoints are kept, and --resume_from_checkpoint latest goes on from them"
             print(f"error: another process of this training has ended, so this one ends too; {kept}", file=sys.stderr, flush=True)
             sys.exit(1)
-        text = "there is not enough memory for this; ask for fewer or smaller images" if out_of_memory else " ".join(str(error).split())
+        if out_of_memory:
+            text = "there is not enough memory for this; ask for fewer or smaller images"
+        elif not_compiled:
+            why = str(error).splitlines()[0]
+            text = f"torch.compile failed ({why}); mend the compiler (FADING_SHORTCUTS_DEBUG=1 tells more), or give --no-compile"
+        else:
+            text = " ".join(str(error).split())
         _tell(f"error: {text}")
         sys.exit(1 if isinstance(error, FloatingPointError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt:

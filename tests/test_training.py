@@ -1,6 +1,7 @@
 """The loop: exact resumption, processes, signals, files, bad input."""
 
 import gc
+import inspect
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from torch._inductor.exc import InductorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.fid import has_changed, training_data
@@ -314,6 +316,24 @@ def test_a_signal_amid_a_step_of_many_batches_gives_that_step_up(
     train(tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     assert without_speed(tmp_path / "run") == without_speed(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_compilers_and_leaves_all_the_same(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> None:
+        if signals:
+            signal.raise_signal(signals.pop())
+        raise InductorError(RuntimeError("CppCompileError: C++ compile error\n\nCommand: g++ ..."), inspect.currentframe())
+
+    monkeypatch.setattr(loop._Training, "_micro_batch", killed)
+    signals = [signal.SIGINT]
+    train(tmp_path / "left", "--max_train_steps", 1)
+    assert "left before its first step was done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "failed", "--max_train_steps", 1)
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "torch.compile failed" in told and "CppCompileError: C++ compile error" in told and "give --no-compile" in told
 
 
 def test_minutes_end_a_run(train: Callable, tmp_path: Path) -> None:

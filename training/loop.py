@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -109,8 +110,13 @@ def train(
     bar = tqdm(total=options.max_train_steps, initial=training.step, desc=training.run.name, unit=" steps", disable=quiet)
     with StopSignals(accelerator) as stop, closing(training.reader):
         while training.step < (options.max_train_steps or math.inf) and not stop.asked(training.step):
-            if not training.take_step(stop):
-                break
+            try:
+                if not training.take_step(stop):
+                    break
+            except BackendCompilerFailed:
+                if stop.heard():  # Ctrl-C ends the compilers, too
+                    break
+                raise
             step = training.step
             bar.update()
             looks = [callback for every, callback in callbacks if step % every == 0]

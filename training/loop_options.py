@@ -28,8 +28,9 @@ class LoopOptions:
     )
     compile: bool | None = option(
         None,
-        "torch.compile the network: a minute or so at the start, then shorter steps (on a CPU a DiT's by a quarter, an MAE's by a "
-        f"twentieth); other last digits; unless given, on GPUs that hold all parameters, in trainings of {WORTH_STEPS:,} steps and more",
+        "torch.compile the network: a minute or so at the start, then shorter steps (on a CPU a DiT's by a sixth to a quarter, "
+        "an MAE's by less than a tenth); other last digits; unless given, on GPUs that hold all parameters, in trainings of "
+        f"{WORTH_STEPS:,} steps and more",
     )
     gradient_checkpointing: bool = option(False, "compute each block once more on the way back instead of keeping what is inside")
     max_train_steps: int | None = option(None, "optimizer steps in all", least=1)

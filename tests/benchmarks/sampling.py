@@ -20,6 +20,7 @@ from models.compiling import has_compiler
 from models.files import sha256, written_aside
 from models.pipeline import Pipeline, to_uint8
 from models.precision import precision
+from models.progress import progress_bar
 from tests.benchmarks.published import SAMPLER_STEPS, published_sampler
 from training.packing import cache_dir, load_images
 
@@ -27,7 +28,7 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "models/pretrained/openmoji-d
 TOLERANCE = 1.02
 FEATURES = 1280  # the extractor's
 BATCH = 32
-PARTS = 8  # a setting is ruled out, where that is clear, by one of so many parts of the images
+SCREENED = 8  # a setting is ruled out, where that is clear, by one of so many parts of the images
 GUIDANCE = 1.5  # at which DiT and SiT report their distances
 SAMPLER_PARTS = 10  # one tenth of the published sampler's steps is timed, which are all alike
 INTERVALS = ((0.0, 0.5), (0.0, 0.75), (0.0, 1.0))
@@ -172,7 +173,7 @@ class Sampling:
 
         The distance of few images is biased upwards on both sides, which moves the ratio towards 1: what a part rules out is out.
         """
-        passes, part = self.passes(options), max(self.num_images // PARTS, BATCH)
+        passes, part = self.passes(options), max(self.num_images // SCREENED, BATCH)
         first = self._look(options, passes, part)
         return first if first.low > TOLERANCE or part >= self.num_images else self._look(options, passes, self.num_images)
 
@@ -194,7 +195,7 @@ class Sampling:
 
     @cached_property
     def _features_of_theirs(self) -> np.ndarray:
-        starts = range(0, self.num_images, BATCH)
+        starts = progress_bar(range(0, self.num_images, BATCH), "images of the published sampler", unit=" batches")
         return np.concatenate([self._their_features(start, min(BATCH, self.num_images - start)) for start in starts])
 
     def _their_features(self, start: int, count: int) -> np.ndarray:
